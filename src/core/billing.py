@@ -1,0 +1,205 @@
+"""The billing service: one GET for a session, and every way it can go, told as an outcome."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from urllib.parse import quote
+
+import httpx
+from pyreqwest.client import Client, ClientBuilder
+from pyreqwest.exceptions import (
+    ConnectError,
+    DecodeError,
+    DetailedPyreqwestError,
+    PyreqwestError,
+    RequestTimeoutError,
+)
+from pyreqwest.request import StreamRequest
+from pyreqwest.response import ResponseBodyReader
+
+from core.model import Answer, Outcome
+
+# More than any session's state takes; what is beyond it is not read.
+MAX_BODY_BYTES = 64 * 1024
+_CHUNK_BYTES = MAX_BODY_BYTES + 1  # so that one read shows whether a body is within the limit
+
+# Every URL parser takes these for path segments that mean "here" and "up", also percent-encoded
+# (RFC 3986 section 5.2.4; WHATWG URL, "double-dot path segment"), so no URL can carry them as ids.
+_DOT_SEGMENTS = frozenset((".", ".."))
+
+
+class BillingClient:
+    """Asks the billing service about sessions, each within a total time, over kept connections.
+
+    It belongs to the event loop it was first used on.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_url: str,
+        api_key: str,
+        timeout_seconds: float,
+        transport: httpx.AsyncBaseTransport | None = None,
+        monotonic: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._prefix = f"{api_url}/"
+        # The transport is called without an httpx.AsyncClient around it: nothing a client adds
+        # (redirects, cookies, authentication, hooks) is wanted here, and it costs more time than
+        # the request. A client would also add this header.
+        host = httpx.URL(api_url).netloc.decode("ascii")
+        self._headers = httpx.Headers(
+            {"host": host, "accept": "application/json", "x-api-key": api_key}
+        )
+        self._timeout_seconds = timeout_seconds
+        self._transport = transport or ReqwestTransport()
+        self._monotonic = monotonic
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def check(self, billing_checkout_id: str | None) -> Answer:
+        """Ask about one session. Every failure of billing or of the network is an `Answer`."""
+        if not billing_checkout_id:
+            return Answer(Outcome.INVALID_SESSION, detail="it has no billing_checkout_id")
+        segment = path_segment(billing_checkout_id)
+        if segment is None:
+            return Answer(
+                Outcome.INVALID_SESSION, detail="its billing_checkout_id cannot be part of a URL"
+            )
+        request = httpx.Request("GET", self._prefix + segment, headers=self._headers)
+        started = self._monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                response = await self._transport.handle_async_request(request)
+                await _read(response)
+        except (TimeoutError, httpx.TimeoutException):
+            return Answer(Outcome.TIMEOUT, seconds=self._monotonic() - started)
+        except httpx.TransportError as error:
+            return Answer(
+                Outcome.NETWORK_ERROR, seconds=self._monotonic() - started, detail=str(error)
+            )
+        return Answer(
+            classify(response.status_code, retry_after=response.headers.get("retry-after")),
+            response.status_code,
+            self._monotonic() - started,
+        )
+
+
+def path_segment(billing_checkout_id: str) -> str | None:
+    """The id as one path segment of a URL, or None when no URL can carry it.
+
+    Everything but RFC 3986's unreserved characters is percent-encoded, so an id can neither leave
+    its segment nor add a query.
+    """
+    if billing_checkout_id in _DOT_SEGMENTS:
+        return None
+    try:
+        return quote(billing_checkout_id, safe="")
+    except UnicodeEncodeError:  # half of a surrogate pair is no character
+        return None
+
+
+def classify(status_code: int, *, retry_after: str | None) -> Outcome:
+    """What an answer's status says of the session."""
+    match status_code:
+        case 200:
+            return Outcome.ACTIVE
+        case 404 | 410:
+            return Outcome.NOT_FOUND
+        case 401 | 403:
+            return Outcome.UNAUTHORIZED
+        case 429:
+            return Outcome.RATE_LIMITED
+        case 503 if retry_after is not None:
+            return Outcome.RATE_LIMITED
+        case _:
+            return Outcome.UNEXPECTED_STATUS
+
+
+async def _read(response: httpx.Response) -> None:
+    """Read the body to its end, so that the connection can be used again, or to the limit."""
+    received = 0
+    try:
+        async for chunk in response.aiter_raw():
+            received += len(chunk)
+            if received > MAX_BODY_BYTES:
+                return
+    finally:
+        await response.aclose()
+
+
+class ReqwestTransport(httpx.AsyncBaseTransport):
+    """httpx over pyreqwest (Rust's reqwest): three times the checks a second of httpx's own pool.
+
+    Redirects are not followed, because the API key would travel with them. TLS certificates are
+    verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected.
+    """
+
+    def __init__(self) -> None:
+        self._client: Client = (
+            ClientBuilder()
+            .follow_redirects(enable=False)
+            .gzip(enable=False)
+            .brotli(enable=False)
+            .zstd(enable=False)
+            .deflate(enable=False)
+            .build()
+        )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        sending = (
+            self._client.request(request.method, str(request.url))
+            .headers(request.headers.multi_items())
+            .build_streamed()
+        )
+        try:
+            response = await sending.__aenter__()
+        except PyreqwestError as error:
+            raise _translated(error, request) from error
+        return httpx.Response(
+            response.status,
+            headers=list(response.headers.items()),
+            stream=_Body(sending, response.body_reader, request),
+        )
+
+    async def aclose(self) -> None:
+        await self._client.close()
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(
+        self, sending: StreamRequest, reader: ResponseBodyReader, request: httpx.Request
+    ) -> None:
+        self._sending = sending
+        self._reader = reader
+        self._request = request
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            while chunk := await self._reader.read(_CHUNK_BYTES):
+                yield bytes(chunk)
+                if len(chunk) < _CHUNK_BYTES:  # `read` comes back with less only at the end
+                    return
+        except PyreqwestError as error:
+            raise _translated(error, self._request) from error
+
+    async def aclose(self) -> None:
+        await self._sending.__aexit__(None, None, None)
+
+
+def _translated(error: PyreqwestError, request: httpx.Request) -> httpx.TransportError:
+    """The same error in httpx's terms, with its innermost cause for a message."""
+    causes = error.details["causes"] if isinstance(error, DetailedPyreqwestError) else None
+    message = str(causes[-1]["message"]) if causes else type(error).__name__
+    # "Connection refused (os error 111)": the number says no more than the words.
+    message = message.partition(" (os error ")[0]
+    match error:
+        case RequestTimeoutError():
+            return httpx.ReadTimeout(message, request=request)
+        case ConnectError():
+            return httpx.ConnectError(message, request=request)
+        case DecodeError():
+            return httpx.RemoteProtocolError(message, request=request)
+        case _:
+            return httpx.NetworkError(message, request=request)

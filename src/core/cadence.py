@@ -1,0 +1,105 @@
+"""When a session is checked next: by its age, and by how often billing failed on it in a row.
+
+Every time here is a slot, a whole multiple of the interval since the Unix epoch, as the loop's
+ticks are. A due time therefore never falls between two ticks, and never depends on how long a
+check took.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+FORM = (
+    "a number with s, m, h or d, e.g. '5s', or steps that grow with a session's age, "
+    "e.g. '5s until 10m, 30s until 1h, 5m'"
+)
+
+_DURATION = re.compile(r"(\d{1,6})([smhd])")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Check every `every_seconds` while the session is younger than `until_seconds`."""
+
+    every_seconds: float
+    until_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """How often a session is checked as it ages. The last step has no end."""
+
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Cadence":
+        """`5s`, or `5s until 10m, 30s until 1h, 5m`.
+
+        Raises:
+            ValueError: the text has another form, an age that does not grow, or a step that
+                checks older sessions more often than younger ones.
+        """
+        *younger, oldest = (part.strip() for part in text.split(","))
+        steps = []
+        for part in younger:
+            every, separator, until = part.partition(" until ")
+            if not separator:
+                raise ValueError(f"the step {part!r} says no age at which it ends ('until')")
+            steps.append(Step(parse_duration(every), parse_duration(until)))
+        steps.append(Step(parse_duration(oldest), math.inf))
+        for step, older in itertools.pairwise(steps):
+            if older.until_seconds <= step.until_seconds:
+                raise ValueError("each 'until' must be a greater age than the one before it")
+            if older.every_seconds < step.every_seconds:
+                raise ValueError("an older session cannot be checked more often than a younger one")
+        return cls(tuple(steps))
+
+    def every_seconds(self, age_seconds: float) -> float:
+        return next(s.every_seconds for s in self.steps if age_seconds < s.until_seconds)
+
+
+def parse_duration(text: str) -> int:
+    """Seconds in `90s`, `10m`, `2h` or `1d`.
+
+    Raises:
+        ValueError: another form, or zero.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"{text.strip()!r} is no duration")
+    return int(match[1]) * UNIT_SECONDS[match[2]]
+
+
+def slot_at(moment: datetime, interval_seconds: int) -> datetime:
+    """The last multiple of the interval since the epoch that is not after `moment`."""
+    return datetime.fromtimestamp(moment.timestamp() // interval_seconds * interval_seconds, UTC)
+
+
+def next_check(
+    slot: datetime,
+    *,
+    interval_seconds: int,
+    every_seconds: float,
+    failures: int,
+    backoff_max_seconds: int,
+    choose: Callable[[int, int], int],
+) -> datetime:
+    """The slot in which a session checked in `slot` is due again.
+
+    `failures` in a row double the wait up to `backoff_max_seconds` (0: no backoff), and a healthy
+    session's wait is never made shorter by it. `choose(low, high)` is the jitter, a random whole
+    number of slots between half of the wait and all of it: sessions that failed together do not
+    come back together.
+    """
+    regular = max(1, math.ceil(every_seconds / interval_seconds))
+    most = max(regular, backoff_max_seconds // interval_seconds)
+    slots = regular
+    if failures > 0 and most > regular:
+        # 2**20 intervals is beyond every cap that settings allow; the bound keeps the power small.
+        longest = min(most, regular * 2 ** min(failures, 20))
+        slots = choose(max(regular, math.ceil(longest / 2)), longest)
+    return slot + timedelta(seconds=slots * interval_seconds)

@@ -1,0 +1,301 @@
+"""MySQL 8.0 and later, MariaDB 10.6 and later, through PyMySQL."""
+
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import pymysql
+from pymysql import converters
+from pymysql.charset import charset_by_name
+from pymysql.connections import Connection
+from pymysql.constants import CR, ER, FIELD_TYPE
+
+from core.settings import MySQLAddress
+from core.store import Row, StoreError, Value
+
+CONNECT_SECONDS = 5
+STATEMENT_SECONDS = 10
+LOCK_WAIT_SECONDS = 5
+ATTEMPTS = 5
+
+# A connection that the server, a proxy or a firewall has ended since it was last used. 0 is
+# PyMySQL's InterfaceError for a socket already closed; 4031 is MySQL's idle disconnect.
+_STALE = frozenset((0, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, ER.SERVER_SHUTDOWN, 4031))
+_LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT))
+_MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR))
+
+_SESSION_ID_TYPES = ("char", "varchar", "uuid", "int", "bigint")
+
+CHECK_TABLE = """\
+CREATE TABLE IF NOT EXISTS checkout_session_check (
+  session_id {id_type} NOT NULL PRIMARY KEY,
+  next_check_at DATETIME(3) NOT NULL,
+  claimed_until DATETIME(3) NULL,
+  first_seen_at DATETIME(3) NOT NULL,
+  last_checked_at DATETIME(3) NULL,
+  last_outcome VARCHAR(32) NULL,
+  last_status_code SMALLINT NULL,
+  attempts INT UNSIGNED NOT NULL DEFAULT 0,
+  consecutive_failures INT UNSIGNED NOT NULL DEFAULT 0,
+  KEY checkout_session_check_due (next_check_at)
+) ENGINE=InnoDB"""
+
+RUN_TABLE = """\
+CREATE TABLE IF NOT EXISTS checkout_session_run (
+  id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  reason VARCHAR(16) NOT NULL,
+  tick DATETIME(3) NULL,
+  started_at DATETIME(3) NOT NULL,
+  finished_at DATETIME(3) NOT NULL,
+  duration_ms INT UNSIGNED NOT NULL,
+  open_sessions INT UNSIGNED NOT NULL,
+  checked INT UNSIGNED NOT NULL,
+  errors INT UNSIGNED NOT NULL,
+  outcomes VARCHAR(1000) NOT NULL,
+  skipped VARCHAR(1000) NOT NULL,
+  overdue_ms BIGINT UNSIGNED NOT NULL,
+  latency_p50_ms DOUBLE NULL,
+  latency_p95_ms DOUBLE NULL,
+  latency_p99_ms DOUBLE NULL,
+  latency_max_ms DOUBLE NULL,
+  KEY checkout_session_run_finished (finished_at)
+) ENGINE=InnoDB"""
+
+
+class MySQLDatabase:
+    """One connection, opened when first needed and replaced when it has gone stale.
+
+    `address(refresh)` says where to connect; it is asked again with `refresh` true, once, when the
+    server denies access, because a password may have been rotated.
+    """
+
+    lock_due_rows = "FOR UPDATE SKIP LOCKED"
+    insert_or_ignore = "INSERT IGNORE"
+
+    def __init__(
+        self,
+        address: Callable[[bool], MySQLAddress],
+        *,
+        clock: Callable[[], datetime] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.prepared = False
+        self._address = address
+        self._clock = clock
+        self._sleep = sleep
+        self._connection: Connection | None = None
+        self._id_charset: str | None = None
+
+    def prepare(self) -> bool:
+        id_type = self.run(self._id_type)
+        for statement in (CHECK_TABLE.format(id_type=id_type), RUN_TABLE):
+            self.run(partial(self._create, statement))
+        self.prepared = True
+        return self.run(self._has_status_index)
+
+    def now(self) -> datetime:
+        if self._clock is not None:
+            return self._clock()
+        [(now,)] = self.query("SELECT UTC_TIMESTAMP(3)")
+        assert isinstance(now, datetime)  # noqa: S101 (for mypy)
+        return now
+
+    def comparable(self, session_id: str) -> bool:
+        # The server refuses to compare a text with a column whose character set lacks one of its
+        # characters (1267, illegal mix of collations); no id there can be equal to it anyway.
+        if self._id_charset is None:
+            return True
+        if self._id_charset in ("utf8", "utf8mb3") and any(c > "\uffff" for c in session_id):
+            return False
+        try:
+            session_id.encode(charset_by_name(self._id_charset).encoding)
+        except UnicodeEncodeError:
+            return False
+        return True
+
+    def transaction[T](self, work: Callable[[], T]) -> T:
+        def atomic() -> T:
+            self.execute("BEGIN")
+            result = work()
+            self.execute("COMMIT")
+            return result
+
+        return self.run(atomic)
+
+    def run[T](self, work: Callable[[], T]) -> T:
+        for attempt in range(1, ATTEMPTS + 1):
+            used = self._connection is not None
+            try:
+                self._connect()
+                return work()
+            except pymysql.MySQLError as error:
+                code = error.args[0] if error.args else None
+                self._drop_or_roll_back(code)
+                last = attempt == ATTEMPTS
+                if code in _STALE and used and not last:
+                    continue
+                if code in _LOCKED and not last:
+                    # Both sides of a deadlock come back at different moments.
+                    self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
+                    continue
+                if code == ER.NO_SUCH_TABLE:
+                    self.prepared = False
+                raise StoreError(self._explained(error)) from error
+            except BaseException:
+                self._drop()
+                raise
+        raise AssertionError("unreachable")
+
+    def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
+        with self._open().cursor() as cursor:
+            cursor.execute(sql, parameters or None)
+            return cursor.fetchall()
+
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None:
+        with self._open().cursor() as cursor:
+            cursor.execute(sql, parameters or None)
+
+    def close(self) -> None:
+        self._drop()
+
+    def _open(self) -> Connection:
+        assert self._connection is not None, "outside run()"  # noqa: S101 (a bug of ours)
+        return self._connection
+
+    def _connect(self) -> None:
+        if self._connection is not None:
+            return
+        address = self._address(False)  # noqa: FBT003 (the parameter's name is in the type's docs)
+        try:
+            self._connection = _connection(address)
+        except pymysql.OperationalError as error:
+            if error.args[0] != ER.ACCESS_DENIED_ERROR:
+                raise
+            rotated = self._address(True)  # noqa: FBT003
+            if rotated == address:
+                raise
+            self._connection = _connection(rotated)
+
+    def _drop_or_roll_back(self, code: object) -> None:
+        if code in _STALE or self._connection is None:
+            self._drop()
+            return
+        try:
+            self._connection.rollback()
+        except pymysql.MySQLError:
+            self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.open:
+            connection.close()
+
+    def _explained(self, error: pymysql.MySQLError) -> str:
+        try:
+            address = self._address(False)  # noqa: FBT003
+            where = f"{address.host}:{address.port}/{address.database}"
+        except StoreError:
+            where = "(no address)"
+        code, *message = error.args or (None,)
+        text = str(message[0]) if message else type(error).__name__
+        return f"The database {where} cannot be used: {text} ({code})."
+
+    def _id_type(self) -> str:
+        """The type of our `session_id`: exactly the shop's, or the two cannot be joined."""
+        columns = {
+            str(table): (str(data_type), str(column_type), charset, collation)
+            for table, data_type, column_type, charset, collation in self.query(
+                "SELECT table_name, data_type, column_type, character_set_name, collation_name"
+                " FROM information_schema.columns WHERE table_schema = DATABASE() AND"
+                " (table_name, column_name) IN"
+                " (('checkout_session', 'id'), ('checkout_session_check', 'session_id'))"
+            )
+        }
+        if "checkout_session" not in columns:
+            raise StoreError(
+                "The database has no table checkout_session with a column id, or this user may "
+                "not read it; local/schema/mysql.sql makes one for a trial."
+            )
+        shops = columns["checkout_session"]
+        data_type, column_type, charset, collation = shops
+        if data_type not in _SESSION_ID_TYPES:
+            raise StoreError(
+                f"checkout_session.id is of type {data_type}; it must be one of "
+                f"{', '.join(_SESSION_ID_TYPES)}."
+            )
+        if columns.get("checkout_session_check", shops) != shops:
+            raise StoreError(
+                "checkout_session_check.session_id has another type or collation than "
+                "checkout_session.id. The monitor makes the table anew: "
+                "DROP TABLE checkout_session_check;"
+            )
+        self._id_charset = None if charset is None else str(charset)
+        if charset is None:
+            return column_type
+        return f"{column_type} CHARACTER SET {charset} COLLATE {collation}"
+
+    def _create(self, statement: str) -> None:
+        [table] = re.findall(r"EXISTS (\w+)", statement)
+        if self.query(
+            "SELECT 1 FROM information_schema.tables"
+            " WHERE table_schema = DATABASE() AND table_name = %s",
+            (table,),
+        ):
+            return
+        try:
+            self.execute(statement)
+        except pymysql.OperationalError as error:
+            if error.args[0] not in _MAY_NOT:
+                raise
+            raise StoreError(
+                f"The table {table} is missing and this user may not make it. Run: {statement};"
+            ) from error
+
+    def _has_status_index(self) -> bool:
+        return bool(
+            self.query(
+                "SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE()"
+                " AND table_name = 'checkout_session' AND column_name = 'status'"
+                " AND seq_in_index = 1 LIMIT 1"
+            )
+        )
+
+
+def _connection(address: MySQLAddress) -> Connection:
+    connection = pymysql.connect(
+        host=address.host,
+        port=address.port,
+        user=address.user,
+        password=address.password,
+        database=address.database,
+        charset="utf8mb4",
+        autocommit=True,
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=STATEMENT_SECONDS,
+        write_timeout=STATEMENT_SECONDS,
+        conv=_CONVERSIONS,
+        # A statement sees what is committed, and locks rows, not the gaps between them: with the
+        # default, two passes that claim and adopt at once run into each other's gap locks.
+        init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+        **_tls(address),
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}")
+    return connection
+
+
+def _tls(address: MySQLAddress) -> dict[str, Any]:
+    if not address.ssl:
+        return {}  # PyMySQL uses TLS where the server offers it, without verifying
+    return {"ssl_ca": address.ssl_ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
+
+
+def _utc(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+_CONVERSIONS: dict[Any, Any] = {**converters.conversions, FIELD_TYPE.DATETIME: _utc}

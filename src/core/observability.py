@@ -1,0 +1,146 @@
+"""What a person or an alarm sees of a pass: log lines and metrics. Session ids are never metrics.
+
+The log messages are the same on Lambda, inside JSON records with fields, and on a terminal.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+
+from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools.metrics import MetricUnit
+
+from core.model import Answer, Claim, Outcome, Summary, iso
+
+SERVICE = "checkout-session-monitor"
+NAMESPACE = "CheckoutSessionMonitor"
+
+# Lines of one outcome in one pass; the rest is counted. 10,000 lines of 200 bytes every 5 s would
+# be 34 GB a day.
+LINES_PER_OUTCOME = 50
+
+CHECKS: Mapping[Outcome, str] = {
+    outcome: "Checks" + outcome.value.title().replace("_", "") for outcome in Outcome
+}
+METRICS: Mapping[str, MetricUnit] = {
+    "SessionsOpen": MetricUnit.Count,
+    "SessionsChecked": MetricUnit.Count,
+    **dict.fromkeys(CHECKS.values(), MetricUnit.Count),
+    "ChecksFailed": MetricUnit.Count,
+    "StatusChanges": MetricUnit.Count,
+    "OverdueSeconds": MetricUnit.Seconds,
+    "PassDuration": MetricUnit.Milliseconds,
+    "BillingLatencyP50": MetricUnit.Milliseconds,
+    "BillingLatencyP95": MetricUnit.Milliseconds,
+    "BillingLatencyP99": MetricUnit.Milliseconds,
+    "PassesCompleted": MetricUnit.Count,
+    "PassesFailed": MetricUnit.Count,
+}
+
+logger = Logger(service=SERVICE)
+metrics = Metrics(namespace=NAMESPACE, service=SERVICE)
+
+
+def set_level(*, debug: bool) -> None:
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def use_plain_text() -> None:
+    """Log bare messages, for a terminal, instead of JSON records."""
+    logger.registered_handler.setFormatter(logging.Formatter("%(message)s"))
+
+
+def measure(summary: Summary) -> None:
+    """Emit one pass's metrics, in one EMF record."""
+    values: dict[str, float] = {
+        "SessionsOpen": summary.open,
+        "SessionsChecked": summary.checked,
+        **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
+        "ChecksFailed": summary.errors,
+        "StatusChanges": summary.status_changes,
+        "OverdueSeconds": summary.overdue_seconds,
+        "PassDuration": summary.duration_seconds * 1000,
+        "PassesCompleted": 1,
+        "PassesFailed": 0,
+    }
+    for name, milliseconds in summary.latency_ms.items():
+        if name != "max":
+            values[f"BillingLatency{name.upper()}"] = milliseconds
+    _emit(values)
+
+
+def measure_failure() -> None:
+    """Emit that a pass ended without completing."""
+    _emit({"PassesFailed": 1})
+
+
+def _emit(values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        metrics.add_metric(name, METRICS[name], value)
+    metrics.flush_metrics()
+
+
+class PassLog:
+    """The lines of one pass, bounded by outcome."""
+
+    def __init__(self) -> None:
+        self._lines: Counter[Outcome] = Counter()
+
+    def begins(self, at: datetime, open_sessions: int) -> None:
+        logger.info(
+            f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...",
+            open_sessions=open_sessions,
+        )
+
+    def checked(self, claim: Claim, answer: Answer) -> None:
+        outcome = answer.outcome
+        self._lines[outcome] += 1
+        if self._lines[outcome] > LINES_PER_OUTCOME:
+            return
+        fields = {
+            "session_id": claim.session_id,
+            "billing_checkout_id": claim.billing_checkout_id,
+            "outcome": outcome.value,
+            "status_code": answer.status_code,
+        }
+        say = logger.warning if outcome.is_error else logger.info
+        say(line(claim, answer), extra=fields)
+
+    def ends(self, summary: Summary) -> None:
+        for outcome, count in self._lines.items():
+            if count > LINES_PER_OUTCOME:
+                logger.info(
+                    f"… and {count - LINES_PER_OUTCOME} more: {outcome.value}",
+                    outcome=outcome.value,
+                )
+        if summary.outcomes[Outcome.UNAUTHORIZED]:
+            logger.error("⚠️ The billing service refuses the API key (status 401 or 403)")
+        if summary.open:
+            logger.info(
+                f"📊 [{iso(summary.finished_at)}] Checkout session check complete: "
+                f"{summary.successes} success, {summary.errors} errors",
+                summary=summary.as_dict(),
+            )
+
+
+def line(claim: Claim, answer: Answer) -> str:
+    """What is said of one check. Ids are shown so that they cannot break the line."""
+    session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "")
+    match answer.outcome:
+        case Outcome.ACTIVE:
+            return f"✅ Success: Checkout session {session} ({checkout}) is still active"
+        case Outcome.TIMEOUT:
+            return f"⏰ Timeout: Checkout session request timed out: {session} ({checkout})"
+        case Outcome.NETWORK_ERROR:
+            said = f"Network error: {answer.detail}" if answer.detail else "Network error"
+            return f"❌ Error checking session {session} ({checkout}): {said}"
+        case Outcome.INVALID_SESSION:
+            return f"❌ Error checking session {session} ({checkout}): {answer.detail}"
+        case _:
+            return f"ℹ️ Checkout session {session} ({checkout}) returned status {answer.status_code}"
+
+
+def shown(text: str) -> str:
+    """The text itself when all of it is printable, else with backslash escapes."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,203 @@
+"""What the operator configures: read once from the environment, refused with one clear sentence."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Never
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from core import cadence
+from core.cadence import Cadence
+
+BILLING_API_URL = "http://localhost:4000/billing/api/v1/paysession"
+DATABASE_FORM = (
+    "mysql://user:password@host:3306/database (optional: ?ssl_ca=/path/to/ca.pem or ?ssl=true) "
+    "or sqlite:///path/to/file"
+)
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. The message names it, what was given, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class MySQLAddress:
+    """Where a MySQL or MariaDB server is, and who we are there."""
+
+    host: str
+    port: int
+    user: str
+    password: str = field(repr=False)
+    database: str
+    ssl_ca: str | None = None  # a CA file of one's own
+    ssl: bool = False  # TLS required, certificate verified by ssl_ca or the system's CAs
+
+
+@dataclass(frozen=True, slots=True)
+class SQLitePath:
+    """The file of the embedded database."""
+
+    path: Path
+
+
+type DatabaseAddress = MySQLAddress | SQLitePath
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting, with its default. `from_env` is the only place that reads the environment."""
+
+    database: DatabaseAddress | None  # None: database_secret_arn is set
+    api_key: str | None = field(default=None, repr=False)
+    api_key_secret_arn: str | None = None
+    database_secret_arn: str | None = None
+    billing_api_url: str = BILLING_API_URL
+    interval_seconds: int = 5
+    cadence: Cadence = field(default_factory=lambda: Cadence.parse("5s"))
+    backoff_max_seconds: int = 60
+    request_timeout_seconds: float = 10.0
+    max_concurrency: int = 100
+    debug: bool = False
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Settings":
+        """Read the settings; a variable that is empty counts as not set.
+
+        Raises:
+            SettingsError: the first variable that cannot be used.
+        """
+        given = {name: value.strip() for name, value in env.items() if value.strip()}
+        database_url = given.get("DATABASE_URL")
+        database_secret_arn = given.get("DATABASE_SECRET_ARN")
+        if database_url is None and database_secret_arn is None:
+            raise SettingsError(
+                f"DATABASE_URL is not set; it must be {DATABASE_FORM}, "
+                "or DATABASE_SECRET_ARN must name a secret."
+            )
+        return cls(
+            database=parse_database_url(database_url) if database_url else None,
+            api_key=_api_key(given.get("APIKEY")),
+            api_key_secret_arn=given.get("APIKEY_SECRET_ARN"),
+            database_secret_arn=None if database_url else database_secret_arn,
+            billing_api_url=_billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
+            interval_seconds=_number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60),
+            cadence=_cadence(given.get("CHECK_CADENCE", "5s")),
+            backoff_max_seconds=_number(
+                given, "CHECK_BACKOFF_MAX_SECONDS", int, 60, least=0, most=86_400
+            ),
+            request_timeout_seconds=_number(
+                given, "REQUEST_TIMEOUT_SECONDS", float, 10, least=0.1, most=30
+            ),
+            max_concurrency=_number(given, "MAX_CONCURRENCY", int, 100, least=1, most=1000),
+            debug=_boolean(given, "DEBUG"),
+        )
+
+
+def parse_database_url(text: str) -> DatabaseAddress:
+    """Take a `DATABASE_URL` apart. Percent-encoding in user, password and database is undone.
+
+    Raises:
+        SettingsError: another form. The message shows no more of the text than its scheme, because
+            the rest may hold the password.
+    """
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        _refuse_database_url(text, "cannot be read as a URL")
+    if url.scheme == "sqlite":
+        path = unquote(url.path.removeprefix("/"))
+        if url.netloc or not path:
+            _refuse_database_url(text, "names no file")
+        return SQLitePath(Path(path))
+    if url.scheme != "mysql":
+        _refuse_database_url(text, "has another scheme than mysql or sqlite")
+    database = unquote(url.path.removeprefix("/"))
+    if not (url.hostname and url.username and database) or "/" in database:
+        _refuse_database_url(text, "must name a user, a host and one database")
+    options = dict(parse_qsl(url.query, keep_blank_values=True))
+    ssl_ca = options.pop("ssl_ca", None)
+    ssl = options.pop("ssl", "true" if ssl_ca else "false")
+    if options or ssl not in ("true", "false") or ssl_ca == "":
+        _refuse_database_url(text, "has an option other than ssl_ca=<file> or ssl=true|false")
+    if ssl_ca is not None and not Path(ssl_ca).is_file():
+        raise SettingsError(
+            f"DATABASE_URL names the CA file {ssl_ca!r} in ssl_ca, which is not there; "
+            "it must be the path of a file in PEM format."
+        )
+    return MySQLAddress(
+        host=url.hostname,
+        port=port or 3306,
+        user=unquote(url.username),
+        password=unquote(url.password or ""),
+        database=database,
+        ssl_ca=ssl_ca,
+        ssl=ssl == "true",
+    )
+
+
+def _refuse_database_url(text: str, why: str) -> Never:
+    scheme, separator, _ = text.partition("://")
+    shown = f"{scheme}://…" if separator else "a text without '://'"
+    raise SettingsError(f"DATABASE_URL ({shown}) {why}; it must be {DATABASE_FORM}.")
+
+
+def _api_key(text: str | None) -> str | None:
+    if text is not None and not all("!" <= character <= "~" for character in text):
+        raise SettingsError(
+            "APIKEY holds a space, a control character or a character outside ASCII (not shown "
+            "here); it must be visible ASCII characters only, as an HTTP header can carry them."
+        )
+    return text
+
+
+def _billing_api_url(text: str) -> str:
+    allowed = "an http:// or https:// URL without user, query and fragment"
+    try:
+        url = urlsplit(text)
+        _ = url.port
+    except ValueError:
+        raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.") from None
+    if url.username is not None or url.password is not None:
+        raise SettingsError(
+            f"BILLING_API_URL holds a user or a password (not shown here); it must be {allowed}."
+        )
+    visible = all("!" <= character <= "~" for character in text)
+    if url.scheme not in ("http", "https") or not url.hostname or "?" in text or "#" in text:
+        visible = False
+    if not visible:
+        raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
+    return text.rstrip("/")
+
+
+def _cadence(text: str) -> Cadence:
+    try:
+        return Cadence.parse(text)
+    except ValueError as error:
+        raise SettingsError(
+            f"CHECK_CADENCE is {text!r}: {error}; it must be {cadence.FORM}."
+        ) from None
+
+
+def _number[N: (int, float)](
+    given: Mapping[str, str], name: str, read: Callable[[str], N], default: N, *, least: N, most: N
+) -> N:
+    text = given.get(name)
+    if text is None:
+        return default
+    kind = "a whole number" if read is int else "a number"
+    try:
+        value = read(text)
+    except ValueError:
+        value = None
+    # The comparison is written so that NaN is refused too.
+    if value is None or not least <= value <= most:
+        raise SettingsError(f"{name} is {text!r}; it must be {kind} from {least} to {most}.")
+    return value
+
+
+def _boolean(given: Mapping[str, str], name: str) -> bool:
+    text = given.get(name, "false")
+    if text.lower() not in ("true", "false"):
+        raise SettingsError(f"{name} is {text!r}; it must be true or false.")
+    return text.lower() == "true"

@@ -1,0 +1,148 @@
+"""SQLite, the embedded database: a laptop's, and the tests'."""
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from core.model import iso
+from core.store import Row, StoreError, Value
+
+BUSY_SECONDS = 5
+
+TABLES = """\
+CREATE TABLE IF NOT EXISTS checkout_session_check (
+  session_id TEXT NOT NULL PRIMARY KEY,
+  next_check_at DATETIME NOT NULL,
+  claimed_until DATETIME,
+  first_seen_at DATETIME NOT NULL,
+  last_checked_at DATETIME,
+  last_outcome TEXT,
+  last_status_code INTEGER,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  consecutive_failures INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS checkout_session_check_due ON checkout_session_check (next_check_at);
+CREATE TABLE IF NOT EXISTS checkout_session_run (
+  id INTEGER PRIMARY KEY,
+  reason TEXT NOT NULL,
+  tick DATETIME,
+  started_at DATETIME NOT NULL,
+  finished_at DATETIME NOT NULL,
+  duration_ms INTEGER NOT NULL,
+  open_sessions INTEGER NOT NULL,
+  checked INTEGER NOT NULL,
+  errors INTEGER NOT NULL,
+  outcomes TEXT NOT NULL,
+  skipped TEXT NOT NULL,
+  overdue_ms INTEGER NOT NULL,
+  latency_p50_ms REAL,
+  latency_p95_ms REAL,
+  latency_p99_ms REAL,
+  latency_max_ms REAL
+);
+CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at)"""
+
+# How moments are kept: as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 knows
+# adapters and converters only for the whole process, by type and by a column's declared type.
+sqlite3.register_adapter(datetime, iso)
+sqlite3.register_converter("DATETIME", lambda text: datetime.fromisoformat(text.decode()))
+
+
+class SQLiteDatabase:
+    """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
+
+    lock_due_rows = ""  # a transaction here holds the only write lock from its beginning
+    insert_or_ignore = "INSERT OR IGNORE"
+
+    def __init__(self, path: Path, *, clock: Callable[[], datetime] | None = None) -> None:
+        self.prepared = False
+        self._path = path
+        self._clock = clock or _wall_clock
+        self._connection: sqlite3.Connection | None = None
+
+    def prepare(self) -> bool:
+        def work() -> bool:
+            if not self.query("SELECT 1 FROM sqlite_master WHERE name = 'checkout_session'"):
+                raise StoreError(
+                    f"The database {self._path} has no table checkout_session; "
+                    "local/schema/sqlite.sql makes one for a trial."
+                )
+            for statement in TABLES.split(";"):
+                self.execute(statement)
+            return bool(
+                self.query(
+                    "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+                    " pragma_index_info(list.name) AS info WHERE info.seqno = 0"
+                    " AND info.name = 'status'"
+                )
+            )
+
+        indexed = self.run(work)
+        self.prepared = True
+        return indexed
+
+    def now(self) -> datetime:
+        return self._clock()
+
+    def comparable(self, session_id: str) -> bool:
+        try:
+            session_id.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+
+    def transaction[T](self, work: Callable[[], T]) -> T:
+        def atomic() -> T:
+            self.execute("BEGIN IMMEDIATE")
+            result = work()
+            self.execute("COMMIT")
+            return result
+
+        return self.run(atomic)
+
+    def run[T](self, work: Callable[[], T]) -> T:
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            return work()
+        except BaseException as error:
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.rollback()
+            if isinstance(error, sqlite3.Error):
+                if "no such table" in str(error):  # SQLite has no code of its own for it
+                    self.prepared = False
+                message = f"The database {self._path} cannot be used: {error}."
+                raise StoreError(message) from error
+            raise
+
+    def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
+        return self._execute(sql, parameters).fetchall()
+
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None:
+        self._execute(sql, parameters)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _execute(self, sql: str, parameters: Sequence[Value]) -> sqlite3.Cursor:
+        assert self._connection is not None, "outside run()"  # noqa: S101 (a bug of ours)
+        return self._connection.execute(sql.replace("%s", "?"), parameters)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            detect_types=sqlite3.PARSE_DECLTYPES,
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+
+def _wall_clock() -> datetime:
+    now = datetime.now(UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)

@@ -1,0 +1,379 @@
+"""The database as the queue of checks: every statement of the monitor, written once.
+
+The shop's `checkout_session` table is only read here. The monitor's own two tables are
+`checkout_session_check`, one row for each open session, and `checkout_session_run`, one row for
+each pass. A session is due when its `next_check_at` has come and no claim on it is valid any more.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from decimal import Decimal
+from itertools import batched
+from typing import Protocol
+
+from core.model import Claim, OpenSessions, Outcome, Reason, Result, Skip, Summary
+
+type Value = str | int | float | Decimal | datetime | None
+type Row = tuple[Value, ...]
+
+# Ids in one statement: about 20 KB of SQL. MariaDB turns an IN of 1,000 and more into a join with
+# a temporary table (in_predicate_conversion_threshold), which is slower here.
+STATEMENT_ROWS = 500
+
+KEEP_RUNS = timedelta(days=1)
+
+NO_STATUS_INDEX = (
+    "checkout_session has no index on status, so every pass reads the whole table. Run: "
+    "CREATE INDEX checkout_session_status ON checkout_session (status);"
+)
+
+UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
+
+
+class StoreError(Exception):
+    """The database cannot be used. The message says why, in one sentence, without the password."""
+
+
+class Database(Protocol):
+    """One connection to one engine. What differs between engines is here; the SQL does not.
+
+    Statements take `%s` for a parameter. Moments go in and come out as aware UTC datetimes. Every
+    method raises StoreError. Not for use by several threads at once.
+    """
+
+    lock_due_rows: str  # what follows the SELECT that claims
+    insert_or_ignore: str  # INSERT that passes over rows whose key exists
+    prepared: bool  # the tables are there, as far as this connection knows
+
+    def prepare(self) -> bool:
+        """Make the monitor's tables where they are missing.
+
+        Returns whether the shop's table has an index that begins with `status`.
+        """
+
+    def now(self) -> datetime:
+        """The database's clock, to the millisecond."""
+
+    def comparable(self, session_id: str) -> bool:
+        """Whether the text can be compared with `checkout_session.id` at all."""
+
+    def transaction[T](self, work: Callable[[], T]) -> T:
+        """Run `work` in one transaction; see `run` for what is tried again."""
+
+    def run[T](self, work: Callable[[], T]) -> T:
+        """Run `work`, each statement by itself.
+
+        It is run again from its start, a bounded number of times, after a deadlock, a lock timeout
+        or on a connection that turned out to be stale; it must bear that.
+        """
+
+    def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]: ...
+
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SqlStore:
+    """The steps of a pass that need the database, on whichever engine `database` is.
+
+    Every method raises StoreError.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def prepare(self) -> list[str]:
+        """Make the monitor's tables if need be; return warnings for the operator."""
+        if self._database.prepared:
+            return []
+        indexed = self._database.prepare()
+        if self.last_run_at() is None:
+            # A monitor that has just been installed is not late: its first row says since when.
+            self.record_run(Summary(Reason.START, self.now()))
+        return [] if indexed else [NO_STATUS_INDEX]
+
+    def now(self) -> datetime:
+        return self._database.run(self._database.now)
+
+    def sync_open_sessions(
+        self, tick: datetime, session_ids: Sequence[str] | None = None
+    ) -> OpenSessions:
+        """Adopt open sessions that are new, forget those no longer open, and count.
+
+        `session_ids` narrows what is counted, not what is adopted or forgotten.
+        """
+        return self._database.run(lambda: self._sync_open_sessions(tick, session_ids))
+
+    def claim_due(self, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
+        """Claim up to `limit` sessions due by now or by the tick, least recently due first."""
+        return self._claim("next_check_at <= %s", lambda now: (max(now, tick),), lease, limit)
+
+    def claim_unchecked(
+        self,
+        *,
+        since: datetime,
+        lease: timedelta,
+        limit: int,
+        session_ids: Sequence[str] | None = None,
+    ) -> list[Claim]:
+        """Claim up to `limit` open sessions not checked since then, due or not."""
+        condition = "(last_checked_at IS NULL OR last_checked_at < %s)"
+        wanted: Sequence[str] = ()
+        if session_ids is not None:
+            wanted = [i for i in session_ids if self._database.comparable(i)]
+            if not wanted:
+                return []
+            condition += f" AND session_id IN {_marks(wanted)}"
+        return self._claim(condition, lambda _now: (since, *wanted), lease, limit)
+
+    def record(self, results: Sequence[Result]) -> None:
+        """Keep what the checks found, free the claims, and set when each session is due again.
+
+        A claim that has lapsed and was taken over is left to whoever has it now.
+        """
+
+        def work() -> None:
+            now = self._database.now()
+            for alike, claims in _alike(results).items():
+                outcome, status_code, next_check_at, claimed_until = alike
+                failures = "consecutive_failures + 1" if outcome.is_error else "0"
+                for some in batched(claims, STATEMENT_ROWS, strict=False):
+                    self._database.execute(
+                        "UPDATE checkout_session_check SET last_checked_at = %s,"
+                        " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
+                        f" attempts = attempts + 1, consecutive_failures = {failures},"
+                        " claimed_until = NULL"
+                        f" WHERE claimed_until = %s AND session_id IN {_marks(some)}",
+                        (now, outcome.value, status_code, next_check_at, claimed_until, *some),
+                    )
+
+        self._database.transaction(work)
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Give back sessions that were claimed and not checked: they stay as due as they were."""
+        by_claim: defaultdict[datetime, list[str]] = defaultdict(list)
+        for claim in claims:
+            by_claim[claim.claimed_until].append(claim.session_id)
+
+        def work() -> None:
+            for claimed_until, session_ids in by_claim.items():
+                for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+                    self._database.execute(
+                        "UPDATE checkout_session_check SET claimed_until = NULL"
+                        f" WHERE claimed_until = %s AND session_id IN {_marks(some)}",
+                        (claimed_until, *some),
+                    )
+
+        self._database.transaction(work)
+
+    def record_run(self, summary: Summary) -> None:
+        """Keep the pass's row, the heartbeat, and drop rows older than a day."""
+        latency = summary.latency_ms
+        row: dict[str, Value] = {
+            "reason": summary.reason.value,
+            "tick": summary.tick,
+            "started_at": summary.started_at,
+            "finished_at": summary.finished_at,
+            "duration_ms": round(summary.duration_seconds * 1000),
+            "open_sessions": summary.open,
+            "checked": summary.checked,
+            "errors": summary.errors,
+            "outcomes": _json(summary.outcomes),
+            "skipped": _json(summary.skipped),
+            "overdue_ms": round(summary.overdue_seconds * 1000),
+            "latency_p50_ms": latency.get("p50"),
+            "latency_p95_ms": latency.get("p95"),
+            "latency_p99_ms": latency.get("p99"),
+            "latency_max_ms": latency.get("max"),
+        }
+
+        def work() -> None:
+            self._database.execute(
+                f"INSERT INTO checkout_session_run ({', '.join(row)}) VALUES {_marks(row)}",
+                tuple(row.values()),
+            )
+            self._database.execute(
+                "DELETE FROM checkout_session_run WHERE finished_at < %s",
+                (summary.finished_at - KEEP_RUNS,),
+            )
+
+        self._database.run(work)
+
+    def last_run_at(self) -> datetime | None:
+        """When the newest pass ended, or the monitor was installed; None before both."""
+        rows = self._database.run(
+            lambda: self._database.query(
+                "SELECT finished_at FROM checkout_session_run ORDER BY finished_at DESC LIMIT 1"
+            )
+        )
+        return _moment(rows[0][0]) if rows else None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _sync_open_sessions(
+        self, tick: datetime, session_ids: Sequence[str] | None
+    ) -> OpenSessions:
+        now = self._database.now()
+        due_by = max(now, tick)
+        counts = self._count(now, due_by)
+        if counts["new"]:
+            self._adopt_new_sessions(now)
+        [(known,)] = self._database.query("SELECT COUNT(*) FROM checkout_session_check")
+        if _integer(known) > counts["open"]:
+            self._forget_closed_sessions()
+        if session_ids is not None:
+            counts = self._count(now, due_by, session_ids)
+        oldest = self._database.query(
+            f"SELECT next_check_at FROM checkout_session_check WHERE {UNCLAIMED}"
+            " ORDER BY next_check_at LIMIT 1",
+            (now,),
+        )
+        overdue = (now - _moment(oldest[0][0])).total_seconds() if oldest else 0.0
+        return OpenSessions(
+            counts["open"], counts["in_flight"], counts["not_due"], max(0.0, overdue)
+        )
+
+    def _count(
+        self, now: datetime, due_by: datetime, session_ids: Sequence[str] | None = None
+    ) -> Counter[str]:
+        condition = ""
+        wanted: list[str] = []
+        if session_ids is not None:
+            wanted = [i for i in session_ids if self._database.comparable(i)]
+            if not wanted:
+                return Counter()
+            condition = f" AND s.id IN {_marks(wanted)}"
+        [row] = self._database.query(
+            "SELECT COUNT(*),"
+            " SUM(CASE WHEN c.session_id IS NULL THEN 1 ELSE 0 END),"
+            " SUM(CASE WHEN c.claimed_until > %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED} AND c.next_check_at > %s THEN 1 ELSE 0 END)"
+            " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+            f" WHERE s.status = 'open'{condition}",
+            (now, now, due_by, *wanted),
+        )
+        names = ("open", "new", "in_flight", "not_due")
+        return Counter({n: _integer(value or 0) for n, value in zip(names, row, strict=True)})
+
+    def _adopt_new_sessions(self, now: datetime) -> None:
+        # Read first, without a lock, then insert by id: INSERT … SELECT may lock the shop's rows.
+        new = self._database.query(
+            "SELECT s.id FROM checkout_session s"
+            " LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+            " WHERE s.status = 'open' AND c.session_id IS NULL"
+        )
+        for some in batched(new, STATEMENT_ROWS, strict=False):
+            values = [value for (session_id,) in some for value in (session_id, now, now)]
+            self._database.execute(
+                f"{self._database.insert_or_ignore} INTO checkout_session_check"
+                " (session_id, next_check_at, first_seen_at) VALUES "
+                + ", ".join(["(%s, %s, %s)"] * len(some)),
+                values,
+            )
+
+    def _forget_closed_sessions(self) -> None:
+        closed = self._database.query(
+            "SELECT c.session_id FROM checkout_session_check c"
+            " LEFT JOIN checkout_session s ON s.id = c.session_id AND s.status = 'open'"
+            " WHERE s.id IS NULL"
+        )
+        self._forget([str(session_id) for (session_id,) in closed])
+
+    def _forget(self, session_ids: Sequence[str]) -> None:
+        for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+            self._database.execute(
+                f"DELETE FROM checkout_session_check WHERE session_id IN {_marks(some)}", some
+            )
+
+    def _claim(
+        self,
+        condition: str,
+        parameters: Callable[[datetime], Sequence[Value]],
+        lease: timedelta,
+        limit: int,
+    ) -> list[Claim]:
+        claims = self._database.transaction(
+            lambda: self._claim_rows(condition, parameters, lease, limit)
+        )
+        return self._database.run(lambda: self._with_checkout_ids(claims))
+
+    def _claim_rows(
+        self,
+        condition: str,
+        parameters: Callable[[datetime], Sequence[Value]],
+        lease: timedelta,
+        limit: int,
+    ) -> list[Claim]:
+        # Only the monitor's own rows are locked: MariaDB has no FOR UPDATE OF, and a join here
+        # would hold up the shop.
+        now = self._database.now()
+        rows = self._database.query(
+            "SELECT session_id, first_seen_at, consecutive_failures FROM checkout_session_check"
+            f" WHERE {condition} AND {UNCLAIMED}"
+            f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_due_rows}",
+            (*parameters(now), now),
+        )
+        claims = [
+            Claim(str(session_id), None, _moment(seen), _integer(failures), now, now + lease)
+            for session_id, seen, failures in rows
+        ]
+        for some in batched(claims, STATEMENT_ROWS, strict=False):
+            self._database.execute(
+                "UPDATE checkout_session_check SET claimed_until = %s"
+                f" WHERE session_id IN {_marks(some)}",
+                (now + lease, *(claim.session_id for claim in some)),
+            )
+        return claims
+
+    def _with_checkout_ids(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Add the billing ids; a session that was closed since the count is forgotten instead."""
+        found: dict[str, str | None] = {}
+        for some in batched(claims, STATEMENT_ROWS, strict=False):
+            rows = self._database.query(
+                "SELECT id, billing_checkout_id FROM checkout_session"
+                f" WHERE status = 'open' AND id IN {_marks(some)}",
+                tuple(claim.session_id for claim in some),
+            )
+            found |= {str(i): None if billing is None else str(billing) for i, billing in rows}
+        closed = [claim.session_id for claim in claims if claim.session_id not in found]
+        self._forget(closed)
+        return [
+            claim.asking(found[claim.session_id]) for claim in claims if claim.session_id in found
+        ]
+
+
+def _alike(
+    results: Iterable[Result],
+) -> dict[tuple[Outcome, int | None, datetime, datetime], list[str]]:
+    """Session ids by what is recorded of them: most of a batch is one group, one statement."""
+    groups: defaultdict[tuple[Outcome, int | None, datetime, datetime], list[str]]
+    groups = defaultdict(list)
+    for result in results:
+        claim = result.claim
+        alike = (result.outcome, result.status_code, result.next_check_at, claim.claimed_until)
+        groups[alike].append(claim.session_id)
+    return groups
+
+
+def _marks(values: Iterable[object]) -> str:
+    return f"({', '.join('%s' for _ in values)})"
+
+
+def _json(counts: Counter[Outcome] | Counter[Skip]) -> str:
+    return json.dumps({name.value: count for name, count in counts.items()})
+
+
+def _integer(value: Value) -> int:
+    if not isinstance(value, int | Decimal):
+        raise TypeError(f"expected a whole number from the database, not {value!r}")
+    return int(value)
+
+
+def _moment(value: Value) -> datetime:
+    if not isinstance(value, datetime):
+        raise TypeError(f"expected a moment from the database, not {value!r}")
+    return value

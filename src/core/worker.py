@@ -1,0 +1,157 @@
+"""The wiring: settings become a store, a billing client and the event loop they live on."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import httpx
+
+from core import monitor
+from core.billing import BillingClient
+from core.model import JsonObject, Reason, Summary, iso
+from core.monitor import PassOptions
+from core.mysql import MySQLDatabase
+from core.observability import logger
+from core.settings import MySQLAddress, Settings, SQLitePath
+from core.sqlite import SQLiteDatabase
+from core.store import Database, SqlStore, StoreError
+
+# A monitor whose last pass ended longer ago than this many intervals is not working.
+FRESH_INTERVALS = 6
+
+# Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
+FINISH_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Which of the monitor's own checks hold, by name; no detail that would help an attacker."""
+
+    checks: dict[str, bool]
+    at: datetime
+    last_pass_at: datetime | None
+
+    @property
+    def ok(self) -> bool:
+        return all(self.checks.values())
+
+    def as_dict(self) -> JsonObject:
+        return {
+            "status": "ok" if self.ok else "degraded",
+            "timestamp": iso(self.at),
+            "checks": {name: "ok" if holds else "failed" for name, holds in self.checks.items()},
+            "last_pass_at": iso(self.last_pass_at) if self.last_pass_at else None,
+        }
+
+
+class Worker:
+    """What one Lambda execution environment keeps from pass to pass, connections above all.
+
+    It runs one thing at a time and belongs to the thread that uses it first; only `stop` may be
+    called from another one.
+    """
+
+    def __init__(
+        self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._settings = settings
+        self._store = SqlStore(open_database(settings))
+        self._billing: BillingClient | None = None
+        if settings.api_key is not None:
+            self._billing = BillingClient(
+                api_url=settings.billing_api_url,
+                api_key=settings.api_key,
+                timeout_seconds=settings.request_timeout_seconds,
+                transport=transport,
+            )
+        self._runner = asyncio.Runner()
+        self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self._running: asyncio.Task[Summary] | None = None
+
+    def check_open_checkout_sessions(
+        self, tick: datetime | None = None, *, seconds: float = 60.0
+    ) -> Summary:
+        """Run the pass of a tick, within `seconds`. Raises what the pass raises."""
+        total = max(1.0, seconds - FINISH_SECONDS)
+        options = PassOptions(
+            Reason.TICK,
+            tick=tick,
+            start_seconds=max(1.0, total - self._settings.request_timeout_seconds),
+            total_seconds=total,
+        )
+        return self._run(
+            monitor.check_open_checkout_sessions(
+                self._store,
+                self._billing,
+                self._settings,
+                options,
+                database_thread=self._database_thread,
+            )
+        )
+
+    def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
+        """Run a manual pass. Raises what the pass raises."""
+        return self._run(
+            monitor.trigger_checkout_session_check(
+                self._store,
+                self._billing,
+                self._settings,
+                session_ids=session_ids,
+                database_thread=self._database_thread,
+            )
+        )
+
+    def health(self) -> Health:
+        """Look at the database, the heartbeat and the API key; what fails is logged."""
+        checks = {"database": False, "last_pass": False, "api_key": self._billing is not None}
+        last_pass_at = None
+        try:
+            last_pass_at, now = self._database_thread.submit(self._heartbeat).result()
+        except StoreError as error:
+            logger.error(f"❌ {error}")
+            now = datetime.now(UTC)
+        else:
+            checks["database"] = True
+            age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
+            checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
+        return Health(checks, now, last_pass_at)
+
+    def stop(self) -> None:
+        """Ask a running pass, from any thread, to hand back its claims and end (CancelledError)."""
+        if (task := self._running) is not None:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def close(self) -> None:
+        if self._billing is not None:
+            self._runner.run(self._billing.aclose())
+        self._runner.close()
+        self._database_thread.submit(self._store.close).result()
+        self._database_thread.shutdown()
+
+    def _run(self, one_pass: Coroutine[None, None, Summary]) -> Summary:
+        async def cancellable() -> Summary:
+            self._running = asyncio.current_task()
+            try:
+                return await one_pass
+            finally:
+                self._running = None
+
+        return self._runner.run(cancellable())
+
+    def _heartbeat(self) -> tuple[datetime | None, datetime]:
+        for warning in self._store.prepare():
+            logger.warning(f"⚠️ {warning}")
+        return self._store.last_run_at(), self._store.now()
+
+
+def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:
+    """The engine that the settings name; it connects when it is first used."""
+    match settings.database:
+        case MySQLAddress() as address:
+            return MySQLDatabase(lambda _refresh: address, clock=clock)
+        case SQLitePath(path):
+            return SQLiteDatabase(path, clock=clock)
+        case None:
+            raise NotImplementedError

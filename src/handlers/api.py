@@ -1,0 +1,129 @@
+"""The API's Lambda: health, and the manual trigger. The laptop serves these same routes."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response, content_types
+from aws_lambda_powertools.event_handler.api_gateway import Router
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from core import observability
+from core.model import JsonObject, Summary, iso
+from core.settings import SettingsError
+from core.store import StoreError
+from core.worker import Health
+from handlers.check import worker
+
+MOST_IDS = 100
+LONGEST_ID = 255
+BODY_FORM = (
+    'The body must be empty or a JSON object {"session_ids": [...]} with '
+    f"1 to {MOST_IDS} strings of 1 to {LONGEST_ID} characters, and nothing else"
+)
+
+
+class Monitor(Protocol):
+    """What the routes need; see `core.worker.Worker`."""
+
+    def health(self) -> Health: ...
+    def trigger_checkout_session_check(
+        self, session_ids: Sequence[str] | None = None
+    ) -> Summary: ...
+
+
+class BodyError(ValueError):
+    """A request body that is not of the trigger's form."""
+
+
+def routes(monitor: Callable[[], Monitor]) -> Router:
+    """The routes of the API; `monitor` is called for each request and may raise SettingsError."""
+    router = Router()  # type: ignore[no-untyped-call]
+
+    @router.get("/api/health")
+    def health() -> Response[str]:
+        try:
+            found = monitor().health()
+        except SettingsError as error:
+            observability.logger.error(f"❌ {error}")
+            found = Health({"settings": False}, datetime.now(UTC), None)
+        status = HTTPStatus.OK if found.ok else HTTPStatus.SERVICE_UNAVAILABLE
+        return _answer(status, found.as_dict())
+
+    @router.post("/api/test/checkout-sessions")
+    def trigger() -> Response[str]:
+        try:
+            session_ids = parse_session_ids(router.current_event.decoded_body)
+            summary = monitor().trigger_checkout_session_check(session_ids)
+        except BodyError as error:
+            return _failure(HTTPStatus.BAD_REQUEST, error)
+        except StoreError as error:
+            return _failure(HTTPStatus.SERVICE_UNAVAILABLE, error)
+        except SettingsError as error:
+            return _failure(HTTPStatus.INTERNAL_SERVER_ERROR, error)
+        return _answer(
+            HTTPStatus.OK,
+            {
+                "success": True,
+                "message": message(summary),
+                "timestamp": iso(summary.finished_at),
+                "summary": summary.as_dict(),
+            },
+        )
+
+    return router
+
+
+def parse_session_ids(body: str | None) -> list[str] | None:
+    """The ids to check; None, all of them, when the body is empty or an empty object.
+
+    Raises:
+        BodyError: any other body.
+    """
+    if not body or not body.strip():
+        return None
+    try:
+        parsed = json.loads(body)
+    except ValueError as error:
+        raise BodyError(f"{BODY_FORM}; it is no JSON: {error}.") from None
+    if parsed == {}:
+        return None
+    ids = parsed.get("session_ids") if isinstance(parsed, dict) and len(parsed) == 1 else None
+    if (
+        not isinstance(ids, list)
+        or not 1 <= len(ids) <= MOST_IDS
+        or not all(isinstance(i, str) and 1 <= len(i) <= LONGEST_ID for i in ids)
+    ):
+        raise BodyError(f"{BODY_FORM}.")
+    return ids
+
+
+def message(summary: Summary) -> str:
+    """What a manual pass did, in one sentence."""
+    text = f"Checked {summary.checked} of {summary.open} open checkout sessions"
+    if skipped := ", ".join(f"{n} {skip.value}" for skip, n in summary.skipped.items()):
+        text += f"; skipped: {skipped}"
+    return f"{text}."
+
+
+def _failure(status: HTTPStatus, error: Exception) -> Response[str]:
+    observability.logger.error(f"❌ {error}")
+    return _answer(
+        status,
+        {"success": False, "message": str(error), "timestamp": iso(datetime.now(UTC))},
+    )
+
+
+def _answer(status: HTTPStatus, body: JsonObject) -> Response[str]:
+    return Response(status, content_types.APPLICATION_JSON, json.dumps(body, ensure_ascii=False))
+
+
+app = APIGatewayRestResolver()
+app.include_router(routes(worker))
+
+
+def handler(event: Mapping[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Answer one API Gateway (REST, proxy integration) request."""
+    return app.resolve(event, context)

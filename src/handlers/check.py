@@ -1,0 +1,66 @@
+"""The worker's Lambda: one check pass a tick, started by the loop every interval."""
+
+import functools
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from core import observability
+from core.model import JsonObject
+from core.settings import Settings, SettingsError
+from core.store import StoreError
+from core.worker import Worker
+
+
+class TickError(ValueError):
+    """The event carries a tick that is no moment."""
+
+
+@functools.cache
+def worker() -> Worker:
+    """This execution environment's worker, made at its first tick.
+
+    Raises:
+        SettingsError: a setting cannot be used; the next tick tries again.
+    """
+    settings = Settings.from_env(os.environ)
+    observability.set_level(debug=settings.debug)
+    return Worker(settings)
+
+
+def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
+    """Check what is due. `event` is `{"tick": "2026-01-15T10:30:05.000Z"}`, the tick optional.
+
+    Returns the pass's summary. Raises SettingsError, TickError or StoreError, each logged in one
+    sentence first, so that the invocation counts as an error of the function.
+    """
+    try:
+        summary = worker().check_open_checkout_sessions(
+            parse_tick(event), seconds=context.get_remaining_time_in_millis() / 1000
+        )
+    except (SettingsError, TickError, StoreError) as error:
+        observability.logger.error(f"❌ {error}")
+        observability.measure_failure()
+        raise
+    observability.measure(summary)
+    return summary.as_dict()
+
+
+def parse_tick(event: Mapping[str, Any]) -> datetime | None:
+    """The moment in `event["tick"]`, None when there is none."""
+    tick = event.get("tick")
+    if tick is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(tick)
+    except (TypeError, ValueError):
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise TickError(
+            f"The event's tick is {tick!r}; it must be an ISO 8601 time with an offset, "
+            "e.g. 2026-01-15T10:30:05.000Z, or be left out."
+        )
+    return moment.astimezone(UTC)
