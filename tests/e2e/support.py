@@ -1,0 +1,232 @@
+"""SAM's own containers, and the database and billing service that they reach on this machine."""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import pymysql
+import pytest
+from pymysql.cursors import DictCursor
+
+from tests.support import MySQLShop, connect, mysql_shop
+
+ROOT = Path(__file__).parents[2]
+EVENTS = ROOT / "events"
+HOST = "host.docker.internal"  # this machine, as the containers know it
+API_KEY = f"key-{secrets.token_hex(8)}"
+PASSWORD = f"password-{secrets.token_hex(8)}"
+START_SECONDS = 120.0
+
+# The containers run on this machine's processor, so the functions are built for it.
+ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
+PARAMETERS = ("--parameter-overrides", f"Architecture={ARCHITECTURE}")
+
+
+def show(text: str) -> None:
+    """Print what a person wants to see of a run, unless a secret is in it."""
+    for secret in (API_KEY, PASSWORD):
+        assert secret not in text, f"a secret is in the output: {text.replace(secret, '<secret>')}"
+    print(text, flush=True)  # noqa: T201 (the output is a part of what is delivered)
+
+
+class Shop:
+    """A shop's database, and the monitor's user in it with no more rights than it needs."""
+
+    def __init__(self, shop: MySQLShop) -> None:
+        self._shop = shop
+        user = shop.database
+        self.port = urlsplit(shop.server).port or 3306
+        self.url = f"mysql://{user}:{PASSWORD}@{HOST}:{self.port}/{shop.database}"
+        shop.run(f"CREATE USER {user}@'%%' IDENTIFIED BY %s", (PASSWORD,))
+        shop.run(f"GRANT SELECT ON {shop.database}.checkout_session TO {user}")
+        for table in ("checkout_session_check", "checkout_session_run"):
+            shop.run(
+                f"GRANT CREATE, SELECT, INSERT, UPDATE, DELETE ON {shop.database}.{table} TO {user}"
+            )
+
+    def close(self) -> None:
+        self._shop.run(f"DROP USER {self._shop.database}")
+
+    def add(self, sessions: Mapping[str, str], status: str = "open") -> None:
+        """Add sessions, given as billing checkout ids by session id."""
+        for session_id, checkout_id in sessions.items():
+            self._shop.run(
+                "INSERT INTO checkout_session (id, billing_checkout_id, status)"
+                " VALUES (%s, %s, %s)",
+                (session_id, checkout_id, status),
+            )
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        with (
+            connect(self._shop.server, self._shop.database) as connection,
+            connection.cursor(DictCursor) as cursor,
+        ):
+            cursor.execute(f"SELECT * FROM {table} ORDER BY 1")
+            return list(cursor.fetchall())
+
+    def show(self, when: str) -> None:
+        for (table,) in self._shop.run("SHOW TABLES"):
+            show(f"\n{when}: {table}\n{as_table(self.rows(table))}")
+
+
+def as_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Aligned columns under their names."""
+    if not rows:
+        return "  (empty)"
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(["", *(text.ljust(width) for text, width in zip(line, widths, strict=True))])
+        for line in lines
+    )
+
+
+@contextlib.contextmanager
+def shop_on(server: str) -> Iterator[Shop]:
+    with mysql_shop(server) as database:
+        shop = Shop(database)
+        try:
+            yield shop
+        finally:
+            shop.close()
+
+
+class Invocation(NamedTuple):
+    """One `sam local invoke`: what the handler returned, or its error as SAM tells it; the log."""
+
+    result: dict[str, Any]
+    log: str
+
+
+class Sam:
+    """`sam local` on what `sam build` built; all that it prints is shown."""
+
+    def __init__(self, package: Path, directory: Path, variables: Mapping[str, str]) -> None:
+        self._log = directory / "start-api.log"
+        settings = directory / "env.json"
+        settings.write_text(json.dumps({"Parameters": dict(variables)}))
+        self._arguments = [
+            "--skip-pull-image",
+            f"--template-file={package / 'template.yaml'}",
+            f"--env-vars={settings}",
+            f"--add-host={HOST}:host-gateway",
+            *PARAMETERS,
+        ]
+
+    def invoke(self, function: str, event: str) -> Invocation:
+        command = ["sam", "local", "invoke", function, "-e", f"events/{event}"]
+        ran = run([*command, *self._arguments], shown=command)
+        return Invocation(json.loads(ran.stdout), ran.stderr)
+
+    @contextlib.contextmanager
+    def api(self) -> Iterator[str]:
+        """Serve the API and yield its URL; containers are kept between requests, as on Lambda."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = ["sam", "local", "start-api", "--port", str(port), "--warm-containers", "LAZY"]
+        show(f"\n$ {shlex.join(command)}")
+        with self._log.open("w") as log:
+            process = subprocess.Popen(
+                [*command, *self._arguments],
+                cwd=ROOT,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            wait_until(lambda: listens(port, process), f"sam local start-api on port {port}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)  # SAM removes its containers
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+                show(self._log.read_text())
+
+
+def build(directory: Path) -> Path:
+    """`sam build`; where it put the template and one directory for each function."""
+    command = ["sam", "build", *PARAMETERS]
+    run([*command, "--no-cached", f"--build-dir={directory}"], shown=command)
+    return directory
+
+
+def run(
+    command: Sequence[str], *, shown: Sequence[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which must be a good one, and show it with what it printed."""
+    show(f"\n$ {shlex.join(shown or command)}")
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    show(ran.stderr + ran.stdout)
+    assert ran.returncode == 0, f"{command[0]} ended with {ran.returncode}"
+    return ran
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, without anybody's AWS account."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "SAM_CLI_TELEMETRY": "0",
+    }
+
+
+@contextlib.contextmanager
+def mariadb_container() -> Iterator[str]:
+    """A MariaDB server in a container, for a machine that has Docker only; yields its URL."""
+    password = secrets.token_hex(8)
+    container = subprocess.run(
+        shlex.split(
+            "docker run --rm --detach --publish=3306 --env=MARIADB_ROOT_PASSWORD mariadb:lts"
+        ),
+        env=os.environ | {"MARIADB_ROOT_PASSWORD": password},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    try:
+        address = run(["docker", "port", container, "3306/tcp"]).stdout.splitlines()[0]
+        server = f"mysql://root:{password}@127.0.0.1:{address.rpartition(':')[2]}/"
+        wait_until(lambda: answers(server), "the database in its container")
+        yield server
+    finally:
+        run(["docker", "stop", container])
+
+
+def answers(server: str) -> bool:
+    with contextlib.suppress(pymysql.OperationalError):
+        connect(server).close()
+        return True
+    return False
+
+
+def listens(port: int, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the process that is to listen has ended"
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail(f"Not ready after {START_SECONDS:.0f} seconds: {what}")
+        time.sleep(0.2)

@@ -1,0 +1,154 @@
+"""The functions as they are deployed: built by SAM, and run in its containers."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from local.billing import SimulatedBilling
+from tests.e2e.support import EVENTS, PASSWORD, ROOT, Sam, Shop, run, show
+
+MOST_BYTES = 25_000_000
+
+SESSIONS = {
+    "session_a": "checkout_active_1",
+    "session_b": "checkout_404_1",
+    "session_c": "checkout_reset_1",
+}
+# last_outcome, last_status_code, consecutive_failures, attempts
+RECORDED = {
+    "session_a": ("active", 200, 0, 1),
+    "session_b": ("not_found", 404, 0, 1),
+    "session_c": ("network_error", None, 1, 1),
+}
+
+
+class Reply(NamedTuple):
+    status: int
+    body: dict[str, Any]
+
+
+def curl(url: str, *arguments: str) -> Reply:
+    command = ["curl", *arguments, url]
+    said = run([*command, "-sS", "-m", "120", "-w", "\n%{http_code}"], shown=command)
+    body, _, status = said.stdout.rpartition("\n")
+    return Reply(int(status), json.loads(body))
+
+
+def trigger(api: str, event: str) -> Reply:
+    """Call the trigger with the body of an event of ours."""
+    body = json.loads((EVENTS / event).read_text())["body"]
+    data = () if body is None else ("-H", "Content-Type: application/json", "-d", body)
+    return curl(f"{api}/api/test/checkout-sessions", "-X", "POST", *data)
+
+
+def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
+    return {
+        row["session_id"]: (
+            row["last_outcome"],
+            row["last_status_code"],
+            row["consecutive_failures"],
+            row["attempts"],
+        )
+        for row in shop.rows("checkout_session_check")
+    }
+
+
+def test_sam_finds_nothing_wrong_with_the_template() -> None:
+    run(["sam", "validate", "--lint"])
+
+
+@pytest.mark.parametrize("function", ["CheckSessionsFunction", "ApiFunction"])
+def test_the_package_is_what_requirements_txt_lists_and_small(function: str, package: Path) -> None:
+    requirements = (ROOT / "src/requirements.txt").read_text()
+    listed = set(re.findall(r"^([\w-]+)==", requirements, re.MULTILINE))
+
+    held = {
+        found.name.lower().replace("_", "-")
+        for found in distributions(path=[str(package / function)])
+    }
+    size = sum(file.stat().st_size for file in (package / function).rglob("*") if file.is_file())
+
+    show(f"{function}: {size / 1e6:.1f} MB unpacked, with {', '.join(sorted(held))}")
+    assert held == listed
+    assert not {"boto3", "botocore"} & held
+    assert size < MOST_BYTES
+
+
+@pytest.mark.parametrize("event", ["tick.json", "no-tick.json"])
+def test_an_invocation_checks_every_open_session_once_and_records_it(
+    event: str, sam: Sam, shop: Shop, billing: SimulatedBilling
+) -> None:
+    shop.add(SESSIONS)
+    shop.add({"session_d": "checkout_active_2"}, status="success")
+    shop.show("Before")
+
+    result, log = sam.invoke("CheckSessionsFunction", event)
+
+    shop.show("After")
+    assert (result["open"], result["checked"], result["errors"]) == (3, 3, 1)
+    assert result["outcomes"] == {"active": 1, "not_found": 1, "network_error": 1}
+    assert recorded(shop) == RECORDED
+    assert billing.requests == dict.fromkeys(SESSIONS.values(), 1)
+    [row] = [row for row in shop.rows("checkout_session_run") if row["reason"] == "tick"]
+    assert (row["open_sessions"], row["checked"], row["errors"]) == (3, 3, 1)
+    assert "✅ Success: Checkout session session_a (checkout_active_1) is still active" in log
+    assert "Checkout session check complete: 2 success, 1 errors" in log
+
+
+def test_a_refused_database_password_fails_the_invocation_and_is_not_shown(
+    package: Path, tmp_path: Path, variables: Mapping[str, str]
+) -> None:
+    wrong = {"DATABASE_URL": variables["DATABASE_URL"].replace(PASSWORD, f"{PASSWORD}x")}
+    sam = Sam(package, tmp_path, {**variables, **wrong})
+
+    result, _ = sam.invoke("CheckSessionsFunction", "tick.json")
+
+    assert result["errorType"] == "StoreError"
+    assert "Access denied" in result["errorMessage"]
+
+
+def test_health_is_ok_with_an_empty_shop(api: str) -> None:
+    reply = curl(f"{api}/api/health")
+
+    assert (reply.status, reply.body["status"]) == (200, "ok")
+
+
+def test_the_trigger_checks_every_open_session(api: str, shop: Shop) -> None:
+    shop.add(SESSIONS)
+    shop.show("Before")
+
+    reply = trigger(api, "trigger.json")
+
+    shop.show("After")
+    assert (reply.status, reply.body["success"]) == (200, True)
+    assert reply.body["summary"]["checked"] == 3
+    assert recorded(shop) == RECORDED
+
+
+def test_the_trigger_with_ids_checks_only_these(
+    api: str, shop: Shop, billing: SimulatedBilling
+) -> None:
+    body = json.loads((EVENTS / "trigger-with-ids.json").read_text())["body"]
+    wanted = json.loads(body)["session_ids"]
+    shop.add({session_id: f"checkout_active_{session_id}" for session_id in wanted})
+    shop.add(SESSIONS)
+    shop.show("Before")
+
+    reply = trigger(api, "trigger-with-ids.json")
+
+    shop.show("After")
+    assert reply.status == 200
+    assert reply.body["summary"]["checked"] == len(wanted)
+    assert billing.requests == {f"checkout_active_{session_id}": 1 for session_id in wanted}
+
+
+def test_the_trigger_refuses_a_bad_body(api: str, billing: SimulatedBilling) -> None:
+    reply = trigger(api, "trigger-bad-body.json")
+
+    assert (reply.status, reply.body["success"]) == (400, False)
+    assert not billing.requests
