@@ -11,10 +11,10 @@ help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: .venv/ready .env ## Run the monitor here: the loop, the API on port 3001, a simulated billing service on port 4000
-	@exec python -m local
+	@exec python -m local $(ARGS)
 
 trigger: .venv/ready ## Check all open sessions now, through the running monitor's API
-	@exec python -m local.trigger
+	@exec python -m local.trigger $(ARGS)
 
 test: .venv/ready ## Run the test suite
 	pytest

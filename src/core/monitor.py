@@ -130,13 +130,15 @@ def decide(
     answer: Answer,
     *,
     tick: datetime,
+    answered_at: datetime,
     settings: Settings,
     choose: Callable[[int, int], int],
 ) -> Result:
     """What to record of an answer, and when the session is due again.
 
     The next due time counts from the tick, or the slot of the claim when a long pass made it later;
-    never from the end of the check, which would cost every session its next slot.
+    not from the end of the check, which would cost every session its next slot. Only where it has
+    passed by then, because billing took so long, it is the first slot after the answer.
     """
     next_check_at = next_check(
         slot_at(max(claim.claimed_at, tick), settings.interval_seconds),
@@ -148,7 +150,16 @@ def decide(
         backoff_max_seconds=settings.backoff_max_seconds,
         choose=choose,
     )
+    if next_check_at <= answered_at:
+        slot = slot_at(answered_at, settings.interval_seconds)
+        next_check_at = slot + timedelta(seconds=settings.interval_seconds)
     return Result(claim, answer.outcome, answer.status_code, next_check_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    claim: Claim
+    claimed: float  # when, by the event loop's clock
 
 
 class _Pass:
@@ -257,17 +268,17 @@ class _Pass:
 
     async def _claim_while_due(self, billing: Billing, checks: asyncio.TaskGroup) -> None:
         while not self._out_of_time.is_set():
-            start_by = self._loop.time() + START_WITHIN_SECONDS
+            claimed = self._loop.time()
             claims = await self._database(self._claim)
             if not claims:
                 return
             # Sessions that failed last time may well hang; the healthy ones go first.
             claims.sort(key=lambda claim: claim.consecutive_failures > 0)
-            self._queue.extend(_Queued(claim, start_by) for claim in claims)
+            self._queue.extend(_Queued(claim, claimed) for claim in claims)
             if self._out_of_time.is_set():
                 self._give_back_queue()
                 return
-            self._loop.call_at(start_by, self._give_back_stuck)
+            self._loop.call_at(claimed + START_WITHIN_SECONDS, self._give_back_stuck)
             for _ in range(min(len(claims), self._settings.max_concurrency - len(self._checking))):
                 task = checks.create_task(self._check_queued(billing))
                 self._checking.add(task)
@@ -288,7 +299,8 @@ class _Pass:
 
     async def _check_queued(self, billing: Billing) -> None:
         while self._queue:
-            claim = self._queue.popleft().claim
+            queued = self._queue.popleft()
+            claim = queued.claim
             if len(self._queue) <= self._batch // 2:
                 self._queue_is_low.set()
             try:
@@ -300,15 +312,24 @@ class _Pass:
             except Exception as bug:  # noqa: BLE001 (raised when every other session is settled)
                 self._bugs.append(bug)
                 continue
-            self._settle(claim, answer)
+            self._settle(queued, answer)
 
-    def _settle(self, claim: Claim, answer: Answer) -> None:
+    def _settle(self, queued: _Queued, answer: Answer) -> None:
+        claim = queued.claim
+        took = timedelta(seconds=self._loop.time() - queued.claimed)
         self._log.checked(claim, answer)
         self._summary.outcomes[answer.outcome] += 1
         if answer.seconds is not None:
             self._summary.latencies.append(answer.seconds)
         self._results.append(
-            decide(claim, answer, tick=self._tick, settings=self._settings, choose=self._choose)
+            decide(
+                claim,
+                answer,
+                tick=self._tick,
+                answered_at=claim.claimed_at + took,
+                settings=self._settings,
+                choose=self._choose,
+            )
         )
         self._settled.set()
 
@@ -338,7 +359,7 @@ class _Pass:
             task.cancel()
 
     def _give_back_stuck(self) -> None:
-        if self._queue and self._queue[0].start_by <= self._loop.time():
+        if self._queue and self._queue[0].claimed + START_WITHIN_SECONDS <= self._loop.time():
             # This pass has no free hands, so it claims nothing more either.
             self._begin_no_more()
 
@@ -364,12 +385,6 @@ class _Pass:
         )
         logger.debug(f"Database: {step.__name__} took {(self._loop.time() - began) * 1000:.1f} ms")
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    claim: Claim
-    start_by: float  # the event loop's clock
 
 
 def _first(group: BaseExceptionGroup[StoreError]) -> StoreError:

@@ -126,7 +126,7 @@ class PassLog:
 
 def line(claim: Claim, answer: Answer) -> str:
     """What is said of one check. Ids are shown so that they cannot break the line."""
-    session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "")
+    session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
     match answer.outcome:
         case Outcome.ACTIVE:
             return f"✅ Success: Checkout session {session} ({checkout}) is still active"

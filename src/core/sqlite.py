@@ -52,7 +52,8 @@ sqlite3.register_converter("DATETIME", lambda text: datetime.fromisoformat(text.
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    lock_due_rows = ""  # a transaction here holds the only write lock from its beginning
+    in_due_order = ""
+    lock_rows = ""  # a transaction here holds the only write lock from its beginning
     insert_or_ignore = "INSERT OR IGNORE"
 
     def __init__(self, path: Path, *, clock: Callable[[], datetime] | None = None) -> None:

@@ -43,7 +43,8 @@ class Database(Protocol):
     method raises StoreError. Not for use by several threads at once.
     """
 
-    lock_due_rows: str  # what follows the SELECT that claims
+    in_due_order: str  # what makes a SELECT read the index on next_check_at
+    lock_rows: str  # what follows the SELECT that claims
     insert_or_ignore: str  # INSERT that passes over rows whose key exists
     prepared: bool  # the tables are there, as far as this connection knows
 
@@ -313,8 +314,8 @@ class SqlStore:
         now = self._database.now()
         rows = self._database.query(
             "SELECT session_id, first_seen_at, consecutive_failures FROM checkout_session_check"
-            f" WHERE {condition} AND {UNCLAIMED}"
-            f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_due_rows}",
+            f" {self._database.in_due_order} WHERE {condition} AND {UNCLAIMED}"
+            f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
             (*parameters(now), now),
         )
         claims = [

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response, content_types
-from aws_lambda_powertools.event_handler.api_gateway import Router
+from aws_lambda_powertools.event_handler.api_gateway import ApiGatewayResolver
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from core import observability
@@ -38,11 +38,10 @@ class BodyError(ValueError):
     """A request body that is not of the trigger's form."""
 
 
-def routes(monitor: Callable[[], Monitor]) -> Router:
-    """The routes of the API; `monitor` is called for each request and may raise SettingsError."""
-    router = Router()  # type: ignore[no-untyped-call]
+def add_routes(app: ApiGatewayResolver, monitor: Callable[[], Monitor]) -> None:
+    """Make `app` serve the API; `monitor` is called for each request, may raise SettingsError."""
 
-    @router.get("/api/health")
+    @app.get("/api/health")
     def health() -> Response[str]:
         try:
             found = monitor().health()
@@ -52,10 +51,10 @@ def routes(monitor: Callable[[], Monitor]) -> Router:
         status = HTTPStatus.OK if found.ok else HTTPStatus.SERVICE_UNAVAILABLE
         return _answer(status, found.as_dict())
 
-    @router.post("/api/test/checkout-sessions")
+    @app.post("/api/test/checkout-sessions")
     def trigger() -> Response[str]:
         try:
-            session_ids = parse_session_ids(router.current_event.decoded_body)
+            session_ids = parse_session_ids(app.current_event.decoded_body)
             summary = monitor().trigger_checkout_session_check(session_ids)
         except BodyError as error:
             return _failure(HTTPStatus.BAD_REQUEST, error)
@@ -72,8 +71,6 @@ def routes(monitor: Callable[[], Monitor]) -> Router:
                 "summary": summary.as_dict(),
             },
         )
-
-    return router
 
 
 def parse_session_ids(body: str | None) -> list[str] | None:
@@ -121,7 +118,7 @@ def _answer(status: HTTPStatus, body: JsonObject) -> Response[str]:
 
 
 app = APIGatewayRestResolver()
-app.include_router(routes(worker))
+add_routes(app, worker)
 
 
 def handler(event: Mapping[str, Any], context: LambdaContext) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""`make trigger`: POST the manual trigger and show the answer; exit code 1 when it failed."""
+
+import argparse
+import json
+import sys
+
+import httpx
+
+URL = "http://localhost:3001/api/test/checkout-sessions"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make trigger", description=__doc__)
+    parser.add_argument("--url", default=URL, help="the trigger, here or deployed (%(default)s)")
+    parser.add_argument("--api-key", help="the deployed API's key, sent as x-api-key")
+    arguments = parser.parse_args()
+    headers = {"x-api-key": arguments.api_key} if arguments.api_key else {}
+    try:
+        answer = httpx.post(arguments.url, headers=headers, timeout=30)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        print(f"❌ No answer from {arguments.url}: {error}. Is the monitor running (make run)?")
+        return 1
+    try:
+        body = answer.json()
+    except ValueError:
+        body = {"message": answer.text}
+    succeeded = answer.is_success and body.get("success") is True
+    print(f"{'✅' if succeeded else '❌'} {answer.status_code} {body.get('message', '')}")
+    if summary := body.get("summary"):
+        print(json.dumps(summary, indent=2))
+    return 0 if succeeded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import (
+    FakeBilling,
+    FakeClock,
+    Passes,
+    Shop,
+    SQLiteShop,
+    mariadb_server,
+    mysql_shop,
+    statements,
+)
+
+NO_SERVER = (
+    "no MariaDB or MySQL server: install mariadb-server, or set TEST_DATABASE_URL to "
+    "mysql://user:password@host:port/ (the tests make and drop databases of their own there)"
+)
+
+# A MySQL server beside the MariaDB one; not every machine can have both.
+MYSQL = os.environ.get("TEST_MYSQL_URL")
+
+
+def without_a_server() -> None:
+    """A laptop may pass over these tests; CI may not."""
+    if os.environ.get("CI"):
+        pytest.fail(NO_SERVER)
+    pytest.skip(NO_SERVER)
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
+    """The URL of a server: TEST_DATABASE_URL's, or one started for this run."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield url
+    elif shutil.which("mariadb-install-db"):
+        with mariadb_server(tmp_path_factory.mktemp("mariadb")) as url:
+            yield url
+    else:
+        yield None
+
+
+@contextmanager
+def a_shop(engine: str, mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
+    if engine == "sqlite":
+        embedded = SQLiteShop(tmp_path / "shop.db")
+        for statement in statements("sqlite"):
+            embedded.run(statement)
+        yield embedded
+        return
+    server = mariadb if engine == "mariadb" else MYSQL
+    if server is None:
+        without_a_server()
+    else:
+        with mysql_shop(server) as shop:
+            yield shop
+
+
+@pytest.fixture(params=["sqlite", "mariadb", *(["mysql"] if MYSQL else [])])
+def shop(request: pytest.FixtureRequest, mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
+    """An empty shop on each engine."""
+    with a_shop(request.param, mariadb, tmp_path) as shop:
+        yield shop
+
+
+@pytest.fixture
+def sqlite_shop(tmp_path: Path) -> Iterator[Shop]:
+    with a_shop("sqlite", None, tmp_path) as shop:
+        yield shop
+
+
+@pytest.fixture
+def mariadb_shop(mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
+    with a_shop("mariadb", mariadb, tmp_path) as shop:
+        yield shop
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def billing() -> FakeBilling:
+    return FakeBilling()
+
+
+@pytest.fixture
+def passes(sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling) -> Passes:
+    return Passes(sqlite_shop, clock, billing)

@@ -1,0 +1,328 @@
+"""What only a MySQL or MariaDB server can get wrong: types, rights, locks, connections."""
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import pymysql
+import pytest
+
+from core.model import Outcome, Result
+from core.mysql import ATTEMPTS, MySQLDatabase
+from core.settings import MySQLAddress
+from core.store import SqlStore, StoreError
+from tests.support import (
+    NOON,
+    FakeClock,
+    MySQLShop,
+    Shop,
+    add_sessions,
+    connect,
+    database_of,
+    mysql_shop,
+    numbered,
+    settings_for,
+)
+
+LEASE = timedelta(seconds=20)
+# MariaDB's anonymous user at localhost comes before anyone's at '%'.
+PLACES = ("'%'", "localhost")
+
+
+@pytest.fixture
+def store(mariadb_shop: Shop) -> Iterator[SqlStore]:
+    store = SqlStore(database_of(mariadb_shop))
+    store.prepare()
+    yield store
+    store.close()
+
+
+def address_of(shop: Shop) -> MySQLAddress:
+    address = settings_for(shop).database
+    assert isinstance(address, MySQLAddress)
+    return address
+
+
+@pytest.mark.parametrize(
+    ("id_type", "session_id"),
+    [
+        ("VARCHAR(255) CHARACTER SET latin1 COLLATE latin1_swedish_ci", "café"),
+        ("VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin", "Ab-1"),
+        ("CHAR(36) CHARACTER SET ascii", "0b9d9c1e-3f0c-4b6e-9d0f-0a1b2c3d4e5f"),
+        ("CHAR(36) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin", "padded"),
+        ("VARCHAR(100) CHARACTER SET utf8mb3 COLLATE utf8mb3_unicode_ci", "日本"),
+        ("VARCHAR(190) CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci", "😀"),
+        ("BIGINT UNSIGNED", "18446744073709551615"),
+    ],
+)
+def test_any_usual_type_and_collation_of_the_shops_id_works(
+    mariadb_shop: MySQLShop, clock: FakeClock, id_type: str, session_id: str
+) -> None:
+    server = mariadb_shop.server
+    table = (
+        f"CREATE TABLE checkout_session (id {id_type} PRIMARY KEY, billing_checkout_id"
+        " VARCHAR(255) CHARACTER SET latin1, status VARCHAR(20) CHARACTER SET ascii, KEY (status))"
+    )
+    with mysql_shop(server, [table]) as shop:
+        add_sessions(shop, {session_id: "checkout_1"})
+        store = SqlStore(database_of(shop, clock))
+        assert store.prepare() == []
+        assert store.sync_open_sessions(NOON, [session_id, "😀😀"]).open == 1
+        [claim] = store.claim_unchecked(
+            since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
+        )
+        assert claim.session_id == session_id
+        store.record([Result(claim, Outcome.ACTIVE, 200, NOON)])
+        assert len(store.claim_due(tick=NOON, lease=LEASE, limit=5)) == 1
+        types = shop.run(
+            "SELECT column_type, collation_name FROM information_schema.columns"
+            " WHERE table_schema = DATABASE() AND column_name IN ('id', 'session_id')"
+            " AND table_name IN ('checkout_session', 'checkout_session_check')"
+        )
+        assert len(types) == 2
+        assert types[0] == types[1]
+        store.close()
+
+
+def test_a_type_that_cannot_be_a_session_id_is_refused(mariadb_shop: MySQLShop) -> None:
+    schema = ["CREATE TABLE checkout_session (id BINARY(16) PRIMARY KEY, status VARCHAR(20))"]
+    with mysql_shop(mariadb_shop.server, schema) as shop:
+        store = SqlStore(database_of(shop))
+        with pytest.raises(StoreError, match="of type binary; it must be one of char, varchar"):
+            store.prepare()
+        store.close()
+
+
+def test_a_shop_that_changed_its_collation_is_told_what_to_do(
+    store: SqlStore, mariadb_shop: Shop
+) -> None:
+    mariadb_shop.run("ALTER TABLE checkout_session MODIFY id VARCHAR(255) CHARACTER SET latin1")
+    again = SqlStore(database_of(mariadb_shop))
+    with pytest.raises(StoreError, match="DROP TABLE checkout_session_check;"):
+        again.prepare()
+    again.close()
+
+
+@pytest.fixture
+def limited(mariadb_shop: MySQLShop) -> Iterator[Callable[..., MySQLShop]]:
+    """Makes a user of the shop's server with just the rights given."""
+    users: list[str] = []
+
+    def make(*rights: str) -> MySQLShop:
+        user = f"u{mariadb_shop.database[-12:]}{len(users)}"
+        users.append(user)
+        for place in PLACES:
+            mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY 'limited-pass'")
+            for right in rights:
+                mariadb_shop.run(f"GRANT {right} TO {user}@{place}")
+        host = urlsplit(mariadb_shop.server)
+        return MySQLShop(
+            f"mysql://{user}:limited-pass@{host.hostname}:{host.port}/", mariadb_shop.database
+        )
+
+    yield make
+    for user in users:
+        for place in PLACES:
+            mariadb_shop.run(f"DROP USER {user}@{place}")
+
+
+def test_a_user_who_may_not_make_tables_is_told_which_statements_to_run(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop]
+) -> None:
+    every = f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.*"
+    shop = limited(every)
+    for _ in range(2):
+        store = SqlStore(database_of(shop))
+        with pytest.raises(StoreError, match=r"may not make it\. Run: CREATE TABLE") as refused:
+            store.prepare()
+        mariadb_shop.run(str(refused.value).partition("Run: ")[2])
+        store.close()
+    store = SqlStore(database_of(shop))
+    assert store.prepare() == []
+    store.close()
+
+
+def test_reading_the_shops_table_is_all_the_monitor_needs_of_it(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], store: SqlStore
+) -> None:
+    shop = limited(
+        f"SELECT ON {mariadb_shop.database}.checkout_session",
+        f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_check",
+        f"SELECT, INSERT, DELETE ON {mariadb_shop.database}.checkout_session_run",
+    )
+    add_sessions(mariadb_shop, numbered(2))
+    mine = SqlStore(database_of(shop))
+    assert mine.prepare() == []
+    assert mine.sync_open_sessions(mine.now()).open == 2
+    claims = mine.claim_due(tick=mine.now(), lease=LEASE, limit=5)
+    mine.record([Result(claim, Outcome.ACTIVE, 200, NOON) for claim in claims])
+    assert len(claims) == 2
+    mine.close()
+
+
+def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
+    store: SqlStore, mariadb_shop: Shop
+) -> None:
+    store.now()
+    for (number,) in mariadb_shop.run(
+        "SELECT id FROM information_schema.processlist WHERE db = DATABASE()"
+        " AND id <> CONNECTION_ID()"
+    ):
+        mariadb_shop.run(f"KILL {number}")
+    assert store.sync_open_sessions(store.now()).open == 0
+
+
+def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_back(
+    mariadb_shop: MySQLShop,
+) -> None:
+    there = address_of(mariadb_shop)
+    away = MySQLAddress("127.0.0.1", 1, there.user, "hidden-pass", there.database)
+    current = [away]
+    store = SqlStore(MySQLDatabase(lambda _refresh: current[0]))
+    with pytest.raises(StoreError) as failed:
+        store.prepare()
+    assert str(failed.value) == (
+        f"The database 127.0.0.1:1/{there.database} cannot be used: Can't connect to MySQL server "
+        "on '127.0.0.1' ([Errno 111] Connection refused) (2003)."
+    )
+    current[0] = there
+    assert store.prepare() == []
+    store.close()
+
+
+def test_a_wrong_password_is_asked_for_again_once_and_then_one_clear_error(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop]
+) -> None:
+    shop = limited(f"ALL ON {mariadb_shop.database}.*")
+    right = address_of(shop)
+    wrong = MySQLAddress(right.host, right.port, right.user, "hidden-pass", right.database)
+    asked: list[bool] = []
+
+    def rotated(refresh: bool) -> MySQLAddress:
+        asked.append(refresh)
+        return right if refresh else wrong
+
+    store = SqlStore(MySQLDatabase(rotated))
+    store.prepare()
+    assert asked == [False, True]
+    store.close()
+    with pytest.raises(StoreError, match="Access denied") as denied:
+        SqlStore(MySQLDatabase(lambda _refresh: wrong)).prepare()
+    assert "hidden-pass" not in str(denied.value)
+
+
+@pytest.mark.parametrize(("locked_times", "works"), [(ATTEMPTS - 1, True), (ATTEMPTS, False)])
+def test_a_deadlock_is_tried_again_a_bounded_number_of_times(
+    mariadb_shop: MySQLShop, locked_times: int, works: bool
+) -> None:
+    slept: list[float] = []
+    address = address_of(mariadb_shop)
+    database = MySQLDatabase(lambda _refresh: address, sleep=slept.append)
+    tried = 0
+
+    def work() -> str:
+        nonlocal tried
+        tried += 1
+        if tried <= locked_times:
+            raise pymysql.OperationalError(1213, "Deadlock found when trying to get lock")
+        return "done"
+
+    if works:
+        assert database.transaction(work) == "done"
+    else:
+        with pytest.raises(StoreError, match="Deadlock"):
+            database.transaction(work)
+    assert tried == ATTEMPTS
+    assert len(slept) == ATTEMPTS - 1
+    database.close()
+
+
+def test_a_real_deadlock_costs_neither_side_its_work(store: SqlStore, mariadb_shop: Shop) -> None:
+    add_sessions(mariadb_shop, numbered(2))
+    store.sync_open_sessions(store.now())
+    both_hold_one = threading.Barrier(2)
+
+    def crossing(first: str, second: str) -> None:
+        database = database_of(mariadb_shop)
+        met = False
+
+        def work() -> None:
+            nonlocal met
+            sql = "UPDATE checkout_session_check SET attempts = attempts + 1 WHERE session_id = %s"
+            database.execute(sql, (first,))
+            if not met:
+                met = True
+                both_hold_one.wait(10)
+            database.execute(sql, (second,))
+
+        database.transaction(work)
+        database.close()
+
+    threads = [
+        threading.Thread(target=crossing, args=order) for order in (("s0", "s1"), ("s1", "s0"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mariadb_shop.run("SELECT attempts FROM checkout_session_check") == [(2,), (2,)]
+
+
+def test_rows_that_another_pass_is_claiming_are_passed_over(
+    store: SqlStore, mariadb_shop: MySQLShop
+) -> None:
+    add_sessions(mariadb_shop, numbered(3))
+    store.sync_open_sessions(store.now())
+    with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
+        other.begin()
+        cursor.execute(
+            "SELECT session_id FROM checkout_session_check WHERE session_id = 's1' FOR UPDATE"
+        )
+        claims = store.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        other.rollback()
+    assert sorted(claim.session_id for claim in claims) == ["s0", "s2"]
+
+
+def test_the_shops_rows_are_never_locked(store: SqlStore, mariadb_shop: MySQLShop) -> None:
+    add_sessions(mariadb_shop, numbered(3))
+    with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
+        other.begin()
+        cursor.execute("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
+        store.sync_open_sessions(store.now())
+        claims = store.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        other.rollback()
+    assert len(claims) == 3
+
+
+def test_an_idle_pass_never_reads_the_closed_sessions(
+    store: SqlStore, mariadb_shop: MySQLShop
+) -> None:
+    mariadb_shop.run(
+        "INSERT INTO checkout_session (id, billing_checkout_id, status)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)"
+        " SELECT CONCAT('closed-', a.i, '-', b.i), 'x', 'success' FROM n a, n b WHERE b.i <= 111"
+    )
+    mariadb_shop.run("ANALYZE TABLE checkout_session")
+    add_sessions(mariadb_shop, numbered(3))
+    store.sync_open_sessions(store.now())
+    database = store._database
+
+    def rows_read() -> int:
+        rows = database.run(lambda: database.query("SHOW SESSION STATUS LIKE 'Handler_read_%'"))
+        return sum(int(str(count)) for _name, count in rows)
+
+    before = rows_read()
+    store.sync_open_sessions(store.now())
+    store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    read = rows_read() - before
+    assert read < 100
+
+
+def test_tls_is_used_and_verified_when_asked(mariadb_shop: MySQLShop) -> None:
+    address = address_of(mariadb_shop)
+    strict = MySQLAddress(
+        address.host, address.port, address.user, address.password, address.database, ssl=True
+    )
+    with pytest.raises(StoreError, match=r"(?i)ssl|certificate"):
+        SqlStore(MySQLDatabase(lambda _refresh: strict)).prepare()
