@@ -1,0 +1,402 @@
+"""A billing service to practise on: a real server on a real port that misbehaves on request.
+
+`GET /billing/api/v1/paysession/{checkout id, percent-encoded}` with any `x-api-key` answers JSON
+such as `{"id": "checkout_active_1", "status": "open"}`. The first word of the id says what it gets
+instead, so `checkout_hang_1` hangs; words are separated by `_`, and `checkout_` before them is
+optional.
+
+| word in the id              | what the service does                                        |
+|-----------------------------|--------------------------------------------------------------|
+| `active`, any other word    | 200, status `open`                                           |
+| `200` to `599`              | that status; `429` and `503` come with `Retry-After: 30`     |
+| `ratelimited`               | 429 without `Retry-After`                                    |
+| `paid`, `failed`, `expired` | 200, status `open`, and that status from 60 seconds after the first request for this id, or as many as the next word says: `checkout_paid_20_1` |
+| `slow`                      | 200 after a second                                           |
+| `hang`                      | takes the request and never answers                          |
+| `drip`                      | 200, then one byte of body a second, for ever                |
+| `reset`                     | resets the connection (TCP RST)                              |
+| `garbage`                   | answers something that is not HTTP, and hangs up             |
+| `huge`                      | 200 with a body of 1 MiB                                     |
+| `text`                      | 200 with a body that is not JSON                             |
+| `redirect`                  | 302 to a path of its own, which answers 200                  |
+
+Without a key, or with a wrong one, it is 401. Another path is 404, another method 405, and what is
+not HTTP 400.
+"""  # noqa: E501 - a row of a table is one line
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import json
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import NamedTuple, Self, cast
+from urllib.parse import unquote
+
+HOST = "127.0.0.1"
+PORT = 4000
+_SESSIONS = "/billing/api/v1/paysession/"
+_REDIRECTED = "/billing/api/v1/redirected"
+
+_MAX_REQUEST_BYTES = 64 * 1024
+_HUGE_BYTES = 1024 * 1024
+_CHANGES_AFTER = 60  # seconds
+# A pass opens all its connections at once. Those beyond the backlog (asyncio's is 100) come a
+# second late, when the kernel tries again.
+_BACKLOG = 4096
+
+_BEGINNING = re.compile(rb"[!-~]+(?: |\Z)")
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~\w-]+):([^\r\n]*)\r\n", re.ASCII)
+_HEAD = re.compile(
+    r"([!-~]+) (/(?:[!-$&-~]|%[0-9A-Fa-f]{2})*) HTTP/1\.([01])\r\n"
+    rf"((?:{_FIELD.pattern.replace('(', '(?:')})*)\r\n",
+    re.ASCII,
+)
+_STATUS_CODE = re.compile("[2-5][0-9]{2}")
+_NUMBER = re.compile("[0-9]{1,9}")
+
+
+class _Request(NamedTuple):
+    method: str
+    path: str
+    checkout_id: str  # decoded; empty: the path is not a session's
+    api_key: str
+    keep_alive: bool
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[str, ...] = ()
+
+
+class SimulatedBilling:
+    """The service, and what it has seen.
+
+    `requests` counts by decoded checkout id, those refused for their key too; `redirects_followed`
+    counts visits to where `redirect` points; `in_flight` are the requests not answered yet, of
+    which those answered at once are never more than one.
+
+    `clock` (seconds) tells when `paid`, `failed` and `expired` are due. `pause_seconds` is real
+    time: how long `slow` waits, and `drip` between two bytes. Without an `api_key`, any will do.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        api_key: str | None = None,
+        pause_seconds: float = 1.0,
+    ) -> None:
+        self.requests: Counter[str] = Counter()
+        self.connections = 0
+        self.in_flight = 0
+        self.max_in_flight = 0
+        self.redirects_followed = 0
+        self.pause_seconds = pause_seconds
+        self._clock = clock
+        self._api_key = api_key
+        self._first_asked: dict[str, float] = {}
+        self._server: asyncio.Server | None = None
+        self._port: int | None = None
+
+    @property
+    def url(self) -> str:
+        """What `BILLING_API_URL` has to be; it still stands after `stop`."""
+        if self._port is None:
+            raise RuntimeError("the simulated billing service has not been started")
+        return f"http://{HOST}:{self._port}{_SESSIONS.removesuffix('/')}"
+
+    async def start(self, host: str = HOST, port: int = PORT) -> None:
+        """Listen; port 0 takes any that is free.
+
+        Raises:
+            OSError: the port is in use, or may not be used.
+        """
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Connection(self), host, port, family=socket.AF_INET, backlog=_BACKLOG
+        )
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and drop every connection, whatever it waits for."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        # A connection accepted this very moment has no transport yet, and asyncio leaks it when the
+        # server is closed. So accept no more, and let those in hand become connections first.
+        for listening in server.sockets:
+            asyncio.get_running_loop().remove_reader(listening)
+        await asyncio.sleep(0)
+        server.close()
+        server.abort_clients()
+        await server.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        """Start on any free port, unless it is started."""
+        if self._server is None:
+            await self.start(port=0)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    def take(self, request: _Request) -> _Answer | None:
+        """Count a request, and answer it when that is not for its checkout id to say."""
+        if request.path == _REDIRECTED:
+            self.redirects_followed += 1
+            return _session("redirected")
+        if not request.checkout_id:
+            return _error(404)
+        if request.method != "GET":
+            return _error(405, "Allow: GET")
+        self.requests[request.checkout_id] += 1
+        if not request.api_key or self._api_key not in (None, request.api_key):
+            return _error(401)
+        return None
+
+    def answer(self, checkout_id: str) -> _Answer:
+        """Answer as the id's word says, where that asks for no trouble on the connection itself."""
+        answer = _session(checkout_id)
+        match _words(checkout_id):
+            case ["huge", *_]:  # space after JSON is still JSON
+                answer = answer._replace(body=answer.body.ljust(_HUGE_BYTES))
+            case ["text", *_]:
+                answer = _Answer(200, b"this is not JSON", "text/plain")
+            case ["redirect", *_]:
+                answer = _error(302, f"Location: {_REDIRECTED}")
+            case ["ratelimited", *_]:
+                answer = _error(429)
+            case ["429" | "503" as code, *_]:
+                answer = _error(int(code), "Retry-After: 30")
+            case ["paid" | "failed" | "expired" as state, *more]:
+                after = int(more[0]) if more and _NUMBER.fullmatch(more[0]) else _CHANGES_AFTER
+                now = self._clock()
+                if now >= self._first_asked.setdefault(checkout_id, now) + after:
+                    answer = _session(checkout_id, state)
+            case [code, *_] if _STATUS_CODE.fullmatch(code) and code != "200":
+                answer = _error(int(code))
+        return answer
+
+
+class _Connection(asyncio.Protocol):
+    """One client: takes its requests one at a time and answers each as its id says."""
+
+    def __init__(self, billing: SimulatedBilling) -> None:
+        self._billing = billing
+        self._received = bytearray()
+        self._request: _Request | None = None  # the one in flight
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._billing.connections += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's name
+        if self._timer is not None:
+            self._timer.cancel()
+        self._done()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        self._take_requests()
+        if len(self._received) > _MAX_REQUEST_BYTES:
+            self._transport.abort()
+
+    def _take_requests(self) -> None:
+        while self._received and self._request is None and not self._transport.is_closing():
+            try:
+                self._request = _take(self._received)
+            except ValueError:
+                self._send(_error(400))
+                return
+            if self._request is None:
+                return
+            self._billing.in_flight += 1
+            self._billing.max_in_flight = max(self._billing.max_in_flight, self._billing.in_flight)
+            answer = self._billing.take(self._request)
+            if answer is None:
+                self._behave(self._request.checkout_id)
+            else:
+                self._send(answer)
+
+    def _done(self) -> None:
+        if self._request is not None:
+            self._request = None
+            self._billing.in_flight -= 1
+
+    def _behave(self, checkout_id: str) -> None:
+        match _words(checkout_id)[0]:
+            case "hang":
+                pass  # in flight until the client has had enough
+            case "slow":
+                self._later(lambda: self._send_late(checkout_id))
+            case "drip":  # the body has no length, so it ends with the connection
+                self._transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+                self._drip()
+            case "reset":
+                linger = struct.pack("ii", 1, 0)  # closing discards what is unsent and sends RST
+                connected = self._transport.get_extra_info("socket")
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self._transport.abort()
+            case "garbage":
+                self._transport.write(b"This is not HTTP.\r\n\r\n")
+                self._transport.close()
+            case _:
+                self._send(self._billing.answer(checkout_id))
+
+    def _later(self, action: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._billing.pause_seconds, action)
+
+    def _drip(self) -> None:
+        self._transport.write(b" ")
+        self._later(self._drip)
+
+    def _send_late(self, checkout_id: str) -> None:
+        self._send(_session(checkout_id))
+        self._take_requests()  # what came in the meantime
+
+    def _send(self, answer: _Answer) -> None:
+        """Answer the request in flight, or, when it could not even be taken, say so and hang up."""
+        request = self._request
+        head = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}", *answer.headers]
+        body = answer.body
+        if answer.status in (204, 304):
+            body = b""  # and no length: these end with their headers
+        else:
+            head += [f"Content-Type: {answer.content_type}", f"Content-Length: {len(body)}"]
+        if request is not None and request.method == "HEAD":
+            body = b""
+        closing = request is None or not request.keep_alive
+        if closing:
+            head.append("Connection: close")
+        self._transport.write("\r\n".join([*head, "", ""]).encode() + body)
+        if closing:
+            self._transport.close()
+        self._done()
+
+
+def _take(received: bytearray) -> _Request | None:
+    """Take one whole request off the front; None while the rest of it is still to come.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    blank = received.find(b"\r\n\r\n")
+    if blank < 0:
+        if not _BEGINNING.match(received):  # TLS, for one, would wait for an answer
+            raise ValueError
+        return None
+    end = blank + 4
+    head = _HEAD.fullmatch(received[:end].decode("latin-1"))
+    if head is None:
+        raise ValueError
+    method, target, minor, fields = head.groups()
+    headers = {name.lower(): value.strip() for name, value in _FIELD.findall(fields)}
+    length = headers.get("content-length", "0")
+    if not _NUMBER.fullmatch(length) or "transfer-encoding" in headers or "host" not in headers:
+        raise ValueError
+    if len(received) < end + int(length):
+        return None
+    del received[: end + int(length)]
+    path = target.partition("?")[0]
+    before, sessions, segment = path.partition(_SESSIONS)
+    is_session = sessions and not before and "/" not in segment
+    return _Request(
+        method,
+        path,
+        unquote(segment, errors="strict") if is_session else "",
+        headers.get("x-api-key", ""),
+        minor == "1" and "close" not in headers.get("connection", "").lower(),
+    )
+
+
+def _words(checkout_id: str) -> list[str]:
+    return checkout_id.removeprefix("checkout_").split("_")
+
+
+def _session(checkout_id: str, state: str = "open") -> _Answer:
+    return _Answer(200, json.dumps({"id": checkout_id, "status": state}).encode())
+
+
+def _error(status: int, *headers: str) -> _Answer:
+    return _Answer(status, json.dumps({"error": _phrase(status)}).encode(), headers=headers)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unassigned"
+
+
+@contextlib.contextmanager
+def running_billing(
+    *,
+    host: str = HOST,
+    port: int = 0,
+    clock: Callable[[], float] = time.monotonic,
+    api_key: str | None = None,
+    pause_seconds: float = 1.0,
+) -> Iterator[SimulatedBilling]:
+    """Run the service in a thread of its own, for callers without an event loop.
+
+    Raises:
+        OSError: the port is in use, or may not be used.
+    """
+    billing = SimulatedBilling(clock=clock, api_key=api_key, pause_seconds=pause_seconds)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="simulated-billing")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(billing.start(host, port), loop).result()
+        try:
+            yield billing
+        finally:
+            asyncio.run_coroutine_threadsafe(billing.stop(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _listen(port: int) -> None:
+    billing = SimulatedBilling()
+    await billing.start(port=port)
+    async with billing:
+        print(f"Simulated billing service: {billing.url}", flush=True)
+        await asyncio.Event().wait()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until Ctrl-C."""
+    parser = argparse.ArgumentParser("python -m local.billing", description="Simulated billing.")
+    parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
+    port = parser.parse_args(arguments).port
+    try:
+        asyncio.run(_listen(port))
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            sentence = f"Port {port} is in use: stop what listens there, or choose another: --port."
+        else:
+            sentence = f"Port {port} cannot be listened on: {error}"
+        print(sentence, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
