@@ -23,6 +23,11 @@ from core.model import Answer, Outcome
 MAX_BODY_BYTES = 64 * 1024
 _CHUNK_BYTES = MAX_BODY_BYTES + 1  # so that one read shows whether a body is within the limit
 
+UNAUTHORIZED = frozenset((401, 403))
+# A key that is refused may have been rotated. A revoked one is refused for every session, and must
+# not become a request to the secret's keeper for each of them.
+KEY_READ_AGAIN_SECONDS = 30.0
+
 # Every URL parser takes these for path segments that mean "here" and "up", also percent-encoded
 # (RFC 3986 section 5.2.4; WHATWG URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
@@ -31,7 +36,8 @@ _DOT_SEGMENTS = frozenset((".", ".."))
 class BillingClient:
     """Asks the billing service about sessions, each within a total time, over kept connections.
 
-    It belongs to the event loop it was first used on.
+    `read_key_again`, where the key can change, is called in a thread after a 401 or 403; when it
+    brings another key, the request is sent once more. It belongs to the event loop it is used on.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class BillingClient:
         api_url: str,
         api_key: str,
         timeout_seconds: float,
+        read_key_again: Callable[[], str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -51,6 +58,9 @@ class BillingClient:
         self._headers = httpx.Headers(
             {"host": host, "accept": "application/json", "x-api-key": api_key}
         )
+        self._read_key_again = read_key_again
+        self._key_read_at = -KEY_READ_AGAIN_SECONDS
+        self._rotation = asyncio.Lock()
         self._timeout_seconds = timeout_seconds
         self._transport = transport or ReqwestTransport()
         self._monotonic = monotonic
@@ -67,12 +77,14 @@ class BillingClient:
             return Answer(
                 Outcome.INVALID_SESSION, detail="its billing_checkout_id cannot be part of a URL"
             )
-        request = httpx.Request("GET", self._prefix + segment, headers=self._headers)
+        url = self._prefix + segment
         started = self._monotonic()
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                response = await self._transport.handle_async_request(request)
-                await _read(response)
+                headers = self._headers
+                response = await self._get(url, headers)
+                if response.status_code in UNAUTHORIZED and await self._key_rotated(headers):
+                    response = await self._get(url, self._headers)
         except (TimeoutError, httpx.TimeoutException):
             return Answer(Outcome.TIMEOUT, seconds=self._monotonic() - started)
         except httpx.TransportError as error:
@@ -84,6 +96,30 @@ class BillingClient:
             response.status_code,
             self._monotonic() - started,
         )
+
+    async def _get(self, url: str, headers: httpx.Headers) -> httpx.Response:
+        response = await self._transport.handle_async_request(
+            httpx.Request("GET", url, headers=headers)
+        )
+        await _read(response)
+        return response
+
+    async def _key_rotated(self, refused: httpx.Headers) -> bool:
+        """Whether there is another key than the refused one: a rotation heals itself."""
+        if self._read_key_again is None:
+            return False
+        async with self._rotation:
+            if self._headers is not refused:
+                return True  # another check has just found the new key
+            if self._monotonic() - self._key_read_at < KEY_READ_AGAIN_SECONDS:
+                return False
+            self._key_read_at = self._monotonic()
+            key = await asyncio.to_thread(self._read_key_again)
+            if key == refused["x-api-key"]:
+                return False
+            self._headers = refused.copy()
+            self._headers["x-api-key"] = key
+            return True
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
@@ -107,7 +143,7 @@ def classify(status_code: int, *, retry_after: str | None) -> Outcome:
             return Outcome.ACTIVE
         case 404 | 410:
             return Outcome.NOT_FOUND
-        case 401 | 403:
+        case _ if status_code in UNAUTHORIZED:
             return Outcome.UNAUTHORIZED
         case 429:
             return Outcome.RATE_LIMITED

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pymysql
 from pymysql import converters
@@ -14,7 +14,7 @@ from pymysql.charset import charset_by_name
 from pymysql.connections import Connection
 from pymysql.constants import CR, ER, FIELD_TYPE
 
-from core.settings import MySQLAddress
+from core.settings import MySQLAddress, SettingsError
 from core.store import Row, StoreError, Value
 
 CONNECT_SECONDS = 5
@@ -67,11 +67,17 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
 ) ENGINE=InnoDB"""
 
 
+class Addresses(Protocol):
+    """Says where to connect; with `refresh`, as it is now and not as it was read before."""
+
+    def __call__(self, *, refresh: bool) -> MySQLAddress: ...
+
+
 class MySQLDatabase:
     """One connection, opened when first needed and replaced when it has gone stale.
 
-    `address(refresh)` says where to connect; it is asked again with `refresh` true, once, when the
-    server denies access, because a password may have been rotated.
+    When the server denies access, the address is asked for once more, refreshed, because a password
+    may have been rotated.
     """
 
     # Left to itself, the optimizer may sort the whole table instead, and then one pass locks every
@@ -82,7 +88,7 @@ class MySQLDatabase:
 
     def __init__(
         self,
-        address: Callable[[bool], MySQLAddress],
+        address: Addresses,
         *,
         clock: Callable[[], datetime] | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -93,6 +99,7 @@ class MySQLDatabase:
         self._sleep = sleep
         self._connection: Connection | None = None
         self._id_charset: str | None = None
+        self._where = ""
 
     def prepare(self) -> bool:
         id_type = self.run(self._id_type)
@@ -149,6 +156,8 @@ class MySQLDatabase:
                 if code == ER.NO_SUCH_TABLE:
                     self.prepared = False
                 raise StoreError(self._explained(error)) from error
+            except SettingsError as error:  # the address is in a secret that cannot be read
+                raise StoreError(str(error)) from error
             except BaseException:
                 self._drop()
                 raise
@@ -173,13 +182,14 @@ class MySQLDatabase:
     def _connect(self) -> None:
         if self._connection is not None:
             return
-        address = self._address(False)  # noqa: FBT003 (the parameter's name is in the type's docs)
+        address = self._address(refresh=False)
+        self._where = f"{address.host}:{address.port}/{address.database}"
         try:
             self._connection = _connection(address)
         except pymysql.OperationalError as error:
             if error.args[0] != ER.ACCESS_DENIED_ERROR:
                 raise
-            rotated = self._address(True)  # noqa: FBT003
+            rotated = self._address(refresh=True)
             if rotated == address:
                 raise
             self._connection = _connection(rotated)
@@ -199,14 +209,9 @@ class MySQLDatabase:
             connection.close()
 
     def _explained(self, error: pymysql.MySQLError) -> str:
-        try:
-            address = self._address(False)  # noqa: FBT003
-            where = f"{address.host}:{address.port}/{address.database}"
-        except StoreError:
-            where = "(no address)"
         code, *message = error.args or (None,)
         text = str(message[0]) if message else type(error).__name__
-        return f"The database {where} cannot be used: {text} ({code})."
+        return f"The database {self._where} cannot be used: {text} ({code})."
 
     def _id_type(self) -> str:
         """The type of our `session_id`: exactly the shop's, or the two cannot be joined."""

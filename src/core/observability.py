@@ -13,7 +13,6 @@ from aws_lambda_powertools.metrics import MetricUnit
 
 from core.model import Answer, Claim, Outcome, Summary, iso
 
-SERVICE = "checkout-session-monitor"
 NAMESPACE = "CheckoutSessionMonitor"
 
 # Lines of one outcome in one pass; the rest is counted. 10,000 lines of 200 bytes every 5 s would
@@ -38,8 +37,9 @@ METRICS: Mapping[str, MetricUnit] = {
     "PassesFailed": MetricUnit.Count,
 }
 
-logger = Logger(service=SERVICE)
-metrics = Metrics(namespace=NAMESPACE, service=SERVICE)
+# Both take POWERTOOLS_SERVICE_NAME, the stack's name, for the service.
+logger = Logger()
+metrics = Metrics(namespace=NAMESPACE)
 
 
 def set_level(*, debug: bool) -> None:

@@ -67,6 +67,7 @@ class Settings:
             SettingsError: the first variable that cannot be used.
         """
         given = {name: value.strip() for name, value in env.items() if value.strip()}
+        api_key = given.get("APIKEY")
         database_url = given.get("DATABASE_URL")
         database_secret_arn = given.get("DATABASE_SECRET_ARN")
         if database_url is None and database_secret_arn is None:
@@ -76,8 +77,8 @@ class Settings:
             )
         return cls(
             database=parse_database_url(database_url) if database_url else None,
-            api_key=_api_key(given.get("APIKEY")),
-            api_key_secret_arn=given.get("APIKEY_SECRET_ARN"),
+            api_key=checked_api_key("APIKEY", api_key) if api_key else None,
+            api_key_secret_arn=None if api_key else given.get("APIKEY_SECRET_ARN"),
             database_secret_arn=None if database_url else database_secret_arn,
             billing_api_url=_billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
             interval_seconds=_number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60),
@@ -142,13 +143,18 @@ def _refuse_database_url(text: str, why: str) -> Never:
     raise SettingsError(f"DATABASE_URL ({shown}) {why}; it must be {DATABASE_FORM}.")
 
 
-def _api_key(text: str | None) -> str | None:
-    if text is not None and not all("!" <= character <= "~" for character in text):
+def checked_api_key(source: str, key: str) -> str:
+    """The key, when an HTTP header can carry it. `source` is where it comes from.
+
+    Raises:
+        SettingsError: it cannot. The message does not show the key.
+    """
+    if not all("!" <= character <= "~" for character in key):
         raise SettingsError(
-            "APIKEY holds a space, a control character or a character outside ASCII (not shown "
+            f"{source} holds a space, a control character or a character outside ASCII (not shown "
             "here); it must be visible ASCII characters only, as an HTTP header can carry them."
         )
-    return text
+    return key
 
 
 def _billing_api_url(text: str) -> str:

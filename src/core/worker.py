@@ -5,16 +5,17 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import httpx
 
-from core import monitor
+from core import monitor, secrets
 from core.billing import BillingClient
 from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
 from core.mysql import MySQLDatabase
 from core.observability import logger
-from core.settings import MySQLAddress, Settings, SQLitePath
+from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
 from core.sqlite import SQLiteDatabase
 from core.store import Database, SqlStore, StoreError
 
@@ -58,14 +59,7 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._store = SqlStore(open_database(settings))
-        self._billing: BillingClient | None = None
-        if settings.api_key is not None:
-            self._billing = BillingClient(
-                api_url=settings.billing_api_url,
-                api_key=settings.api_key,
-                timeout_seconds=settings.request_timeout_seconds,
-                transport=transport,
-            )
+        self._billing = _billing(settings, transport)
         self._runner = asyncio.Runner()
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._running: asyncio.Task[Summary] | None = None
@@ -150,8 +144,38 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
     """The engine that the settings name; it connects when it is first used."""
     match settings.database:
         case MySQLAddress() as address:
-            return MySQLDatabase(lambda _refresh: address, clock=clock)
+            return MySQLDatabase(lambda *, refresh: address, clock=clock)  # noqa: ARG005
         case SQLitePath(path):
             return SQLiteDatabase(path, clock=clock)
         case None:
-            raise NotImplementedError
+            arn = settings.database_secret_arn
+            assert arn is not None  # noqa: S101 (Settings.from_env sees to it)
+            return MySQLDatabase(partial(secrets.read_database, arn), clock=clock)
+
+
+def _billing(
+    settings: Settings, transport: httpx.AsyncBaseTransport | None
+) -> BillingClient | None:
+    """The client, or None without an API key. Raises SettingsError for a secret without one."""
+    key, arn = settings.api_key, settings.api_key_secret_arn
+    read_again = None
+    if key is None and arn is not None:
+        key = secrets.read_api_key(arn)
+        read_again = partial(_new_key_or, key, arn)
+    if key is None:
+        return None
+    return BillingClient(
+        api_url=settings.billing_api_url,
+        api_key=key,
+        timeout_seconds=settings.request_timeout_seconds,
+        read_key_again=read_again,
+        transport=transport,
+    )
+
+
+def _new_key_or(key: str, arn: str) -> str:
+    try:
+        return secrets.read_api_key(arn, refresh=True)
+    except SettingsError as error:
+        logger.error(f"❌ {error}")
+        return key

@@ -179,7 +179,7 @@ def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_b
     there = address_of(mariadb_shop)
     away = MySQLAddress("127.0.0.1", 1, there.user, "hidden-pass", there.database)
     current = [away]
-    store = SqlStore(MySQLDatabase(lambda _refresh: current[0]))
+    store = SqlStore(MySQLDatabase(lambda *, refresh: current[0]))
     with pytest.raises(StoreError) as failed:
         store.prepare()
     assert str(failed.value) == (
@@ -199,7 +199,7 @@ def test_a_wrong_password_is_asked_for_again_once_and_then_one_clear_error(
     wrong = MySQLAddress(right.host, right.port, right.user, "hidden-pass", right.database)
     asked: list[bool] = []
 
-    def rotated(refresh: bool) -> MySQLAddress:
+    def rotated(*, refresh: bool) -> MySQLAddress:
         asked.append(refresh)
         return right if refresh else wrong
 
@@ -208,7 +208,7 @@ def test_a_wrong_password_is_asked_for_again_once_and_then_one_clear_error(
     assert asked == [False, True]
     store.close()
     with pytest.raises(StoreError, match="Access denied") as denied:
-        SqlStore(MySQLDatabase(lambda _refresh: wrong)).prepare()
+        SqlStore(MySQLDatabase(lambda *, refresh: wrong)).prepare()
     assert "hidden-pass" not in str(denied.value)
 
 
@@ -218,7 +218,7 @@ def test_a_deadlock_is_tried_again_a_bounded_number_of_times(
 ) -> None:
     slept: list[float] = []
     address = address_of(mariadb_shop)
-    database = MySQLDatabase(lambda _refresh: address, sleep=slept.append)
+    database = MySQLDatabase(lambda *, refresh: address, sleep=slept.append)
     tried = 0
 
     def work() -> str:
@@ -325,4 +325,4 @@ def test_tls_is_used_and_verified_when_asked(mariadb_shop: MySQLShop) -> None:
         address.host, address.port, address.user, address.password, address.database, ssl=True
     )
     with pytest.raises(StoreError, match=r"(?i)ssl|certificate"):
-        SqlStore(MySQLDatabase(lambda _refresh: strict)).prepare()
+        SqlStore(MySQLDatabase(lambda *, refresh: strict)).prepare()

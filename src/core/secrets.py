@@ -1,0 +1,81 @@
+"""Secrets from AWS Secrets Manager, kept for an hour, read again when one is refused.
+
+boto3 takes a second to import, so nothing here is imported before a secret is needed.
+"""
+
+import json
+from typing import Any
+
+from core.settings import MySQLAddress, SettingsError, checked_api_key
+
+# A refused secret is read again at once (a rotation); this bounds how long an old one lives on
+# where both are accepted.
+KEEP_SECONDS = 3600
+
+DATABASE_KEYS = ("username", "password", "host", "dbname")
+
+
+def read_api_key(arn: str, *, refresh: bool = False) -> str:
+    """The billing API key: the secret's text, or its `APIKEY` where the text is a JSON object.
+
+    Raises:
+        SettingsError: the secret cannot be read, or holds no usable key.
+    """
+    text = _read("APIKEY_SECRET_ARN", arn, refresh=refresh)
+    parsed = _parsed(text)
+    key = parsed.get("APIKEY") if isinstance(parsed, dict) else text
+    if not isinstance(key, str) or not key.strip():
+        raise SettingsError(
+            f"APIKEY_SECRET_ARN names the secret {arn}, which holds no key; it must be the key "
+            'itself or a JSON object {"APIKEY": "..."}.'
+        )
+    return checked_api_key("APIKEY_SECRET_ARN", key.strip())
+
+
+def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
+    """The database in a secret of the form that RDS makes; `port` and `ssl_ca` are optional.
+
+    Raises:
+        SettingsError: the secret cannot be read, or is of another form.
+    """
+    parsed = _parsed(_read("DATABASE_SECRET_ARN", arn, refresh=refresh))
+    if not isinstance(parsed, dict):
+        parsed = {}
+    missing = [key for key in DATABASE_KEYS if not parsed.get(key)]
+    port = str(parsed.get("port", 3306))
+    if missing or not port.isdigit():
+        what = f"lacks {', '.join(missing)}" if missing else f"has the port {port!r}"
+        raise SettingsError(
+            f"DATABASE_SECRET_ARN names the secret {arn}, which {what}; it must be a JSON object "
+            f"with {', '.join(DATABASE_KEYS)} and, where it is not 3306, port."
+        )
+    ssl_ca = parsed.get("ssl_ca")
+    return MySQLAddress(
+        host=str(parsed["host"]),
+        port=int(port),
+        user=str(parsed["username"]),
+        password=str(parsed["password"]),
+        database=str(parsed["dbname"]),
+        ssl_ca=str(ssl_ca) if ssl_ca else None,
+        ssl=bool(ssl_ca),
+    )
+
+
+def _parsed(text: str) -> Any:  # noqa: ANN401 (JSON)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _read(variable: str, arn: str, *, refresh: bool) -> str:
+    from aws_lambda_powertools.utilities import parameters  # noqa: PLC0415 (imports boto3)
+    from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+
+    try:
+        value = parameters.get_secret(arn, max_age=KEEP_SECONDS, force_fetch=refresh)
+    except (parameters.exceptions.GetParameterError, BotoCoreError) as error:
+        raise SettingsError(
+            f"{variable} names the secret {arn}, which cannot be read: {error}"
+        ) from None
+    return value if isinstance(value, str) else value.decode()
