@@ -72,13 +72,18 @@ def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSt
         StartError: a port is in use, or the SQLite file cannot be.
     """
     given = {name: value for name, value in env.items() if value.strip()}
-    simulate = "BILLING_API_URL" not in given
-    if simulate:
-        given["BILLING_API_URL"] = f"http://localhost:{billing_port}/billing/api/v1/paysession"
     given.setdefault("DATABASE_URL", f"sqlite:///{DATABASE}")
     given.setdefault("CHECK_INTERVAL_SECONDS", str(loop.default_interval_seconds()))
+    if "BILLING_API_URL" in given:
+        billing_is = "Billing service"
+    else:
+        billing_is = "Simulated billing service"
+        with on_port(billing_port, "--billing-port"):
+            simulated = stack.enter_context(billing.running_billing(port=billing_port))
+        given["BILLING_API_URL"] = simulated.url
     settings = Settings.from_env(given)
     observability.set_level(debug=settings.debug)
+    print(f"{billing_is}: {settings.billing_api_url}")
     if isinstance(settings.database, SQLitePath):
         path = settings.database.path
         try:
@@ -86,12 +91,6 @@ def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSt
         except (OSError, sqlite3.Error) as error:
             raise StartError(f"The database file {path} cannot be used: {error}.") from None
         print(f"Database: {path}" + (f", made with {len(SAMPLES)} sample sessions" if made else ""))
-    if simulate:
-        with on_port(billing_port, "--billing-port"):
-            stack.enter_context(billing.running_billing(port=billing_port))
-        print(f"Simulated billing service: {settings.billing_api_url}")
-    else:
-        print(f"Billing service: {settings.billing_api_url}")
     return settings
 
 

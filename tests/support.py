@@ -1,6 +1,7 @@
 """What several test modules need: a shop's database, a clock, a billing service made of a table."""
 
 import asyncio
+import json
 import re
 import shutil
 import socket
@@ -26,6 +27,7 @@ from core.settings import Settings
 from core.store import Database, SqlStore
 from core.worker import open_database
 
+EVENTS = Path(__file__).parents[1] / "events"
 SCHEMA = Path(__file__).parents[1] / "local" / "schema"
 NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
@@ -87,6 +89,12 @@ class MySQLShop:
                 return list(cursor.fetchall())
         finally:
             connection.close()
+
+
+def event(name: str) -> dict[str, Any]:
+    """An event as users invoke the functions with it."""
+    loaded: dict[str, Any] = json.loads((EVENTS / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
 
 
 def connect(server: str, database: str | None = None) -> pymysql.Connection:

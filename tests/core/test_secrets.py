@@ -1,0 +1,140 @@
+"""Secrets Manager's secrets, in both shapes, and what a rotation costs: nothing."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from aws_lambda_powertools.utilities.parameters import clear_caches
+from moto import mock_aws
+
+from core import secrets
+from core.model import Outcome
+from core.settings import MySQLAddress, Settings, SettingsError
+from core.worker import Worker
+from local.billing import running_billing
+from tests.support import Shop, add_sessions
+
+
+class Manager:
+    """Secrets Manager, as an operator uses it."""
+
+    def __init__(self) -> None:
+        self._client = boto3.client("secretsmanager")
+
+    def put(self, text: str) -> str:
+        """Make a secret; returns its ARN."""
+        arn: str = self._client.create_secret(Name="secret", SecretString=text)["ARN"]
+        return arn
+
+    def rotate(self, arn: str, text: str) -> None:
+        self._client.put_secret_value(SecretId=arn, SecretString=text)
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    with mock_aws():
+        clear_caches()  # type: ignore[no-untyped-call]
+        yield Manager()
+    clear_caches()  # type: ignore[no-untyped-call]
+
+
+RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
+
+
+@pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
+def test_the_api_key_is_the_secrets_text_or_its_apikey(manager: Manager, text: str) -> None:
+    assert secrets.read_api_key(manager.put(text)) == "the-key"
+
+
+@pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])
+def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
+    manager: Manager, text: str
+) -> None:
+    with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
+        secrets.read_api_key(manager.put(text))
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_secret_that_is_not_there_is_one_sentence_that_names_it(manager: Manager) -> None:
+    with pytest.raises(SettingsError, match=r"APIKEY_SECRET_ARN names the secret nowhere, which"):
+        secrets.read_api_key("nowhere")
+
+
+def test_the_database_is_in_a_secret_of_rds_form(manager: Manager) -> None:
+    found = secrets.read_database(manager.put(json.dumps(RDS)))
+    assert found == MySQLAddress("db", 3307, "u", "p@ss", "shop")
+
+
+@pytest.mark.parametrize("missing", ["username", "password", "host", "dbname"])
+def test_a_database_secret_that_lacks_something_says_what(manager: Manager, missing: str) -> None:
+    text = json.dumps({key: value for key, value in RDS.items() if key != missing})
+    with pytest.raises(SettingsError, match=f"which lacks {missing}; it must be") as refused:
+        secrets.read_database(manager.put(text))
+    assert "p@ss" not in str(refused.value)
+
+
+def test_secrets_are_read_once_and_again_when_asked(manager: Manager) -> None:
+    arn = manager.put("old")
+    assert secrets.read_api_key(arn) == "old"
+    manager.rotate(arn, "new")
+    assert secrets.read_api_key(arn) == "old"
+    assert secrets.read_api_key(arn, refresh=True) == "new"
+    assert secrets.read_api_key(arn) == "new"
+
+
+def worker(shop: Shop, billing_url: str, arn: str) -> Worker:
+    return Worker(
+        Settings.from_env(
+            {
+                "DATABASE_URL": shop.url,
+                "BILLING_API_URL": billing_url,
+                "APIKEY_SECRET_ARN": arn,
+            }
+        )
+    )
+
+
+def test_a_rotated_api_key_is_found_in_the_pass_that_meets_it(
+    manager: Manager, sqlite_shop: Shop
+) -> None:
+    add_sessions(sqlite_shop, {f"s{n}": f"checkout_active_{n}" for n in range(20)})
+    arn = manager.put("old")
+    with running_billing(api_key="new") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        manager.rotate(arn, "new")
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.ACTIVE: 20}
+
+
+def test_a_revoked_api_key_is_read_again_once_not_once_a_session(
+    manager: Manager, sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(sqlite_shop, {f"s{n}": f"checkout_active_{n}" for n in range(20)})
+    arn = manager.put("revoked")
+    with running_billing(api_key="another") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        reads = 0
+
+        def counted(arn: str, *, refresh: bool) -> str:
+            nonlocal reads
+            reads += 1
+            return read_api_key(arn, refresh=refresh)
+
+        read_api_key = secrets.read_api_key
+        monkeypatch.setattr(secrets, "read_api_key", counted)
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.UNAUTHORIZED: 20}
+    assert reads == 1
+
+
+def test_importing_the_check_handler_does_not_import_boto3() -> None:
+    program = "import sys, handlers.check; sys.exit('boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

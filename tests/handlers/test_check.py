@@ -1,0 +1,94 @@
+"""The worker's Lambda, as the loop invokes it."""
+
+import json
+
+import pytest
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from core.settings import SettingsError
+from core.store import StoreError
+from handlers import check
+from local.billing import SimulatedBilling
+from tests.support import Shop, add_sessions, event
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("name", ["tick", "no-tick"])
+def test_a_tick_checks_the_open_sessions_and_returns_the_summary(
+    sqlite_shop: Shop, context: LambdaContext, name: str
+) -> None:
+    add_sessions(sqlite_shop, {"a": "checkout_active_1", "b": "checkout_404_2", "c": None})
+    summary = check.handler(event(name), context)
+    assert summary["open"] == summary["checked"] == 3
+    assert summary["outcomes"] == {"active": 1, "not_found": 1, "invalid_session": 1}
+    assert summary["reason"] == "tick"
+    json.dumps(summary)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_second_pass_opens_no_new_connection(
+    sqlite_shop: Shop, simulated: SimulatedBilling, context: LambdaContext
+) -> None:
+    add_sessions(sqlite_shop, {"a": "checkout_active_1", "b": "checkout_active_2"})
+    check.handler({}, context)
+    opened = simulated.connections
+    sqlite_shop.run("UPDATE checkout_session_check SET next_check_at = '2026-01-01T00:00:00.000Z'")
+    assert check.handler({}, context)["checked"] == 2
+    assert simulated.connections == opened
+
+
+@pytest.mark.usefixtures("environment")
+def test_each_pass_emits_its_metrics_once(
+    context: LambdaContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check.handler({}, context)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    [metrics] = [record for record in records if "_aws" in record]
+    assert metrics["PassesCompleted"] == [1]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("tick", ["soon", 5, "2026-01-15T10:30:05"])
+def test_a_tick_that_is_no_moment_is_refused_in_one_sentence(
+    context: LambdaContext, tick: object
+) -> None:
+    with pytest.raises(check.TickError, match=r"tick is .*; it must be an ISO 8601 time"):
+        check.handler({"tick": tick}, context)
+
+
+def test_a_wrong_setting_fails_the_invocation_with_its_sentence_and_the_next_one_tries_again(
+    environment: pytest.MonkeyPatch, context: LambdaContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with environment.context() as wrong:
+        wrong.setenv("MAX_CONCURRENCY", "many")
+        with pytest.raises(SettingsError):
+            check.handler({}, context)
+    sentence = "❌ MAX_CONCURRENCY is 'many'; it must be a whole number from 1 to 1000."
+    assert sentence in caplog.messages
+    assert check.handler({}, context)["open"] == 0
+
+
+def test_a_database_that_is_away_fails_the_invocation_and_works_again_when_it_is_back(
+    environment: pytest.MonkeyPatch,
+    sqlite_shop: Shop,
+    context: LambdaContext,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sqlite_shop.run("ALTER TABLE checkout_session RENAME TO elsewhere")
+    with pytest.raises(StoreError, match="no table checkout_session"):
+        check.handler({}, context)
+    assert '"PassesFailed":[1' in capsys.readouterr().out
+    sqlite_shop.run("ALTER TABLE elsewhere RENAME TO checkout_session")
+    assert check.handler({}, context)["open"] == 0
+
+
+def test_without_an_api_key_the_pass_asks_nothing_and_does_not_crash(
+    environment: pytest.MonkeyPatch,
+    sqlite_shop: Shop,
+    simulated: SimulatedBilling,
+    context: LambdaContext,
+) -> None:
+    environment.delenv("APIKEY")
+    add_sessions(sqlite_shop, {"a": "checkout_active_1"})
+    assert check.handler({}, context)["skipped"] == {"no_api_key": 1}
+    assert simulated.requests.total() == 0
