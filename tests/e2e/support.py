@@ -30,7 +30,10 @@ START_SECONDS = 120.0
 
 # The containers run on this machine's processor, so the functions are built for it.
 ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
-PARAMETERS = ("--parameter-overrides", f"Architecture={ARCHITECTURE}")
+PARAMETERS = (
+    "--parameter-overrides",
+    f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn=''",
+)
 
 
 def show(text: str) -> None:
@@ -193,9 +196,7 @@ def mariadb_container() -> Iterator[str]:
     """A MariaDB server in a container, for a machine that has Docker only; yields its URL."""
     password = secrets.token_hex(8)
     container = subprocess.run(
-        shlex.split(
-            "docker run --rm --detach --publish=3306 --env=MARIADB_ROOT_PASSWORD mariadb:lts"
-        ),
+        shlex.split("docker run --detach --publish=3306 --env=MARIADB_ROOT_PASSWORD mariadb:lts"),
         env=os.environ | {"MARIADB_ROOT_PASSWORD": password},
         stdout=subprocess.PIPE,
         text=True,
@@ -207,7 +208,7 @@ def mariadb_container() -> Iterator[str]:
         wait_until(lambda: answers(server), "the database in its container")
         yield server
     finally:
-        run(["docker", "stop", container])
+        run(["docker", "rm", "--force", "--volumes", container])
 
 
 def answers(server: str) -> bool:
