@@ -1,0 +1,136 @@
+"""The loop on this machine: the state machine of template.yaml itself, executed on the real clock.
+
+Step Functions keeps time on AWS; here sfnx interprets the same definition. No other module knows
+that library.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import sfnx.testing
+import yaml
+
+TEMPLATE = Path(__file__).parents[1] / "template.yaml"
+INTERVAL = "CheckIntervalSeconds"
+
+type Definition = Mapping[str, Any]
+type Arguments = Mapping[str, Any]  # of an invocation: FunctionName, InvocationType, Payload
+
+
+class StartError(Exception):
+    """A start that failed; `error` is its name in Step Functions, e.g. Lambda.ServiceException."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _Stopped(Exception):  # noqa: N818 (the end, not an error)
+    """The wait for a slot ended because the monitor stops."""
+
+
+def run(
+    start_check: Callable[[datetime], None],
+    interval_seconds: int,
+    stopping: threading.Event,
+    *,
+    now: Callable[[], float] = time.time,
+) -> None:
+    """Call `start_check` with each tick, on time, until `stopping` is set.
+
+    One execution follows the other without a gap: the last slot of one is over when the next one
+    looks for its first.
+    """
+
+    def invoke(arguments: Arguments) -> None:
+        start_check(datetime.fromisoformat(arguments["Payload"]["tick"]))
+
+    def wait_until(moment: float) -> None:
+        while (left := moment - now()) > 0:
+            if stopping.wait(left):
+                raise _Stopped
+
+    loop = definition(interval_seconds)
+    with contextlib.suppress(_Stopped):
+        while not stopping.is_set():
+            execute(loop, invoke, now=now, wait_until=wait_until)
+
+
+def execute(
+    loop: Definition,
+    invoke: Callable[[Arguments], None],
+    *,
+    now: Callable[[], float],
+    wait_until: Callable[[float], None],
+) -> None:
+    """Run one execution, a little over a minute by the clock that `now` and `wait_until` share.
+
+    Both count seconds since 1970. `invoke` may raise StartError, which meets the definition's Retry
+    (at once: sfnx does not wait between attempts) and Catch.
+    """
+
+    def task(call: sfnx.testing.Call) -> object:
+        arguments = call.arguments
+        assert isinstance(arguments, dict)  # noqa: S101 (sfnx does not type what it evaluates)
+        try:
+            invoke(arguments)
+        except StartError as error:
+            raise sfnx.testing.Failure(error.error) from error
+        return {"StatusCode": 202}
+
+    def wait(state: sfnx.testing.Wait) -> None:
+        assert state.timestamp is not None  # noqa: S101 (the loop waits for moments only)
+        wait_until(datetime.fromisoformat(state.timestamp).timestamp())
+
+    execution = sfnx.testing.run(
+        loop, {}, task, functions={"millis": lambda: int(now() * 1000)}, on_wait=wait
+    )
+    _ = execution.output  # raises what the execution failed with
+
+
+def definition(interval_seconds: int) -> Definition:
+    """CheckLoop's definition, filled in as CloudFormation does it at a deployment."""
+    loop = _template()["Resources"]["CheckLoop"]["Properties"]
+    values = {
+        name: interval_seconds if value == {"Ref": INTERVAL} else name
+        for name, value in loop["DefinitionSubstitutions"].items()
+    }
+    text = Template(json.dumps(loop["Definition"])).safe_substitute(values)
+    filled: Definition = json.loads(text)
+    return filled
+
+
+def default_interval_seconds() -> int:
+    """What a deployment that does not set the interval gets."""
+    return int(_template()["Parameters"][INTERVAL]["Default"])
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as CloudFormation writes it: `!Ref x` is `{"Ref": "x"}`, and so for every function."""
+
+
+def _function(loader: _Loader, name: str, node: yaml.Node) -> dict[str, Any]:
+    match node:
+        case yaml.ScalarNode():
+            return {name: loader.construct_scalar(node)}
+        case yaml.SequenceNode():
+            return {name: loader.construct_sequence(node, deep=True)}
+        case yaml.MappingNode():
+            return {name: loader.construct_mapping(node, deep=True)}
+    raise TypeError(node)
+
+
+_Loader.add_multi_constructor("!", _function)
+
+
+def _template() -> dict[str, Any]:
+    # The loader is a SafeLoader.
+    template: dict[str, Any] = yaml.load(TEMPLATE.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+    return template

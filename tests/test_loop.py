@@ -1,0 +1,298 @@
+"""The template's own loop on virtual clocks: an hour of executions takes a second."""
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from local import loop
+from local.loop import Arguments, Definition, StartError
+
+NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC).timestamp()
+MINUTES = [NOON + 60 * minute for minute in range(61)]  # an hour, and the start that ends it
+
+# Which error an attempt to start a slot's check meets, None for none; attempts count from 0.
+type Fails = Callable[[float, int], str | None]
+
+
+@dataclass(frozen=True, order=True)
+class Start:
+    """A check that was started: when, and for which slot. Times are seconds since 1970."""
+
+    at: float
+    slot: float
+
+
+@dataclass
+class StepFunctions:
+    """Step Functions as one execution of the loop meets it, latencies included.
+
+    An execution has a clock of its own, so overlapping ones are run one after the other and their
+    starts are put in order afterwards.
+    """
+
+    interval_seconds: int = 5
+    wait_ends_late: Callable[[], float] = lambda: 0.05
+    invoke_seconds: Callable[[], float] = lambda: 0.05
+    worker_seconds: float = 0.2
+    fails: Fails = lambda _slot, _attempt: None
+    attempts: Counter[float] = field(default_factory=Counter)
+    definition: Definition = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.definition = loop.definition(self.interval_seconds)
+
+    def executions(self, begins: Iterable[float]) -> list[Start]:
+        """The checks that executions begun at these times start, in the order of time."""
+        return sorted(start for at in begins for start in self.execution(at))
+
+    def execution(self, begins: float) -> list[Start]:
+        """The checks that one execution starts."""
+        start_check = self.definition["States"]["StartCheck"]
+        [retry] = start_check["Retry"]
+        clock = begins
+        starts: list[Start] = []
+        attempts: Counter[float] = Counter()
+
+        def now() -> float:
+            return clock
+
+        def wait_until(moment: float) -> None:
+            nonlocal clock
+            clock = max(clock, moment + self.wait_ends_late())
+
+        def invoke(arguments: Arguments) -> None:
+            nonlocal clock
+            slot = datetime.fromisoformat(arguments["Payload"]["tick"]).timestamp()
+            starts_at = clock
+            clock += self.invoke_seconds()
+            if arguments["InvocationType"] != "Event":
+                clock += self.worker_seconds
+            error = self.fails(slot, attempts[slot])
+            attempts[slot] += 1
+            self.attempts[slot] += 1
+            if error is None:
+                starts.append(Start(starts_at, slot))
+                return
+            if error == "States.Timeout":
+                clock += start_check["TimeoutSeconds"]
+            elif error in retry["ErrorEquals"] and attempts[slot] <= retry["MaxAttempts"]:
+                clock += retry["IntervalSeconds"] * retry["BackoffRate"] ** (attempts[slot] - 1)
+            raise StartError(error)
+
+        loop.execute(self.definition, invoke, now=now, wait_until=wait_until)
+        return starts
+
+
+def slots(first: float, last: float, interval_seconds: int) -> list[float]:
+    """The multiples of the interval after `first`, up to and with `last`."""
+    number = int(first // interval_seconds) + 1
+    return [float(n * interval_seconds) for n in range(number, int(last // interval_seconds) + 1)]
+
+
+def served(starts: Sequence[Start]) -> list[float]:
+    return sorted({start.slot for start in starts})
+
+
+def lateness(starts: Sequence[Start]) -> float:
+    return max(start.at - start.slot for start in starts)
+
+
+def jittered(seed: int) -> list[float]:
+    draw = random.Random(seed)
+    return [minute + draw.uniform(-2, 8) for minute in MINUTES]
+
+
+def from_one_extreme_to_the_other() -> list[float]:
+    return [minute + (8 if number % 2 else -2) for number, minute in enumerate(MINUTES)]
+
+
+@pytest.mark.parametrize(
+    "begins",
+    [jittered(1), jittered(2), jittered(3), from_one_extreme_to_the_other(), MINUTES],
+    ids=["jitter", "other jitter", "more jitter", "extremes", "on the minute"],
+)
+def test_over_an_hour_of_jittered_starts_and_one_duplicate_no_slot_is_missed(
+    begins: list[float],
+) -> None:
+    draw = random.Random(0)
+    step_functions = StepFunctions(
+        wait_ends_late=lambda: draw.uniform(0, 0.4), invoke_seconds=lambda: draw.uniform(0.01, 0.3)
+    )
+
+    starts = step_functions.executions([*begins, begins[17]])
+
+    whole = slots(NOON + 8, MINUTES[-1], 5)
+    assert set(whole) <= set(served(starts))
+    a_minute = Counter(slot // 60 for slot in served(starts) if slot in set(whole))
+    assert set(list(a_minute.values())[1:-1]) == {12}
+    assert lateness(starts) < 0.5
+
+
+def test_every_start_says_its_slot_in_iso_8601_with_milliseconds() -> None:
+    ticks: list[str] = []
+    clock = [NOON + 0.2]
+
+    loop.execute(
+        loop.definition(5),
+        lambda arguments: ticks.append(arguments["Payload"]["tick"]),
+        now=lambda: clock[0],
+        wait_until=lambda moment: clock.__setitem__(0, moment),
+    )
+
+    assert ticks[:2] == ["2026-01-15T12:00:05.000Z", "2026-01-15T12:00:10.000Z"]
+
+
+@pytest.mark.parametrize("interval_seconds", [1, 7, 60])
+def test_other_intervals_miss_no_slot_either(interval_seconds: int) -> None:
+    begins = from_one_extreme_to_the_other()
+
+    starts = StepFunctions(interval_seconds).executions(begins)
+
+    whole = slots(begins[0], MINUTES[-1], interval_seconds)
+    assert [slot for slot in served(starts) if slot <= whole[-1]] == whole
+    assert all(slot % interval_seconds == 0 for slot in served(starts))
+
+
+@pytest.mark.parametrize("interval_seconds", [1, 5, 7, 60])
+def test_an_execution_begins_with_the_slot_after_now_and_ends_within_a_little_over_a_minute(
+    interval_seconds: int,
+) -> None:
+    for begins in (NOON, NOON + 0.001, NOON + 4.999, NOON + 5):
+        starts = StepFunctions(interval_seconds).execution(begins)
+
+        assert begins < starts[0].slot <= begins + interval_seconds
+        assert begins + 70 - interval_seconds < starts[-1].slot <= begins + 75
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        ("Lambda.ServiceException", 3),
+        ("Lambda.TooManyRequestsException", 3),
+        ("Lambda.ResourceNotFoundException", 1),
+        ("States.Timeout", 1),
+    ],
+)
+def test_a_start_that_fails_loses_only_its_own_tick(error: str, attempts: int) -> None:
+    lost = NOON + 20
+    step_functions = StepFunctions(fails=lambda slot, _attempt: error if slot == lost else None)
+
+    starts = step_functions.execution(NOON)
+
+    assert served(starts) == [slot for slot in slots(NOON, NOON + 72, 5) if slot != lost]
+    assert step_functions.attempts[lost] == attempts
+    assert lateness(starts) < 0.1
+
+
+def test_a_start_that_fails_twice_succeeds_at_the_third_attempt() -> None:
+    step_functions = StepFunctions(
+        fails=lambda slot, attempt: "Lambda.ServiceException" if attempt < 2 else None
+    )
+
+    starts = step_functions.execution(NOON)
+
+    assert served(starts) == slots(NOON, NOON + 72, 5)
+
+
+def test_when_every_start_fails_the_loop_goes_on_to_its_end() -> None:
+    step_functions = StepFunctions(fails=lambda _slot, _attempt: "Lambda.ServiceException")
+
+    assert step_functions.execution(NOON) == []
+    assert sorted(step_functions.attempts) == slots(NOON, NOON + 72, 5)
+
+
+def test_a_worker_that_takes_12_seconds_delays_no_tick() -> None:
+    starts = StepFunctions(worker_seconds=12).execution(NOON)
+
+    assert served(starts) == slots(NOON, NOON + 72, 5)
+    assert lateness(starts) < 0.1
+
+
+def test_a_late_tick_skips_slots_and_makes_none_up() -> None:
+    late = iter([0.0, 0.0, 12.0])
+
+    starts = StepFunctions(wait_ends_late=lambda: next(late, 0.0)).execution(NOON)
+
+    assert [start.slot - NOON for start in starts[:5]] == [5, 10, 15, 30, 35]
+    assert [start.at - NOON for start in starts[:5]] == [5, 10, 27, 30, 35]
+
+
+def test_a_wait_that_ends_a_moment_early_starts_no_slot_twice() -> None:
+    starts = StepFunctions(wait_ends_late=lambda: -0.03, invoke_seconds=lambda: 0.01).execution(
+        NOON
+    )
+
+    assert [start.slot for start in starts] == slots(NOON, NOON + 72, 5)
+
+
+class VirtualStop(threading.Event):
+    """An event on whose clock waiting takes no time; it is set once `ends` is reached."""
+
+    def __init__(self, now: float, ends: float) -> None:
+        super().__init__()
+        self.now = now
+        self._ends = ends
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.now = min(self.now + timeout, self._ends)
+        if self.now == self._ends:
+            self.set()
+        return self.is_set()
+
+
+def test_on_this_machine_one_execution_follows_the_other_without_gap_or_overlap() -> None:
+    stopping = VirtualStop(NOON, NOON + 300.5)
+    ticks: list[float] = []
+
+    loop.run(lambda tick: ticks.append(tick.timestamp()), 5, stopping, now=lambda: stopping.now)
+
+    assert ticks == slots(NOON, NOON + 300, 5)
+
+
+def test_once_the_monitor_stops_no_check_is_started() -> None:
+    stopping = VirtualStop(NOON, NOON + 300)
+    ticks: list[datetime] = []
+
+    def start_check(tick: datetime) -> None:
+        ticks.append(tick)
+        stopping.set()
+
+    loop.run(start_check, 5, stopping, now=lambda: stopping.now)
+
+    assert ticks == [datetime.fromtimestamp(NOON + 5, UTC)]
+
+
+def test_a_bug_in_what_is_started_ends_the_loop() -> None:
+    stopping = VirtualStop(NOON, NOON + 300)
+
+    def start_check(_tick: datetime) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop.run(start_check, 5, stopping, now=lambda: stopping.now)
+
+
+def test_the_interval_here_is_the_one_in_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loop.default_interval_seconds() == 5
+    text = loop.TEMPLATE.read_text(encoding="utf-8")
+    changed = tmp_path / "template.yaml"
+    before, parameter, after = text.partition("\n  CheckIntervalSeconds:\n")
+    changed.write_text(before + parameter + after.replace("Default: 5", "Default: 3", 1))
+    monkeypatch.setattr(loop, "TEMPLATE", changed)
+
+    assert loop.default_interval_seconds() == 3
+
+
+def test_the_definition_is_filled_in_completely() -> None:
+    definition: Definition = loop.definition(7)
+
+    assert "${" not in str(definition)

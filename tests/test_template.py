@@ -1,0 +1,609 @@
+"""The template as CloudFormation gets it: what SAM makes of it is looked at, without AWS."""
+
+import copy
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# samtranslator has no types.
+from samtranslator.parser.parser import Parser  # type: ignore[import-untyped]
+from samtranslator.translator.translator import Translator  # type: ignore[import-untyped]
+from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
+
+from core.observability import METRICS, NAMESPACE
+from core.settings import Settings
+from core.worker import FINISH_SECONDS
+from handlers import api
+
+ROOT = Path(__file__).parents[1]
+EVENTS = ROOT / "events"
+VALIDATOR = ROOT / "tests/stepfunctions/node_modules/asl-validator/dist/bin/asl-validator.js"
+
+SECRET = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:"
+REQUIRED = {
+    "BillingApiUrl": "https://billing.example.com/billing/api/v1/paysession",
+    "ApiKeySecretArn": f"{SECRET}billing/api-key-AbCdEf",
+    "DatabaseSecretArn": f"{SECRET}shop/database-AbCdEf",
+}
+STACK = "shop-monitor"
+
+# Statements on every resource, and why AWS takes nothing narrower.
+WIDE_STATEMENTS = {
+    "Trace": "X-Ray has no resource for traces",
+    "LogErrors": "the log delivery API has no resources",
+    "JoinVpc": "the network interface does not exist yet; describing has no resources",
+}
+AWS_POLICIES = {
+    "AmazonAPIGatewayPushToCloudWatchLogs": "made for API Gateway's one role in an account",
+}
+
+# The metrics of AWS that are used here, and the dimension each is published under.
+AWS_METRICS = {
+    ("AWS/Lambda", "Errors"): "FunctionName",
+    ("AWS/Lambda", "Throttles"): "FunctionName",
+    ("AWS/Lambda", "ConcurrentExecutions"): "FunctionName",
+    ("AWS/States", "ExecutionsFailed"): "StateMachineArn",
+    ("AWS/States", "ExecutionsTimedOut"): "StateMachineArn",
+    ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): "QueueName",
+}
+
+type Resource = dict[str, Any]
+type Metric = tuple[str, str, tuple[tuple[str, object], ...]]  # namespace, name, dimensions
+
+
+@pytest.fixture(scope="module")
+def template() -> dict[str, Any]:
+    parsed: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def resources(template: dict[str, Any]) -> dict[str, Resource]:
+    """What SAM turns the template into, plain CloudFormation."""
+    packaged = copy.deepcopy(template)
+    packaged["Globals"]["Function"]["CodeUri"] = "s3://bucket/package"  # what `sam package` does
+    defaults = {
+        name: parameter["Default"]
+        for name, parameter in template["Parameters"].items()
+        if "Default" in parameter
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+        translated = Translator({}, Parser()).translate(packaged, defaults | REQUIRED)
+    found: dict[str, Resource] = translated["Resources"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def definition(resources: dict[str, Resource]) -> dict[str, Any]:
+    """The loop's definition as Step Functions gets it."""
+    properties = resources["CheckLoop"]["Properties"]
+    separator, lines = properties["DefinitionString"]["Fn::Join"]
+    text: str = separator.join(lines)
+    for name, value in properties["DefinitionSubstitutions"].items():
+        text = text.replace(f"${{{name}}}", "5" if "Ref" in value else f"arn:aws:lambda:::{name}")
+    rendered: dict[str, Any] = json.loads(text)
+    return rendered
+
+
+def of_type(resources: Mapping[str, Resource], kind: str) -> dict[str, dict[str, Any]]:
+    """The properties of the resources of a type, by name."""
+    return {
+        name: resource["Properties"]
+        for name, resource in resources.items()
+        if resource["Type"] == kind
+    }
+
+
+class TestResources:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("CheckLoop", "AWS::StepFunctions::StateMachine"),
+            ("CheckLoopEveryMinute", "AWS::Scheduler::Schedule"),
+            ("CheckSessionsFunction", "AWS::Lambda::Function"),
+            ("CheckSessionsFunctionEventInvokeConfig", "AWS::Lambda::EventInvokeConfig"),
+            ("ApiFunction", "AWS::Lambda::Function"),
+            ("MonitorApi", "AWS::ApiGateway::RestApi"),
+            ("MonitorApiliveStage", "AWS::ApiGateway::Stage"),
+            ("MonitorApiApiKey", "AWS::ApiGateway::ApiKey"),
+            ("MonitorApiUsagePlan", "AWS::ApiGateway::UsagePlan"),
+            ("FailedChecks", "AWS::SQS::Queue"),
+            ("Alarms", "AWS::SNS::Topic"),
+            ("Dashboard", "AWS::CloudWatch::Dashboard"),
+        ],
+    )
+    def test_sam_makes_it(self, resources: dict[str, Resource], name: str, kind: str) -> None:
+        assert resources[name]["Type"] == kind
+
+    def test_an_express_loop_is_started_every_minute_with_bounded_retries(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        loop = resources["CheckLoop"]["Properties"]
+        schedule = resources["CheckLoopEveryMinute"]["Properties"]
+
+        assert loop["StateMachineType"] == "EXPRESS"
+        assert loop["LoggingConfiguration"]["Level"] == "ERROR"
+        assert loop["TracingConfiguration"] == {"Enabled": True}
+        assert schedule["ScheduleExpression"] == "rate(1 minute)"
+        assert schedule["FlexibleTimeWindow"] == {"Mode": "OFF"}
+        assert schedule["State"] == {"Ref": "MonitorState"}
+        assert schedule["Target"]["RetryPolicy"]["MaximumEventAgeInSeconds"] == 60
+
+    def test_two_stacks_in_one_account_do_not_collide(self, resources: dict[str, Resource]) -> None:
+        names = [
+            value
+            for resource in resources.values()
+            for key, value in resource.get("Properties", {}).items()
+            if key.endswith("Name") and key not in ("StageName", "MetricName")
+        ]
+
+        fixed = [name for name in names if not re.search(r"'Ref'|AWS::StackName", str(name))]
+        assert fixed == []
+
+    def test_a_failed_check_is_not_retried_but_reported(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        config = resources["CheckSessionsFunctionEventInvokeConfig"]["Properties"]
+
+        assert config["MaximumRetryAttempts"] == 0
+        assert config["MaximumEventAgeInSeconds"] == 60
+        assert config["DestinationConfig"]["OnFailure"]["Destination"] == {
+            "Fn::GetAtt": ["FailedChecks", "Arn"]
+        }
+
+    def test_the_worker_has_time_for_a_request_that_hangs_at_any_timeout_allowed(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        longest = template["Parameters"]["RequestTimeoutSeconds"]["MaxValue"]
+
+        timeout = resources["CheckSessionsFunction"]["Properties"]["Timeout"]
+
+        assert timeout >= 2 * longest
+        assert timeout - longest - FINISH_SECONDS > 0
+
+    def test_handlers_are_there(self, resources: dict[str, Resource]) -> None:
+        for function in of_type(resources, "AWS::Lambda::Function").values():
+            module, _, name = function["Handler"].rpartition(".")
+
+            assert callable(getattr(importlib.import_module(module), name))
+            assert function["Runtime"] == "python3.13"
+            assert function["TracingConfig"] == {"Mode": "Active"}
+
+    def test_every_log_group_has_a_retention_and_every_function_a_log_group(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        groups = of_type(resources, "AWS::Logs::LogGroup")
+
+        assert set(groups) == {"CheckLoopLogs", "CheckSessionsLogs", "ApiLogs", "ApiAccessLogs"}
+        for group in groups.values():
+            assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}
+        for function in of_type(resources, "AWS::Lambda::Function").values():
+            assert function["LoggingConfig"]["LogGroup"]["Ref"] in groups
+
+
+class TestParameters:
+    def test_each_is_described_labelled_and_in_a_group(self, template: dict[str, Any]) -> None:
+        parameters = template["Parameters"]
+        interface = template["Metadata"]["AWS::CloudFormation::Interface"]
+        grouped = [name for group in interface["ParameterGroups"] for name in group["Parameters"]]
+
+        assert sorted(grouped) == sorted(parameters) == sorted(interface["ParameterLabels"])
+        assert all(parameter["Description"] for parameter in parameters.values())
+
+    def test_the_defaults_are_those_of_the_code(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        env = environment(template, resources)
+
+        assert Settings.from_env(env) == Settings.from_env(
+            {
+                "APIKEY_SECRET_ARN": REQUIRED["ApiKeySecretArn"],
+                "DATABASE_SECRET_ARN": REQUIRED["DatabaseSecretArn"],
+                "BILLING_API_URL": REQUIRED["BillingApiUrl"],
+            }
+        )
+
+    def test_the_code_takes_both_ends_of_every_range(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        for name, parameter in template["Parameters"].items():
+            for end in ("MinValue", "MaxValue"):
+                if end in parameter:
+                    Settings.from_env(environment(template, resources, {name: parameter[end]}))
+
+    @pytest.mark.parametrize(
+        ("name", "good", "bad"),
+        [
+            ("BillingApiUrl", "http://billing:4000/api", "billing:4000"),
+            ("CheckCadence", "5s until 10m, 30s until 1h, 5m", "5s until 10m"),
+            ("CheckCadence", "1m", "60"),
+            ("ApiKeySecretArn", REQUIRED["ApiKeySecretArn"], f"{SECRET}billing/key"),
+            ("DatabaseSecretArn", REQUIRED["DatabaseSecretArn"], ""),
+            ("SecretsKeyArn", "", "alias/shop"),
+            ("AlarmEmail", "ops@example.com", "ops"),
+            ("AlarmEmail", "", "ops@example"),
+        ],
+    )
+    def test_a_pattern_tells_good_from_bad(
+        self, template: dict[str, Any], name: str, good: str, bad: str
+    ) -> None:
+        pattern = template["Parameters"][name]["AllowedPattern"]
+
+        assert re.search(pattern, good)
+        assert not re.search(pattern, bad)
+
+
+def environment(
+    template: Mapping[str, Any],
+    resources: Mapping[str, Resource],
+    parameters: Mapping[str, object] | None = None,
+) -> dict[str, str]:
+    """The worker's environment variables in a stack with these parameters."""
+    values: dict[str, object] = {"AWS::StackName": STACK}
+    for name, parameter in template["Parameters"].items():
+        values[name] = parameter.get("Default")
+    values |= REQUIRED | dict(parameters or {})
+    variables = resources["CheckSessionsFunction"]["Properties"]["Environment"]["Variables"]
+    env = {}
+    for name, value in variables.items():
+        match value:
+            case {"Ref": referred}:
+                env[name] = str(values[referred])
+            case {"Fn::If": [_, _, otherwise]}:
+                env[name] = otherwise
+            case _:
+                env[name] = value
+    return env
+
+
+class TestPermissions:
+    def test_no_statement_allows_an_action_by_a_wildcard(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        found = list(statements(resources))
+
+        assert len(found) > 10
+        for statement in found:
+            assert statement["Effect"] == "Allow"
+            assert not [action for action in listed(statement["Action"]) if "*" in action]
+
+    def test_only_what_aws_cannot_narrow_is_allowed_on_every_resource(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        wide = {
+            statement.get("Sid")
+            for statement in statements(resources)
+            if "*" in json.dumps(statement["Resource"])
+        }
+
+        assert wide == set(WIDE_STATEMENTS)
+
+    def test_policies_of_aws_are_used_only_where_there_is_a_reason(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        attached = {
+            str(policy["Fn::Sub"]).rpartition("/")[2]
+            for role in of_type(resources, "AWS::IAM::Role").values()
+            for policy in role.get("ManagedPolicyArns", [])
+            if policy != {"Ref": "PassPolicy"}
+        }
+
+        assert attached == set(AWS_POLICIES)
+
+    def test_the_functions_read_the_two_secrets_and_no_other(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        readable = [
+            statement["Resource"]
+            for statement in statements(resources)
+            if "secretsmanager:GetSecretValue" in listed(statement["Action"])
+        ]
+
+        assert readable == [{"Ref": "ApiKeySecretArn"}, {"Ref": "DatabaseSecretArn"}]
+
+    def test_the_loop_invokes_the_worker_and_nothing_else(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        invocable = [
+            statement["Resource"]
+            for statement in statements(resources)
+            if "lambda:InvokeFunction" in listed(statement["Action"])
+        ]
+
+        assert invocable == [{"Fn::GetAtt": ["CheckSessionsFunction", "Arn"]}]
+
+
+def statements(resources: Mapping[str, Resource]) -> Iterator[dict[str, Any]]:
+    """Every statement that allows anything, those that hang on a condition included."""
+    documents = [
+        policy["PolicyDocument"]
+        for role in of_type(resources, "AWS::IAM::Role").values()
+        for policy in role.get("Policies", [])
+    ]
+    policies = of_type(resources, "AWS::IAM::ManagedPolicy").values()
+    documents += [policy["PolicyDocument"] for policy in policies]
+    for document in documents:
+        for statement in document["Statement"]:
+            yield statement["Fn::If"][1] if "Fn::If" in statement else statement
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+class TestApi:
+    def test_health_is_open_and_everything_else_needs_the_api_key(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
+        open_methods = [
+            f"{method.upper()} {path}"
+            for path, methods in paths.items()
+            for method, settings in methods.items()
+            if settings["security"] != [{"api_key": []}]
+        ]
+
+        assert open_methods == ["GET /api/health"]
+        assert "post" in paths["/api/test/checkout-sessions"]
+
+    def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
+        [settings] = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
+        plan = resources["MonitorApiUsagePlan"]["Properties"]
+
+        assert (settings["ResourcePath"], settings["HttpMethod"]) == ("/*", "*")
+        assert settings["ThrottlingRateLimit"] <= 10
+        assert plan["Throttle"]["RateLimit"] <= settings["ThrottlingRateLimit"]
+
+    def test_a_body_is_validated_by_the_limits_of_the_code_and_refused_in_its_words(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        body = resources["MonitorApi"]["Properties"]["Body"]
+        trigger = body["paths"]["/api/test/checkout-sessions"]["post"]
+        model = body["components"]["schemas"]["triggerbody"]
+        ids = model["properties"]["session_ids"]
+        refusal = body["x-amazon-apigateway-gateway-responses"]["BAD_REQUEST_BODY"]
+        validator = body["x-amazon-apigateway-request-validators"][
+            trigger["x-amazon-apigateway-request-validator"]
+        ]
+
+        assert validator["validateRequestBody"] is True
+        assert trigger["requestBody"]["required"] is False
+        assert (model["additionalProperties"], "required" in model) == (False, False)
+        assert (ids["minItems"], ids["maxItems"]) == (1, api.MOST_IDS)
+        assert ids["items"] == {"type": "string", "minLength": 1, "maxLength": api.LONGEST_ID}
+        assert refusal["statusCode"] == "400"
+        assert json.loads(refusal["responseTemplates"]["application/json"]) == {
+            "success": False,
+            "message": f"{api.BODY_FORM}.",
+        }
+
+    def test_access_logs_are_json_and_hold_no_key(self, resources: dict[str, Resource]) -> None:
+        text = resources["MonitorApiliveStage"]["Properties"]["AccessLogSetting"]["Format"]
+        variables = set(json.loads(text).values())
+
+        assert "$context.status" in variables
+        assert "$context.identity.apiKey" not in variables
+        assert not [name for name in variables if "authorizer" in name or "header" in name]
+
+
+class TestMonitoring:
+    def test_every_alarm_tells_the_topic_and_what_to_look_at(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        alarms = of_type(resources, "AWS::CloudWatch::Alarm")
+
+        assert set(alarms) == {
+            "NoPassAlarm",
+            "OverdueAlarm",
+            "FailedChecksAlarm",
+            "UnauthorizedAlarm",
+            "WorkerErrorsAlarm",
+            "WorkerThrottlesAlarm",
+            "FailedChecksQueueAlarm",
+            "LoopFailedAlarm",
+        }
+        for alarm in alarms.values():
+            assert alarm["AlarmActions"] == [{"Ref": "Alarms"}]
+            assert alarm["AlarmDescription"]
+
+    def test_two_minutes_without_a_completed_pass_alarm_even_when_nothing_reports(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        alarm = resources["NoPassAlarm"]["Properties"]
+
+        assert alarm["MetricName"] == "PassesCompleted"
+        assert alarm["Period"] * alarm["EvaluationPeriods"] == 120
+        assert alarm["TreatMissingData"] == "breaching"
+
+    def test_every_metric_of_an_alarm_or_a_widget_exists(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        metrics = {*alarm_metrics(resources), *widget_metrics(resources)}
+
+        assert len(metrics) > 20
+        for namespace, name, dimensions in metrics:
+            if namespace == NAMESPACE:
+                assert name in METRICS
+                assert dimensions == (("service", "${AWS::StackName}"),)
+            else:
+                [(dimension, _)] = dimensions
+                assert AWS_METRICS[namespace, name] == dimension
+
+    def test_the_code_emits_them_with_these_dimensions(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        emitted = subprocess.run(
+            [sys.executable, "-c", "from core import observability as o; o.measure_failure()"],
+            cwd=ROOT / "src",
+            env=environment(template, resources),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+        record = json.loads(emitted.stdout)
+        [directive] = record["_aws"]["CloudWatchMetrics"]
+        assert directive["Namespace"] == "CheckoutSessionMonitor"
+        assert directive["Dimensions"] == [["service"]]
+        assert record["service"] == STACK
+
+    def test_the_dashboard_shows_the_business_first_and_the_logs_last(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        widgets = dashboard(resources)["widgets"]
+
+        assert widgets == sorted(widgets, key=lambda widget: (widget["y"], widget["x"]))
+        assert widgets[0]["properties"]["metrics"][0][1] == "SessionsOpen"
+        assert [widget["type"] for widget in widgets].index("log") == len(widgets) - 1
+        assert all(widget["x"] + widget["width"] <= 24 for widget in widgets)
+
+
+def plain(value: object) -> object:
+    """A reference as `!Sub` would write it."""
+    match value:
+        case {"Ref": name}:
+            return f"${{{name}}}"
+        case {"Fn::GetAtt": [name, attribute]}:
+            return f"${{{name}.{attribute}}}"
+    return value
+
+
+def alarm_metrics(resources: Mapping[str, Resource]) -> Iterator[Metric]:
+    for alarm in of_type(resources, "AWS::CloudWatch::Alarm").values():
+        queries = alarm.get("Metrics", [{"MetricStat": {"Metric": alarm}}])
+        for metric in (query["MetricStat"]["Metric"] for query in queries if "MetricStat" in query):
+            dimensions = tuple((d["Name"], plain(d["Value"])) for d in metric["Dimensions"])
+            yield metric["Namespace"], metric["MetricName"], dimensions
+
+
+def widget_metrics(resources: Mapping[str, Resource]) -> Iterator[Metric]:
+    for widget in dashboard(resources)["widgets"]:
+        before: list[str] = []
+        for line in widget["properties"].get("metrics", []):
+            given = [part for part in line if isinstance(part, str)]
+            # A dot repeats what the line before has in that place.
+            full = [before[place] if part == "." else part for place, part in enumerate(given)]
+            yield full[0], full[1], tuple(zip(full[2::2], full[3::2], strict=True))
+            before = full
+
+
+def dashboard(resources: Mapping[str, Resource]) -> dict[str, Any]:
+    body, _ = resources["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    parsed: dict[str, Any] = json.loads(body)
+    return parsed
+
+
+type Break = Callable[[dict[str, Any]], object]
+
+BROKEN: dict[str, Break] = {
+    "a Next that is no state": lambda states: states["StartCheck"].update(Next="Nowhere"),
+    "a Catch that goes nowhere": lambda states: states["StartCheck"]["Catch"][0].update(Next="X"),
+    "a broken expression in a Wait": lambda states: states["WaitForSlot"].update(
+        Timestamp="{% $fromMillis($slot * 1000 %}"
+    ),
+    "a broken expression in the payload": lambda states: states["StartCheck"]["Arguments"][
+        "Payload"
+    ].update(tick="{% $fromMillis(( %}"),
+    "a broken condition": lambda states: states["IsLastSlotPast"]["Choices"][0].update(
+        Condition="{% $slot >> %}"
+    ),
+    "a state that is never reached": lambda states: states["IsLastSlotPast"].pop("Default"),
+    "a Wait for nothing": lambda states: states["WaitForSlot"].pop("Timestamp"),
+}
+
+
+class TestDefinition:
+    def test_it_is_valid(self, definition: dict[str, Any], tmp_path: Path) -> None:
+        assert findings(definition, tmp_path) == ""
+
+    @pytest.mark.parametrize("break_it", BROKEN.values(), ids=BROKEN)
+    def test_the_validator_sees_what_is_broken(
+        self, definition: dict[str, Any], tmp_path: Path, break_it: Break
+    ) -> None:
+        broken = copy.deepcopy(definition)
+        break_it(broken["States"])
+
+        assert "is invalid" in findings(broken, tmp_path)
+
+    def test_it_ends_before_an_express_execution_must(self, definition: dict[str, Any]) -> None:
+        assert definition["TimeoutSeconds"] <= 300
+
+    def test_it_starts_checks_asynchronously_with_their_tick(
+        self, definition: dict[str, Any]
+    ) -> None:
+        arguments = definition["States"]["StartCheck"]["Arguments"]
+
+        assert arguments["InvocationType"] == "Event"
+        assert set(arguments["Payload"]) == {"tick"}
+
+
+def findings(definition: Mapping[str, Any], directory: Path) -> str:
+    """What asl-validator says against a definition, nothing when it is valid."""
+    node = shutil.which("node")
+    if node is None or not VALIDATOR.exists():
+        reason = "asl-validator is not installed: npm ci --prefix tests/stepfunctions"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    file = directory / "definition.json"
+    file.write_text(json.dumps(definition))
+    ran = subprocess.run(
+        [node, VALIDATOR, "--json-path", file], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode in (0, 1), ran.stderr
+    return "" if ran.returncode == 0 else ran.stdout + ran.stderr
+
+
+class TestEvents:
+    def test_there_is_one_for_each_way_in(self) -> None:
+        assert {file.stem for file in EVENTS.iterdir()} == {
+            "tick",
+            "no-tick",
+            "health",
+            "trigger",
+            "trigger-with-ids",
+            "trigger-bad-body",
+        }
+
+    def test_requests_are_of_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
+        paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
+        events = [json.loads(file.read_text()) for file in EVENTS.iterdir()]
+        requests = {(e["path"], e["httpMethod"].lower()) for e in events if "httpMethod" in e}
+
+        assert requests == {(path, method) for path, methods in paths.items() for method in methods}
+
+
+class TestSamConfig:
+    def test_a_person_confirms_changes_to_prod_and_validation_lints(self) -> None:
+        config = tomllib.loads((ROOT / "samconfig.toml").read_text())
+
+        assert config["prod"]["deploy"]["parameters"]["confirm_changeset"] is True
+        for name in ("default", "dev", "prod"):
+            assert config[name]["validate"]["parameters"]["lint"] is True
+            assert config[name]["build"]["parameters"]["cached"] is True
+        for name in ("dev", "prod"):
+            assert config[name]["deploy"]["parameters"]["capabilities"] == "CAPABILITY_IAM"
+
+    def test_parameters_that_it_sets_exist(self, template: dict[str, Any]) -> None:
+        config = tomllib.loads((ROOT / "samconfig.toml").read_text())
+        overrides = [
+            command["parameters"].get("parameter_overrides", "")
+            for commands in config.values()
+            if isinstance(commands, dict)
+            for command in commands.values()
+        ]
+
+        named = {name for text in overrides for name in re.findall(r"(\w+)=", text)}
+        assert named
+        assert named <= set(template["Parameters"])
