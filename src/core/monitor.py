@@ -355,6 +355,7 @@ class _Pass:
         self._give_back_queue()
 
     def _give_up(self) -> None:
+        self._begin_no_more()
         for task in self._checking:
             task.cancel()
 

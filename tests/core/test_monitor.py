@@ -441,3 +441,22 @@ def test_each_pass_is_one_row_of_the_run_table(passes: Passes, clock: FakeClock)
         "SELECT reason, tick, open_sessions, checked FROM checkout_session_run"
         " WHERE reason <> 'start' ORDER BY id"
     ) == [("tick", f"2026-01-15T12:00:{second:02}.000Z", 2, 2) for second in (0, 5, 10)]
+
+
+def test_a_manual_pass_ends_in_time_whatever_billing_does(
+    sqlite_shop: Shop, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert monitor.MANUAL_SECONDS < 25
+    monkeypatch.setattr(monitor, "MANUAL_SECONDS", 0.2)
+    add_sessions(sqlite_shop, numbered(3))
+    billing.held = dict.fromkeys(numbered(3).values(), asyncio.Event())
+    with ThreadPoolExecutor(1) as thread:
+        store = SqlStore(database_of(sqlite_shop))
+        summary = asyncio.run(
+            trigger_checkout_session_check(
+                store, billing, settings_for(sqlite_shop), database_thread=thread
+            )
+        )
+        thread.submit(store.close).result()
+    assert summary.checked == 0
+    assert summary.skipped == {Skip.DEADLINE: 3}
