@@ -1,9 +1,10 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger test check format
+.PHONY: help run trigger test e2e check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+NPM := $(if $(shell command -v npm),tests/stepfunctions/node_modules)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)
 
@@ -16,17 +17,25 @@ run: .venv/ready .env ## Run the monitor here: the loop, the API on port 3001, a
 trigger: .venv/ready ## Check all open sessions now, through the running monitor's API
 	@exec python -m local.trigger $(ARGS)
 
-test: .venv/ready ## Run the test suite
+test: .venv/ready $(NPM) ## Run the test suite
 	pytest
 
-check: .venv/ready ## Lint, format, types
+e2e: .venv/ready ## Build with SAM and run the functions in its containers (needs root's Docker and a MariaDB)
+	$(UV) sync --frozen --quiet --group e2e
+	pytest --capture=no tests/e2e
+
+check: .venv/ready ## Lint, format, types, template
 	ruff check
 	ruff format --check
 	mypy
+	cfn-lint template.yaml
 
 format: .venv/ready ## Format and mend what can be mended
 	ruff check --fix
 	ruff format
+
+requirements: .venv/ready ## Write src/requirements.txt, what goes into the Lambda package, from uv.lock
+	$(UV) export --frozen --quiet --no-dev --no-emit-project --no-header --no-annotate -o src/requirements.txt
 
 .venv/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
 	$(UV) sync --frozen --quiet
@@ -35,6 +44,11 @@ format: .venv/ready ## Format and mend what can be mended
 .uv/bin/uv:
 	python3.13 -m venv .uv
 	.uv/bin/pip install --quiet uv==$(UV_VERSION)
+
+# The state machine's validator is a Node program; without npm its tests are passed over.
+tests/stepfunctions/node_modules: tests/stepfunctions/package-lock.json
+	npm ci --silent --prefix tests/stepfunctions
+	@touch $@
 
 .env:
 	cp .env.example .env

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 from urllib.parse import quote
 
 import httpx
@@ -157,7 +158,8 @@ async def _read(response: httpx.Response) -> None:
     """Read the body to its end, so that the connection can be used again, or to the limit."""
     received = 0
     try:
-        async for chunk in response.aiter_raw():
+        # Not response.aiter_raw(): that refuses a response which a mock transport has read before.
+        async for chunk in cast("httpx.AsyncByteStream", response.stream):
             received += len(chunk)
             if received > MAX_BODY_BYTES:
                 return

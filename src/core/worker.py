@@ -55,10 +55,14 @@ class Worker:
     """
 
     def __init__(
-        self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        settings: Settings,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self._settings = settings
-        self._store = SqlStore(open_database(settings))
+        self._store = SqlStore(open_database(settings, clock=clock))
         self._billing = _billing(settings, transport)
         self._runner = asyncio.Runner()
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")

@@ -114,7 +114,9 @@ def _failure(status: HTTPStatus, error: Exception) -> Response[str]:
 
 
 def _answer(status: HTTPStatus, body: JsonObject) -> Response[str]:
-    return Response(status.value, content_types.APPLICATION_JSON, json.dumps(body, ensure_ascii=False))
+    return Response(
+        status.value, content_types.APPLICATION_JSON, json.dumps(body, ensure_ascii=False)
+    )
 
 
 app = APIGatewayRestResolver()
