@@ -1,0 +1,290 @@
+"""Every setting: its default, what it takes, and the sentence that refuses anything else."""
+
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.cadence import Cadence
+from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
+
+DATABASE = {"DATABASE_URL": "sqlite:///shop.db"}
+FORMS = (
+    "it must be mysql://user:password@host:3306/database (optional: ?ssl_ca=/path/to/ca.pem or "
+    "?ssl=true) or sqlite:///path/to/file."
+)
+URL = "it must be an http:// or https:// URL without user, query and fragment."
+EVERY = (
+    "CHECK_INTERVAL_SECONDS",
+    "CHECK_CADENCE",
+    "CHECK_BACKOFF_MAX_SECONDS",
+    "REQUEST_TIMEOUT_SECONDS",
+    "MAX_CONCURRENCY",
+    "BILLING_API_URL",
+    "APIKEY",
+    "APIKEY_SECRET_ARN",
+    "DATABASE_SECRET_ARN",
+    "DEBUG",
+)
+
+
+def read(**env: str) -> Settings:
+    return Settings.from_env(DATABASE | env)
+
+
+def refusal(**env: str) -> str:
+    """The one sentence with which a variable is refused."""
+    with pytest.raises(SettingsError) as refused:
+        read(**env)
+    sentence = str(refused.value)
+    assert sentence.startswith(tuple(env))
+    assert sentence.endswith(".")
+    assert not re.search(r"[\n\r]|[.!?] [A-Z]", sentence)
+    return sentence
+
+
+def test_the_defaults_need_nothing_but_a_database() -> None:
+    found = read()
+    assert found.database == SQLitePath(Path("shop.db"))
+    assert (found.api_key, found.api_key_secret_arn, found.database_secret_arn) == (None,) * 3
+    assert found.billing_api_url == "http://localhost:4000/billing/api/v1/paysession"
+    assert found.cadence == Cadence.parse("5s")
+    assert (found.interval_seconds, found.backoff_max_seconds) == (5, 60)
+    assert (found.request_timeout_seconds, found.max_concurrency) == (10, 100)
+    assert found.debug is False
+    assert found == Settings(database=found.database)
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\t\n"])
+def test_an_empty_variable_counts_as_not_set(nothing: str) -> None:
+    assert read(**dict.fromkeys(EVERY, nothing)) == read()
+
+
+@pytest.mark.parametrize("nothing", [{}, {"DATABASE_URL": " ", "DATABASE_SECRET_ARN": ""}])
+def test_without_a_database_it_is_said_what_to_set(nothing: dict[str, str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env(nothing)
+    assert str(refused.value) == (
+        f"DATABASE_URL is not set; {FORMS.rstrip('.')}, or DATABASE_SECRET_ARN must name a secret."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "attribute", "value"),
+    [
+        ("CHECK_INTERVAL_SECONDS", "1", "interval_seconds", 1),
+        ("CHECK_INTERVAL_SECONDS", " 60 ", "interval_seconds", 60),
+        ("CHECK_BACKOFF_MAX_SECONDS", "0", "backoff_max_seconds", 0),
+        ("CHECK_BACKOFF_MAX_SECONDS", "86400", "backoff_max_seconds", 86_400),
+        ("REQUEST_TIMEOUT_SECONDS", "0.1", "request_timeout_seconds", 0.1),
+        ("REQUEST_TIMEOUT_SECONDS", "30", "request_timeout_seconds", 30),
+        ("MAX_CONCURRENCY", "1", "max_concurrency", 1),
+        ("MAX_CONCURRENCY", "1000", "max_concurrency", 1000),
+        ("CHECK_CADENCE", "5s until 1h, 1m", "cadence", Cadence.parse("5s until 1h, 1m")),
+        ("DEBUG", "true", "debug", True),
+        ("DEBUG", "True", "debug", True),
+        ("DEBUG", "FALSE", "debug", False),
+        ("APIKEY", " !key~ ", "api_key", "!key~"),
+        ("APIKEY_SECRET_ARN", "arn:a", "api_key_secret_arn", "arn:a"),
+        ("BILLING_API_URL", "https://billing/a/", "billing_api_url", "https://billing/a"),
+        ("BILLING_API_URL", "http://[::1]:4000", "billing_api_url", "http://[::1]:4000"),
+    ],
+)
+def test_a_variable_is_taken_to_its_limits(
+    name: str, text: str, attribute: str, value: object
+) -> None:
+    assert getattr(read(**{name: text}), attribute) == value
+
+
+WRONG = {
+    ("CHECK_INTERVAL_SECONDS", "it must be a whole number from 1 to 60."): (
+        "0", "61", "-5", "5.0", "five", "5s", "nan", "5\n6", "9" * 30,
+    ),
+    ("CHECK_BACKOFF_MAX_SECONDS", "it must be a whole number from 0 to 86400."): (
+        "-1", "86401", "1.5", "1m", "none", "inf",
+    ),
+    ("REQUEST_TIMEOUT_SECONDS", "it must be a number from 0.1 to 30."): (
+        "0", "0.09", "30.1", "-1", "10s", "nan", "inf", "1,5",
+    ),
+    ("MAX_CONCURRENCY", "it must be a whole number from 1 to 1000."): (
+        "0", "1001", "2.5", "many", "1e2",
+    ),
+    ("CHECK_CADENCE", "it must be a number with s, m, h or d, e.g. '5s', or steps that grow"): (
+        "5", "often", "0s", "5s,", "5s until 10m", "30s until 1h, 5s",
+        "5s until 1h, 30s until 10m, 5m",
+    ),
+    ("DEBUG", "it must be true or false."): ("yes", "1", "on", "truee"),
+    ("BILLING_API_URL", URL): (
+        "billing", "localhost:4000/x", "//billing/x", "ftp://billing/x", "http:billing", "http://",
+        "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
+        "http://billing/x#y", "http://bill ing/x", "http://bücher/x", "http://billing/\nx",
+        "http://billing:port/x", "http://billing:65536/x", "http://[::1/x",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [(name, text, allowed) for (name, allowed), texts in WRONG.items() for text in texts],
+)
+def test_a_wrong_variable_is_named_with_what_was_given_and_what_is_allowed(
+    name: str, text: str, allowed: str
+) -> None:
+    sentence = refusal(**{name: text})
+    assert sentence.startswith(f"{name} is {text!r}")
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden key", "hidden\nkey", "hidden\x7f", "hidden\x00", "clé-hidden", "hidden🔑"]
+)
+def test_an_api_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) -> None:
+    sentence = refusal(APIKEY=key)
+    assert "it must be visible ASCII characters only" in sentence
+    assert "hidden" not in sentence
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hidden@billing/x",
+        "https://hidden@billing",
+        "http://:hidden@billing",
+        "ftp://user:hidden@billing/x?y",
+        "//user:hidden@billing",
+    ],
+)
+def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) -> None:
+    assert refusal(BILLING_API_URL=url) == (
+        f"BILLING_API_URL holds a user or a password (not shown here); {URL}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("hidden", "(a text without '://') has another scheme than mysql or sqlite"),
+        ("mysql:u:hidden@h/d", "(a text without '://') must name a user, a host and one database"),
+        ("postgres://u:hidden@h/d", "(postgres://…) has another scheme than mysql or sqlite"),
+        ("mysqls://u:hidden@h/d", "(mysqls://…) has another scheme than mysql or sqlite"),
+        ("mysql://u:hidden@h", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d/e", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d%2Fe", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://:hidden@h/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://h/hidden", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h:port/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@h:65536/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@[h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden/@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden#@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden?@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@h/d?tls=true", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl=1", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl_ca=", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("sqlite://", "(sqlite://…) names no file"),
+        ("sqlite:///", "(sqlite://…) names no file"),
+        ("sqlite://hidden.db", "(sqlite://…) names no file"),
+        ("sqlite://hidden/shop.db", "(sqlite://…) names no file"),
+    ],
+)
+def test_a_wrong_database_url_shows_no_more_than_its_scheme(url: str, why: str) -> None:
+    sentence = refusal(DATABASE_URL=url)
+    assert sentence.startswith(f"DATABASE_URL {why}")
+    assert sentence.endswith(f"; {FORMS}")
+    assert "hidden" not in sentence
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_a_password_that_is_not_percent_encoded_is_never_shown(password: str) -> None:
+    try:
+        shown = repr(read(DATABASE_URL=f"mysql://u:Zq{password}Zq@h/d"))
+    except SettingsError as error:
+        shown = str(error)
+    assert "Zq" not in shown
+
+
+def test_a_ca_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = f"{tmp_path}/ca.pem"
+    assert refusal(DATABASE_URL=f"mysql://u:hidden@h/d?ssl_ca={path}") == (
+        f"DATABASE_URL names the CA file {path!r} in ssl_ca, which is not there; "
+        "it must be the path of a file in PEM format."
+    )
+
+
+CA = quote(__file__, safe="")  # a file that is there
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("mysql://u:p@h/d", MySQLAddress("h", 3306, "u", "p", "d")),
+        ("mysql://u@h/d", MySQLAddress("h", 3306, "u", "", "d")),
+        ("MySQL://u:p@db.example:3307/d", MySQLAddress("db.example", 3307, "u", "p", "d")),
+        ("mysql://u:p@[::1]:3307/d", MySQLAddress("::1", 3307, "u", "p", "d")),
+        ("mysql://u:a:b@h/d", MySQLAddress("h", 3306, "u", "a:b", "d")),
+        ("mysql://u:p%40%2F%3A%23%3F%25+@h/d", MySQLAddress("h", 3306, "u", "p@/:#?%+", "d")),
+        ("mysql://u:p@h/d?ssl=true", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=True)),
+        ("mysql://u:p@h/d?ssl=false", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=False)),
+        (
+            f"mysql://u:p@h/d?ssl_ca={CA}",
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+        ),
+        (
+            f"mysql://u:p@h/d?ssl=true&ssl_ca={CA}",
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+        ),
+        ("sqlite:///shop.db", SQLitePath(Path("shop.db"))),
+        ("sqlite:///.local/shop.db", SQLitePath(Path(".local/shop.db"))),
+        ("sqlite:////var/lib/shop.db", SQLitePath(Path("/var/lib/shop.db"))),
+        ("sqlite:///my%20shop%23%3F.db", SQLitePath(Path("my shop#?.db"))),
+    ],
+)
+def test_a_database_url_is_taken_apart(url: str, address: MySQLAddress | SQLitePath) -> None:
+    assert read(DATABASE_URL=url).database == address
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1), st.text(), st.text(min_size=1).filter(lambda name: "/" not in name))
+def test_any_user_password_and_database_can_be_percent_encoded(
+    user: str, password: str, database: str
+) -> None:
+    u, p, d = (quote(text, safe="") for text in (user, password, database))
+    expected = MySQLAddress("h", 3306, user, password, database)
+    assert read(DATABASE_URL=f"mysql://{u}:{p}@h/{d}").database == expected
+
+
+KEYS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
+
+
+@settings(deadline=None)
+@given(password=st.text(), key=KEYS)
+def test_what_is_shown_of_the_settings_does_not_depend_on_the_secrets(
+    password: str, key: str
+) -> None:
+    def shown(password: str, key: str) -> tuple[str, str]:
+        found = read(DATABASE_URL=f"mysql://u:{quote(password, safe='')}@h/d", APIKEY=key)
+        return repr(found), str(found)
+
+    assert shown(password, key) == shown("another", "another")
+
+
+def test_a_key_wins_over_the_secret_that_may_hold_one() -> None:
+    found = read(APIKEY="key", APIKEY_SECRET_ARN="arn:a")
+    assert (found.api_key, found.api_key_secret_arn) == ("key", None)
+
+
+def test_a_database_url_wins_over_the_secret_that_may_hold_an_address() -> None:
+    found = read(DATABASE_SECRET_ARN="arn:d")
+    assert (found.database, found.database_secret_arn) == (SQLitePath(Path("shop.db")), None)
+
+
+def test_a_database_secret_takes_the_place_of_a_url() -> None:
+    found = read(DATABASE_URL="", DATABASE_SECRET_ARN="arn:d")
+    assert (found.database, found.database_secret_arn) == (None, "arn:d")
