@@ -1,0 +1,176 @@
+"""`make trigger`, against the API that the laptop serves, and against what is none."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from core.model import Outcome, Reason, Skip, Summary
+from core.settings import SettingsError
+from core.store import StoreError
+from core.worker import Health
+from local import trigger
+from local.api import running_api
+from tests.support import NOON
+
+ROOT = Path(__file__).parents[2]
+
+
+class FakeMonitor:
+    """Has checked two of three sessions, unless there is something else to raise."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    def health(self) -> Health:
+        return Health({}, NOON, None)
+
+    def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
+        if self._error is not None:
+            raise self._error
+        return Summary(
+            Reason.MANUAL,
+            NOON,
+            open=3,
+            outcomes=Counter({Outcome.ACTIVE: 1, Outcome.TIMEOUT: 1}),
+            skipped=Counter({Skip.IN_FLIGHT: 1}),
+        )
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Answers every POST with the status in its path, and with what it was sent."""
+
+    body: bytes
+    api_keys: list[str | None]
+
+    def do_POST(self) -> None:
+        self.api_keys.append(self.headers["x-api-key"])
+        self.send_response(int(self.path.removeprefix("/")))
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that is not the monitor."""
+    monkeypatch.setattr(Elsewhere, "body", b"{}", raising=False)
+    monkeypatch.setattr(Elsewhere, "api_keys", [], raising=False)
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def refused() -> Iterator[str]:
+    """A URL on a port that is taken, and that nobody listens on."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Run":
+    return Run(monkeypatch, capsys)
+
+
+class Run:
+    """The program in this process: its exit code, and its output line by line."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, url: str, *arguments: str) -> tuple[int, list[str]]:
+        self._monkeypatch.setattr(sys, "argv", ["trigger", "--url", url, *arguments])
+        code = trigger.main()
+        return code, self._capsys.readouterr().out.splitlines()
+
+
+def route(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api/test/checkout-sessions"
+
+
+def test_what_was_checked_is_told_with_its_summary(run: Run) -> None:
+    with running_api(0, FakeMonitor) as port:
+        code, [said, *summary] = run(route(port))
+    assert code == 0
+    assert said == "✅ 200 Checked 2 of 3 open checkout sessions; skipped: 1 in_flight."
+    assert len(summary) > 10
+    assert json.loads("\n".join(summary))["outcomes"] == {"active": 1, "timeout": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StoreError("The database is away."), "❌ 503 The database is away."),
+        (SettingsError("DEBUG is 'yes'."), "❌ 500 DEBUG is 'yes'."),
+    ],
+)
+def test_a_monitor_that_cannot_check_says_why(run: Run, error: Exception, said: str) -> None:
+    with running_api(0, lambda: FakeMonitor(error)) as port:
+        assert run(route(port)) == (1, [said])
+
+
+def test_without_a_monitor_it_is_said_how_to_start_one(run: Run, refused: str) -> None:
+    code, [said] = run(refused)
+    assert code == 1
+    assert said.startswith(f"❌ No answer from {refused}: ")
+    assert "Connection refused" in said
+    assert said.endswith(". Is the monitor running (make run)?")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "localhost:3001/x", "http://", "http://localhost:port", "ftp://localhost/x"]
+)
+def test_what_is_no_url_is_refused_in_one_sentence(run: Run, url: str) -> None:
+    code, [said] = run(url)
+    assert code == 1
+    assert said.startswith(f"❌ No answer from {url}: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, "no JSON", "❌ 200 no JSON"),
+        (502, "Bad Gateway", "❌ 502 Bad Gateway"),
+        (403, '{"message": "Forbidden"}', "❌ 403 Forbidden"),
+        (500, '{"success": true, "message": "odd"}', "❌ 500 odd"),
+        (200, '{"success": false, "message": "odd"}', "❌ 200 odd"),
+        (200, '{"success": "true", "message": "odd"}', "❌ 200 odd"),
+        (302, "Found", "❌ 302 Found"),
+    ],
+)
+def test_whatever_is_no_success_is_shown_as_a_failure(
+    run: Run, elsewhere: str, status: int, body: str, said: str
+) -> None:
+    Elsewhere.body = body.encode()
+    assert run(f"{elsewhere}/{status}") == (1, [said])
+
+
+def test_a_deployed_apis_key_is_sent_and_not_shown(run: Run, elsewhere: str) -> None:
+    Elsewhere.body = b'{"success": true, "message": "done"}'
+    url = f"{elsewhere}/200"
+    assert [run(url), run(url, "--api-key", "hidden")] == [(0, ["✅ 200 done"])] * 2
+    assert Elsewhere.api_keys == [None, "hidden"]
+
+
+def test_as_a_program_it_ends_with_the_same_exit_code(elsewhere: str, refused: str) -> None:
+    Elsewhere.body = b'{"success": true}'
+    for url, code in ((f"{elsewhere}/200", 0), (refused, 1)):
+        program = [sys.executable, "-m", "local.trigger", "--url", url]
+        ran = subprocess.run(program, cwd=ROOT, capture_output=True, check=False)
+        assert (ran.returncode, ran.stderr) == (code, b"")
