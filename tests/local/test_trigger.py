@@ -1,6 +1,7 @@
 """`make trigger`, against the API that the laptop serves, and against what is none."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from local.api import running_api
 from tests.support import NOON
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 
 class FakeMonitor:
@@ -172,5 +174,5 @@ def test_as_a_program_it_ends_with_the_same_exit_code(elsewhere: str, refused: s
     Elsewhere.body = b'{"success": true}'
     for url, code in ((f"{elsewhere}/200", 0), (refused, 1)):
         program = [sys.executable, "-m", "local.trigger", "--url", url]
-        ran = subprocess.run(program, cwd=ROOT, capture_output=True, check=False)
+        ran = subprocess.run(program, env=ENVIRONMENT, capture_output=True, check=False)
         assert (ran.returncode, ran.stderr) == (code, b"")
