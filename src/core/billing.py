@@ -3,6 +3,9 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import cast
 from urllib.parse import quote
 
@@ -19,11 +22,17 @@ from pyreqwest.request import StreamRequest
 from pyreqwest.response import ResponseBodyReader
 
 from core.model import Answer, Outcome
+from core.status import StatusReader
 
 # More than any session's state takes; what is beyond it is not read.
 MAX_BODY_BYTES = 64 * 1024
 _CHUNK_BYTES = MAX_BODY_BYTES + 1  # so that one read shows whether a body is within the limit
 
+# A service that asks for more is asked again after this long all the same: by then it may be well,
+# and the sessions' owners are waiting.
+MAX_RETRY_AFTER_SECONDS = 300.0
+
+RATE_LIMITING = frozenset((429, 503))
 UNAUTHORIZED = frozenset((401, 403))
 # A key that is refused may have been rotated. A revoked one is refused for every session, and must
 # not become a request to the secret's keeper for each of them.
@@ -37,6 +46,7 @@ _DOT_SEGMENTS = frozenset((".", ".."))
 class BillingClient:
     """Asks the billing service about sessions, each within a total time, over kept connections.
 
+    With a `status_reader`, an answer of 200 tells the session's status, by what its body says.
     `read_key_again`, where the key can change, is called in a thread after a 401 or 403; when it
     brings another key, the request is sent once more. It belongs to the event loop it is used on.
     """
@@ -47,9 +57,11 @@ class BillingClient:
         api_url: str,
         api_key: str,
         timeout_seconds: float,
+        status_reader: StatusReader | None = None,
         read_key_again: Callable[[], str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.perf_counter,
+        now: Callable[[], datetime] | None = None,
     ) -> None:
         self._prefix = f"{api_url}/"
         # The transport is called without an httpx.AsyncClient around it: nothing a client adds
@@ -59,12 +71,14 @@ class BillingClient:
         self._headers = httpx.Headers(
             {"host": host, "accept": "application/json", "x-api-key": api_key}
         )
+        self._status_reader = status_reader
         self._read_key_again = read_key_again
         self._key_read_at = -KEY_READ_AGAIN_SECONDS
         self._rotation = asyncio.Lock()
         self._timeout_seconds = timeout_seconds
         self._transport = transport or ReqwestTransport()
         self._monotonic = monotonic
+        self._now = now or partial(datetime.now, UTC)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -83,27 +97,37 @@ class BillingClient:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 headers = self._headers
-                response = await self._get(url, headers)
+                response, body = await self._get(url, headers)
                 if response.status_code in UNAUTHORIZED and await self._key_rotated(headers):
-                    response = await self._get(url, self._headers)
+                    response, body = await self._get(url, self._headers)
         except (TimeoutError, httpx.TimeoutException):
             return Answer(Outcome.TIMEOUT, seconds=self._monotonic() - started)
         except httpx.TransportError as error:
             return Answer(
                 Outcome.NETWORK_ERROR, seconds=self._monotonic() - started, detail=str(error)
             )
-        return Answer(
-            classify(response.status_code, retry_after=response.headers.get("retry-after")),
-            response.status_code,
-            self._monotonic() - started,
-        )
+        return self._answer(response, body, self._monotonic() - started)
 
-    async def _get(self, url: str, headers: httpx.Headers) -> httpx.Response:
+    def _answer(self, response: httpx.Response, body: bytes | None, seconds: float) -> Answer:
+        code = response.status_code
+        retry_after = None
+        if code in RATE_LIMITING:
+            retry_after = parse_retry_after(response.headers.get("retry-after", ""), self._now())
+        outcome = classify(code, asks_to_retry=retry_after is not None)
+        if outcome is Outcome.RATE_LIMITED:
+            return Answer(outcome, code, seconds, retry_after=retry_after)
+        if outcome is not Outcome.ACTIVE or self._status_reader is None:
+            return Answer(outcome, code, seconds)
+        reading = self._status_reader.read(body)
+        if reading.status is None:
+            return Answer(Outcome.UNKNOWN_STATUS, code, seconds, detail=reading.seen)
+        return Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
+
+    async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:
         response = await self._transport.handle_async_request(
             httpx.Request("GET", url, headers=headers)
         )
-        await _read(response)
-        return response
+        return response, await _read(response)
 
     async def _key_rotated(self, refused: httpx.Headers) -> bool:
         """Whether there is another key than the refused one: a rotation heals itself."""
@@ -137,7 +161,7 @@ def path_segment(billing_checkout_id: str) -> str | None:
         return None
 
 
-def classify(status_code: int, *, retry_after: str | None) -> Outcome:
+def classify(status_code: int, *, asks_to_retry: bool) -> Outcome:
     """What an answer's status says of the session."""
     match status_code:
         case 200:
@@ -148,21 +172,39 @@ def classify(status_code: int, *, retry_after: str | None) -> Outcome:
             return Outcome.UNAUTHORIZED
         case 429:
             return Outcome.RATE_LIMITED
-        case 503 if retry_after is not None:
+        case 503 if asks_to_retry:
             return Outcome.RATE_LIMITED
         case _:
             return Outcome.UNEXPECTED_STATUS
 
 
-async def _read(response: httpx.Response) -> None:
-    """Read the body to its end, so that the connection can be used again, or to the limit."""
-    received = 0
+def parse_retry_after(text: str, now: datetime) -> float | None:
+    """Seconds to wait, MAX_RETRY_AFTER_SECONDS at most; None when the header says nothing usable.
+
+    The header is a whole number of seconds or an HTTP date (RFC 9110, section 10.2.3).
+    """
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        seconds = float(text)
+    else:
+        try:
+            date = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_SECONDS)
+
+
+async def _read(response: httpx.Response) -> bytes | None:
+    """The body, read to its end so that the connection can be used again; None beyond the limit."""
+    body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
-            received += len(chunk)
-            if received > MAX_BODY_BYTES:
-                return
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                return None
+        return body
     finally:
         await response.aclose()
 

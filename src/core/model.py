@@ -9,10 +9,21 @@ from enum import StrEnum
 type JsonObject = dict[str, object]
 
 
+class SessionStatus(StrEnum):
+    """What `checkout_session.status` may be. Only an open session is checked, or ever changed."""
+
+    OPEN = "open"
+    SUCCESS = "success"
+    FAILURE = "failure"
+    TIMEOUT = "timeout"
+
+
 class Outcome(StrEnum):
     """What one check found out; kept as `last_outcome`, counted in every summary."""
 
     ACTIVE = "active"  # 200
+    CLOSED = "closed"  # 200, and the session's status follows; only with STATUS_UPDATES
+    UNKNOWN_STATUS = "unknown_status"  # 200 without a word of BILLING_STATUS_MAP in it; likewise
     NOT_FOUND = "not_found"  # 404, 410
     UNEXPECTED_STATUS = "unexpected_status"  # any other status
     RATE_LIMITED = "rate_limited"  # 429, and 503 with Retry-After
@@ -24,7 +35,7 @@ class Outcome(StrEnum):
     @property
     def is_error(self) -> bool:
         """Whether billing failed to say what became of the session; such a session backs off."""
-        return self not in (Outcome.ACTIVE, Outcome.NOT_FOUND)
+        return self not in (Outcome.ACTIVE, Outcome.CLOSED, Outcome.NOT_FOUND)
 
 
 class Reason(StrEnum):
@@ -41,6 +52,7 @@ class Skip(StrEnum):
     NOT_DUE = "not_due"
     IN_FLIGHT = "in_flight"  # claimed by another pass
     DEADLINE = "deadline"  # left for the next pass: this one had no time left
+    PAUSED = "paused"  # billing asked for a pause
     NO_API_KEY = "no_api_key"
     NOT_OPEN = "not_open"  # asked for by id, but there is no open session with it
 
@@ -76,6 +88,9 @@ class Answer:
     status_code: int | None = None
     seconds: float | None = None  # None: no request was sent
     detail: str = ""
+    status: SessionStatus | None = None  # by the answer's body; None: not read, or not known
+    billing_status: str = ""  # billing's own word for it
+    retry_after: float | None = None  # seconds, of a rate-limited request whose answer says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,37 @@ class Result:
     outcome: Outcome
     status_code: int | None
     next_check_at: datetime
+    new_status: SessionStatus | None = None  # None: the session stays open
+    billing_status: str = ""  # billing's word, of which the new status is what it means to the shop
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of the status changes among some results."""
+
+    changed: Sequence[Result] = ()  # written; the others were not open, or locked by the shop
+    unpublished: int = 0  # of the others: left open, because their event could not be published
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChange:
+    """A session that leaves `open`; what its event tells."""
+
+    session_id: str
+    billing_checkout_id: str | None
+    billing_order_id: str | None
+    new_status: SessionStatus
+    billing_status: str
+    first_seen_at: datetime
+    changed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Until when no worker may ask billing, and how many pauses in a row this is (0: none)."""
+
+    until: datetime
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +156,8 @@ class Summary:
     skipped: Counter[Skip] = field(default_factory=Counter)
     overdue_seconds: float = 0.0
     status_changes: int = 0
+    unpublished: int = 0  # status changes not made, because their event could not be published
+    paused_until: datetime | None = None
     latencies: list[float] = field(default_factory=list)  # seconds, one a request
     duration_seconds: float = 0.0
 
@@ -148,6 +196,9 @@ class Summary:
             "errors": self.errors,
             "outcomes": {outcome.value: count for outcome, count in self.outcomes.items()},
             "skipped": {skip.value: count for skip, count in self.skipped.items()},
+            "status_changes": self.status_changes,
+            "unpublished": self.unpublished,
+            "paused_until": iso(self.paused_until) if self.paused_until else None,
             "overdue_seconds": round(self.overdue_seconds, 3),
             "duration_ms": round(self.duration_seconds * 1000, 1),
             "billing_latency_ms": dict(self.latency_ms),

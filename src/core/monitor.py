@@ -17,7 +17,19 @@ from functools import partial
 from typing import Protocol
 
 from core.cadence import next_check, slot_at
-from core.model import Answer, Claim, OpenSessions, Reason, Result, Skip, Summary
+from core.model import (
+    Answer,
+    Claim,
+    OpenSessions,
+    Outcome,
+    Pause,
+    Reason,
+    Recorded,
+    Result,
+    SessionStatus,
+    Skip,
+    Summary,
+)
 from core.observability import PassLog, logger
 from core.settings import Settings
 from core.store import StoreError
@@ -51,7 +63,10 @@ class Store(Protocol):
         limit: int,
         session_ids: Sequence[str] | None = None,
     ) -> list[Claim]: ...
-    def record(self, results: Sequence[Result]) -> None: ...
+    def record(self, results: Sequence[Result]) -> Recorded: ...
+    def read_pause(self) -> Pause: ...
+    def pause(self, seconds: float | None) -> Pause: ...
+    def end_pauses(self, pause: Pause) -> None: ...
     def release(self, claims: Sequence[Claim]) -> None: ...
     def record_run(self, summary: Summary) -> None: ...
 
@@ -139,13 +154,15 @@ def decide(
     The next due time counts from the tick, or the slot of the claim when a long pass made it later;
     not from the end of the check, which would cost every session its next slot. Only where it has
     passed by then, because billing took so long, it is the first slot after the answer.
+
+    The session's status follows billing's, and an old session that billing has just said to be open
+    becomes `timeout`, as far as the settings allow.
     """
+    age_seconds = (claim.claimed_at - claim.first_seen_at).total_seconds()
     next_check_at = next_check(
         slot_at(max(claim.claimed_at, tick), settings.interval_seconds),
         interval_seconds=settings.interval_seconds,
-        every_seconds=settings.cadence.every_seconds(
-            (claim.claimed_at - claim.first_seen_at).total_seconds()
-        ),
+        every_seconds=settings.cadence.every_seconds(age_seconds),
         failures=claim.consecutive_failures + 1 if answer.outcome.is_error else 0,
         backoff_max_seconds=settings.backoff_max_seconds,
         choose=choose,
@@ -153,7 +170,20 @@ def decide(
     if next_check_at <= answered_at:
         slot = slot_at(answered_at, settings.interval_seconds)
         next_check_at = slot + timedelta(seconds=settings.interval_seconds)
-    return Result(claim, answer.outcome, answer.status_code, next_check_at)
+    new_status = answer.status
+    expires_after = settings.expires_after_seconds
+    if new_status is SessionStatus.OPEN:
+        # Only here: billing has just said that the session is not paid.
+        expired = expires_after is not None and age_seconds >= expires_after
+        new_status = SessionStatus.TIMEOUT if expired else None
+    return Result(
+        claim,
+        answer.outcome if new_status is None else Outcome.CLOSED,
+        answer.status_code,
+        next_check_at,
+        new_status,
+        answer.billing_status,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +222,9 @@ class _Pass:
         self._given_back: list[Claim] = []
         self._settled = asyncio.Event()  # there is something to record or to give back
         self._all_settled = asyncio.Event()
+        self._record_now = asyncio.Event()  # more results are not worth waiting for
+        self._pause_asked_for: list[float | None] = []  # seconds; None: for as long as we think
+        self._normal_again = False
         self._bugs: list[Exception] = []
 
     async def run(self) -> Summary:
@@ -211,9 +244,13 @@ class _Pass:
             overdue_seconds=sessions.overdue_seconds,
         )
         self._log.begins(now, sessions.open)
+        self._pause = await self._database(self._store.read_pause)
         if self._billing is None:
             logger.warning("⚠️ APIKEY not found in environment variables")
             summary.skipped[Skip.NO_API_KEY] = sessions.open
+        elif self._pause.until > now:
+            summary.paused_until = self._pause.until
+            self._count_skipped(sessions)
         elif sessions.open:
             await self._check_all(self._billing, began)
             self._count_skipped(sessions)
@@ -250,6 +287,7 @@ class _Pass:
                 async with asyncio.TaskGroup() as checks:
                     checks.create_task(self._claim_while_due(billing, checks))
                 self._all_settled.set()
+                self._record_now.set()
                 self._settled.set()
         except ExceptionGroup as failed:
             store_errors, others = failed.split(StoreError)
@@ -270,6 +308,8 @@ class _Pass:
         while not self._out_of_time.is_set():
             claimed = self._loop.time()
             claims = await self._database(self._claim)
+            if self._summary.paused_until is not None:
+                self._begin_no_more()
             if not claims:
                 return
             # Sessions that failed last time may well hang; the healthy ones go first.
@@ -288,6 +328,8 @@ class _Pass:
                 await self._queue_is_low.wait()
 
     def _claim(self) -> list[Claim]:
+        if self._paused():
+            return []
         if self._options.reason is Reason.MANUAL:
             return self._store.claim_unchecked(
                 since=self._summary.started_at,
@@ -315,22 +357,27 @@ class _Pass:
             self._settle(queued, answer)
 
     def _settle(self, queued: _Queued, answer: Answer) -> None:
-        claim = queued.claim
         took = timedelta(seconds=self._loop.time() - queued.claimed)
-        self._log.checked(claim, answer)
-        self._summary.outcomes[answer.outcome] += 1
+        result = decide(
+            queued.claim,
+            answer,
+            tick=self._tick,
+            answered_at=queued.claim.claimed_at + took,
+            settings=self._settings,
+            choose=self._choose,
+        )
+        if result.new_status is None:  # a change is told when it has been made
+            self._log.checked(queued.claim, answer)
+        self._summary.outcomes[result.outcome] += 1
         if answer.seconds is not None:
             self._summary.latencies.append(answer.seconds)
-        self._results.append(
-            decide(
-                claim,
-                answer,
-                tick=self._tick,
-                answered_at=claim.claimed_at + took,
-                settings=self._settings,
-                choose=self._choose,
-            )
-        )
+        self._results.append(result)
+        if answer.outcome is Outcome.RATE_LIMITED:
+            self._begin_no_more()
+            self._pause_asked_for.append(answer.retry_after)
+            self._record_now.set()
+        elif not answer.outcome.is_error:
+            self._normal_again = True
         self._settled.set()
 
     async def _record_as_they_settle(self) -> None:
@@ -338,17 +385,41 @@ class _Pass:
             await self._settled.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(RECORD_EVERY_SECONDS):
-                    await self._all_settled.wait()
+                    await self._record_now.wait()
             self._settled.clear()
+            if not self._all_settled.is_set():
+                self._record_now.clear()
             await self._record_settled()
 
     async def _record_settled(self) -> None:
+        asked_for, self._pause_asked_for = self._pause_asked_for, []
         results, self._results = self._results, []
         given_back, self._given_back = self._given_back, []
+        if asked_for:
+            # The longest that was asked for; a number of seconds counts more than none.
+            seconds = max((s for s in asked_for if s is not None), default=None)
+            pause = await self._database(self._store.pause, seconds)
+            self._summary.paused_until = pause.until
+        elif not self._out_of_time.is_set() and await self._database(self._paused):
+            self._begin_no_more()  # another worker was told to
         if results:
-            await self._database(self._store.record, results)
+            recorded = await self._database(self._store.record, results)
+            self._log.changed(recorded.changed)
+            self._summary.status_changes += len(recorded.changed)
+            self._summary.unpublished += recorded.unpublished
         if given_back:
             await self._database(self._store.release, given_back)
+        if self._normal_again and self._pause.count and self._summary.paused_until is None:
+            await self._database(self._store.end_pauses, self._pause)
+            self._pause = Pause(self._pause.until, 0)
+
+    def _paused(self) -> bool:
+        """Whether any worker's requests have led to a pause since this pass began."""
+        pause = self._store.read_pause()
+        if pause.until > self._pause.until:
+            self._summary.paused_until = pause.until
+            return True
+        return False
 
     def _begin_no_more(self) -> None:
         self._out_of_time.set()
@@ -377,7 +448,12 @@ class _Pass:
             skipped[Skip.NOT_DUE] = sessions.not_due
         # What is left was for other passes to check, or for the next one.
         left = max(0, sessions.open - self._summary.checked - skipped.total())
-        skipped[Skip.DEADLINE if self._out_of_time.is_set() else Skip.IN_FLIGHT] += left
+        if self._summary.paused_until is not None:
+            skipped[Skip.PAUSED] = left
+        elif self._out_of_time.is_set():
+            skipped[Skip.DEADLINE] = left
+        else:
+            skipped[Skip.IN_FLIGHT] += left
 
     async def _database[**P, T](self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         began = self._loop.time()

@@ -56,6 +56,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   open_sessions INT UNSIGNED NOT NULL,
   checked INT UNSIGNED NOT NULL,
   errors INT UNSIGNED NOT NULL,
+  status_changes INT UNSIGNED NOT NULL,
   outcomes VARCHAR(1000) NOT NULL,
   skipped VARCHAR(1000) NOT NULL,
   overdue_ms BIGINT UNSIGNED NOT NULL,
@@ -64,6 +65,14 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p99_ms DOUBLE NULL,
   latency_max_ms DOUBLE NULL,
   KEY checkout_session_run_finished (finished_at)
+) ENGINE=InnoDB"""
+
+
+PAUSE_TABLE = """\
+CREATE TABLE IF NOT EXISTS checkout_session_pause (
+  id TINYINT UNSIGNED NOT NULL PRIMARY KEY,
+  paused_until DATETIME(3) NOT NULL,
+  pauses INT UNSIGNED NOT NULL
 ) ENGINE=InnoDB"""
 
 
@@ -103,8 +112,12 @@ class MySQLDatabase:
 
     def prepare(self) -> bool:
         id_type = self.run(self._id_type)
-        for statement in (CHECK_TABLE.format(id_type=id_type), RUN_TABLE):
-            self.run(partial(self._create, statement))
+        statements = (CHECK_TABLE.format(id_type=id_type), RUN_TABLE, PAUSE_TABLE)
+        if refused := [s for s in statements if not self.run(partial(self._create, s))]:
+            raise StoreError(
+                "Tables of the monitor are missing and this user may not make them. Run: "
+                + " ".join(f"{statement};" for statement in refused)
+            )
         self.prepared = True
         return self.run(self._has_status_index)
 
@@ -247,22 +260,22 @@ class MySQLDatabase:
             return column_type
         return f"{column_type} CHARACTER SET {charset} COLLATE {collation}"
 
-    def _create(self, statement: str) -> None:
+    def _create(self, statement: str) -> bool:
+        """Whether the table is there, made just now if need be; no: this user may not make it."""
         [table] = re.findall(r"EXISTS (\w+)", statement)
         if self.query(
             "SELECT 1 FROM information_schema.tables"
             " WHERE table_schema = DATABASE() AND table_name = %s",
             (table,),
         ):
-            return
+            return True
         try:
             self.execute(statement)
         except pymysql.OperationalError as error:
-            if error.args[0] not in _MAY_NOT:
-                raise
-            raise StoreError(
-                f"The table {table} is missing and this user may not make it. Run: {statement};"
-            ) from error
+            if error.args[0] in _MAY_NOT:
+                return False
+            raise
+        return True
 
     def _has_status_index(self) -> bool:
         return bool(

@@ -5,19 +5,21 @@ The log messages are the same on Lambda, inside JSON records with fields, and on
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from aws_lambda_powertools import Logger, Metrics
 from aws_lambda_powertools.metrics import MetricUnit
 
-from core.model import Answer, Claim, Outcome, Summary, iso
+from core.model import Answer, Claim, Outcome, Result, Summary, iso
 
 NAMESPACE = "CheckoutSessionMonitor"
 
 # Lines of one outcome in one pass; the rest is counted. 10,000 lines of 200 bytes every 5 s would
 # be 34 GB a day.
 LINES_PER_OUTCOME = 50
+# Different unknown words in one pass's line.
+MOST_WORDS = 5
 
 CHECKS: Mapping[Outcome, str] = {
     outcome: "Checks" + outcome.value.title().replace("_", "") for outcome in Outcome
@@ -28,6 +30,7 @@ METRICS: Mapping[str, MetricUnit] = {
     **dict.fromkeys(CHECKS.values(), MetricUnit.Count),
     "ChecksFailed": MetricUnit.Count,
     "StatusChanges": MetricUnit.Count,
+    "EventsFailed": MetricUnit.Count,
     "OverdueSeconds": MetricUnit.Seconds,
     "PassDuration": MetricUnit.Milliseconds,
     "BillingLatencyP50": MetricUnit.Milliseconds,
@@ -59,6 +62,7 @@ def measure(summary: Summary) -> None:
         **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
         "ChecksFailed": summary.errors,
         "StatusChanges": summary.status_changes,
+        "EventsFailed": summary.unpublished,
         "OverdueSeconds": summary.overdue_seconds,
         "PassDuration": summary.duration_seconds * 1000,
         "PassesCompleted": 1,
@@ -86,6 +90,7 @@ class PassLog:
 
     def __init__(self) -> None:
         self._lines: Counter[Outcome] = Counter()
+        self._unknown: Counter[str] = Counter()
 
     def begins(self, at: datetime, open_sessions: int) -> None:
         logger.info(
@@ -95,6 +100,9 @@ class PassLog:
 
     def checked(self, claim: Claim, answer: Answer) -> None:
         outcome = answer.outcome
+        if outcome is Outcome.UNKNOWN_STATUS:
+            self._unknown[answer.detail] += 1
+            return
         self._lines[outcome] += 1
         if self._lines[outcome] > LINES_PER_OUTCOME:
             return
@@ -107,6 +115,19 @@ class PassLog:
         say = logger.warning if outcome.is_error else logger.info
         say(line(claim, answer), extra=fields)
 
+    def changed(self, results: Sequence[Result]) -> None:
+        """Tell of status changes that have been committed."""
+        for result in results:
+            self._lines[Outcome.CLOSED] += 1
+            if self._lines[Outcome.CLOSED] <= LINES_PER_OUTCOME:
+                fields = {
+                    "session_id": result.claim.session_id,
+                    "billing_checkout_id": result.claim.billing_checkout_id,
+                    "new_status": result.new_status,
+                    "billing_status": result.billing_status,
+                }
+                logger.info(change_line(result), extra=fields)
+
     def ends(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
             if count > LINES_PER_OUTCOME:
@@ -114,6 +135,17 @@ class PassLog:
                     f"… and {count - LINES_PER_OUTCOME} more: {outcome.value}",
                     outcome=outcome.value,
                 )
+        if self._unknown:
+            seen = ", ".join(f"{what} ({n})" for what, n in self._unknown.most_common(MOST_WORDS))
+            logger.warning(
+                f"⚠️ {self._unknown.total()} answers say nothing that BILLING_STATUS_MAP knows, and "
+                f"their sessions stay open: {seen}"
+            )
+        if summary.paused_until is not None:
+            logger.warning(
+                f"⏸️ No checks until {iso(summary.paused_until)}: "
+                "the billing service limits the rate (status 429 or 503)"
+            )
         if summary.outcomes[Outcome.UNAUTHORIZED]:
             logger.error("⚠️ The billing service refuses the API key (status 401 or 403)")
         if summary.open:
@@ -139,6 +171,16 @@ def line(claim: Claim, answer: Answer) -> str:
             return f"❌ Error checking session {session} ({checkout}): {answer.detail}"
         case _:
             return f"ℹ️ Checkout session {session} ({checkout}) returned status {answer.status_code}"
+
+
+def change_line(result: Result) -> str:
+    """What is said of a session whose status was written."""
+    claim = result.claim
+    session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
+    return (
+        f"🏁 Checkout session {session} ({checkout}) is now {result.new_status}; "
+        f"billing says {result.billing_status}"
+    )
 
 
 def shown(text: str) -> str:

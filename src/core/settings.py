@@ -1,13 +1,17 @@
 """What the operator configures: read once from the environment, refused with one clear sentence."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from core import cadence
-from core.cadence import Cadence
+from jmespath.exceptions import JMESPathError
+
+from core import cadence, status
+from core.cadence import Cadence, parse_duration
+from core.status import StatusReader
 
 BILLING_API_URL = "http://localhost:4000/billing/api/v1/paysession"
 DATABASE_FORM = (
@@ -57,6 +61,9 @@ class Settings:
     backoff_max_seconds: int = 60
     request_timeout_seconds: float = 10.0
     max_concurrency: int = 100
+    status_reader: StatusReader | None = None  # None: no status is written
+    expires_after_seconds: int | None = None
+    event_bus_name: str | None = None
     debug: bool = False
 
     @classmethod
@@ -67,6 +74,13 @@ class Settings:
             SettingsError: the first variable that cannot be used.
         """
         given = {name: value.strip() for name, value in env.items() if value.strip()}
+        status_updates = _boolean(given, "STATUS_UPDATES")
+        for name in ("SESSION_EXPIRES_AFTER", "EVENT_BUS_NAME"):
+            if name in given and not status_updates:
+                raise SettingsError(
+                    f"{name} is {given[name]!r}, but no status is ever written without "
+                    f"STATUS_UPDATES; set STATUS_UPDATES=true, or leave {name} out."
+                )
         api_key = given.get("APIKEY")
         database_url = given.get("DATABASE_URL")
         database_secret_arn = given.get("DATABASE_SECRET_ARN")
@@ -90,6 +104,9 @@ class Settings:
                 given, "REQUEST_TIMEOUT_SECONDS", float, 10, least=0.1, most=30
             ),
             max_concurrency=_number(given, "MAX_CONCURRENCY", int, 100, least=1, most=1000),
+            status_reader=_status_reader(given) if status_updates else None,
+            expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
+            event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),
             debug=_boolean(given, "DEBUG"),
         )
 
@@ -183,6 +200,42 @@ def _cadence(text: str) -> Cadence:
         raise SettingsError(
             f"CHECK_CADENCE is {text!r}: {error}; it must be {cadence.FORM}."
         ) from None
+
+
+def _status_reader(given: Mapping[str, str]) -> StatusReader:
+    path = given.get("BILLING_STATUS_PATH", status.PATH)
+    words = given.get("BILLING_STATUS_MAP")
+    try:
+        meanings = status.parse_words(words) if words else status.WORDS
+    except ValueError as error:
+        raise SettingsError(
+            f"BILLING_STATUS_MAP is {words!r}: {error}; it must be {status.WORDS_FORM}."
+        ) from None
+    try:
+        return StatusReader(path, meanings)
+    except JMESPathError:
+        raise SettingsError(
+            f"BILLING_STATUS_PATH is {path!r}; it must be a JMESPath expression, e.g. status or "
+            "data.payment.state."
+        ) from None
+
+
+def _expires_after(text: str | None) -> int | None:
+    try:
+        return parse_duration(text) if text else None
+    except ValueError:
+        raise SettingsError(
+            f"SESSION_EXPIRES_AFTER is {text!r}; it must be a number with s, m, h or d, e.g. 24h."
+        ) from None
+
+
+def _event_bus_name(text: str | None) -> str | None:
+    # PutEvents takes a name, or an ARN, of up to 1,600 characters.
+    if text is not None and not re.fullmatch(r"[/.\-_A-Za-z0-9:]{1,1600}", text):
+        raise SettingsError(
+            f"EVENT_BUS_NAME is {text!r}; it must be the name or the ARN of an EventBridge bus."
+        )
+    return text
 
 
 def _number[N: (int, float)](

@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   open_sessions INTEGER NOT NULL,
   checked INTEGER NOT NULL,
   errors INTEGER NOT NULL,
+  status_changes INTEGER NOT NULL,
   outcomes TEXT NOT NULL,
   skipped TEXT NOT NULL,
   overdue_ms INTEGER NOT NULL,
@@ -41,7 +42,12 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p99_ms REAL,
   latency_max_ms REAL
 );
-CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at)"""
+CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at);
+CREATE TABLE IF NOT EXISTS checkout_session_pause (
+  id INTEGER PRIMARY KEY,
+  paused_until DATETIME NOT NULL,
+  pauses INTEGER NOT NULL
+)"""
 
 # How moments are kept: as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 knows
 # adapters and converters only for the whole process, by type and by a column's declared type.

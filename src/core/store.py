@@ -1,19 +1,34 @@
 """The database as the queue of checks: every statement of the monitor, written once.
 
-The shop's `checkout_session` table is only read here. The monitor's own two tables are
-`checkout_session_check`, one row for each open session, and `checkout_session_run`, one row for
-each pass. A session is due when its `next_check_at` has come and no claim on it is valid any more.
+Of the shop's `checkout_session` table only `status` is ever written, and only from `open`. The
+monitor's own tables are `checkout_session_check`, one row for each open session,
+`checkout_session_run`, one row for each pass, and `checkout_session_pause`, a single row: until
+when billing asked to be left alone. A session is due when its `next_check_at` has come and no claim
+on it is valid any more.
 """
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import batched
 from typing import Protocol
 
-from core.model import Claim, OpenSessions, Outcome, Reason, Result, Skip, Summary
+from core.model import (
+    Claim,
+    OpenSessions,
+    Outcome,
+    Pause,
+    Reason,
+    Recorded,
+    Result,
+    SessionStatus,
+    Skip,
+    StatusChange,
+    Summary,
+)
 
 type Value = str | int | float | Decimal | datetime | None
 type Row = tuple[Value, ...]
@@ -22,7 +37,14 @@ type Row = tuple[Value, ...]
 # a temporary table (in_predicate_conversion_threshold), which is slower here.
 STATEMENT_ROWS = 500
 
+# Of one PutEvents call, so that a transaction whose events are published holds few of the shop's
+# rows, and those for one call only.
+EVENTS_AT_ONCE = 10
+
 KEEP_RUNS = timedelta(days=1)
+
+# Pauses in a row, where billing does not say how long: 1, 2, 4 … seconds.
+LONGEST_BLIND_PAUSE = timedelta(seconds=60)
 
 NO_STATUS_INDEX = (
     "checkout_session has no index on status, so every pass reads the whole table. Run: "
@@ -77,20 +99,29 @@ class Database(Protocol):
     def close(self) -> None: ...
 
 
+class Publisher(Protocol):
+    """Tells others of status changes; see `core.events.EventBus`."""
+
+    def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+        """Publish up to EVENTS_AT_ONCE changes; returns the session ids of those that were."""
+
+
 class SqlStore:
     """The steps of a pass that need the database, on whichever engine `database` is.
 
     Every method raises StoreError.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, publisher: Publisher | None = None) -> None:
         self._database = database
+        self._publisher = publisher
 
     def prepare(self) -> list[str]:
         """Make the monitor's tables if need be; return warnings for the operator."""
         if self._database.prepared:
             return []
         indexed = self._database.prepare()
+        self._database.run(self._add_pause_row)
         if self.last_run_at() is None:
             # A monitor that has just been installed is not late: its first row says since when.
             self.record_run(Summary(Reason.START, self.now()))
@@ -130,28 +161,26 @@ class SqlStore:
             condition += f" AND session_id IN {_marks(wanted)}"
         return self._claim(condition, lambda _now: (since, *wanted), lease, limit)
 
-    def record(self, results: Sequence[Result]) -> None:
+    def record(self, results: Sequence[Result]) -> Recorded:
         """Keep what the checks found, free the claims, and set when each session is due again.
 
-        A claim that has lapsed and was taken over is left to whoever has it now.
+        A claim that has lapsed and was taken over is left to whoever has it now. A result with a
+        `new_status` becomes the session's status, and is published first, unless the session is
+        not open any more or the shop has its row locked; what is not published stays open, and its
+        next check finds it again.
         """
-
-        def work() -> None:
-            now = self._database.now()
-            for alike, claims in _alike(results).items():
-                outcome, status_code, next_check_at, claimed_until = alike
-                failures = "consecutive_failures + 1" if outcome.is_error else "0"
-                for some in batched(claims, STATEMENT_ROWS, strict=False):
-                    self._database.execute(
-                        "UPDATE checkout_session_check SET last_checked_at = %s,"
-                        " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
-                        f" attempts = attempts + 1, consecutive_failures = {failures},"
-                        " claimed_until = NULL"
-                        f" WHERE claimed_until = %s AND session_id IN {_marks(some)}",
-                        (now, outcome.value, status_code, next_check_at, claimed_until, *some),
-                    )
-
-        self._database.transaction(work)
+        changed: list[Result] = []
+        unpublished = 0
+        staying = [result for result in results if result.new_status is None]
+        if staying:
+            self._database.transaction(lambda: self._record(staying))
+        at_once = EVENTS_AT_ONCE if self._publisher else STATEMENT_ROWS
+        leaving = [result for result in results if result.new_status is not None]
+        for some in batched(leaving, at_once, strict=False):
+            recorded = self._database.transaction(partial(self._change_status, some))
+            changed += recorded.changed
+            unpublished += recorded.unpublished
+        return Recorded(changed, unpublished)
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Give back sessions that were claimed and not checked: they stay as due as they were."""
@@ -170,6 +199,49 @@ class SqlStore:
 
         self._database.transaction(work)
 
+    def read_pause(self) -> Pause:
+        """The pause that billing asked for last; it may be over."""
+        return self._database.run(self._read_pause)
+
+    def pause(self, seconds: float | None) -> Pause:
+        """Keep every worker from asking billing for `seconds`.
+
+        None: billing did not say how long; then it is a second, and twice as long after each pause
+        that brought nothing, LONGEST_BLIND_PAUSE at most. A pause that lasts longer stands.
+        """
+
+        def work() -> Pause:
+            # Whoever comes second waits here, and then sees the first one's pause.
+            self._database.execute("UPDATE checkout_session_pause SET pauses = pauses")
+            now = self._database.now()
+            paused = self._read_pause()
+            again = paused.until > now  # another request of the same wave
+            count = paused.count if again else paused.count + 1
+            if seconds is not None:
+                until = now + timedelta(seconds=seconds)
+            elif again:
+                until = paused.until
+            else:
+                # 2**20 seconds are beyond the longest; the bound keeps the power small.
+                until = now + min(timedelta(seconds=2 ** min(count - 1, 20)), LONGEST_BLIND_PAUSE)
+            pause = Pause(max(until, paused.until), count)
+            self._database.execute(
+                "UPDATE checkout_session_pause SET paused_until = %s, pauses = %s",
+                (pause.until, pause.count),
+            )
+            return pause
+
+        return self._database.transaction(work)
+
+    def end_pauses(self, pause: Pause) -> None:
+        """Billing answers normally again after that pause; a newer one stands."""
+        self._database.run(
+            lambda: self._database.execute(
+                "UPDATE checkout_session_pause SET pauses = 0 WHERE paused_until = %s",
+                (pause.until,),
+            )
+        )
+
     def record_run(self, summary: Summary) -> None:
         """Keep the pass's row, the heartbeat, and drop rows older than a day."""
         latency = summary.latency_ms
@@ -182,6 +254,7 @@ class SqlStore:
             "open_sessions": summary.open,
             "checked": summary.checked,
             "errors": summary.errors,
+            "status_changes": summary.status_changes,
             "outcomes": _json(summary.outcomes),
             "skipped": _json(summary.skipped),
             "overdue_ms": round(summary.overdue_seconds * 1000),
@@ -237,6 +310,61 @@ class SqlStore:
         return OpenSessions(
             counts["open"], counts["in_flight"], counts["not_due"], max(0.0, overdue)
         )
+
+    def _add_pause_row(self) -> None:
+        self._database.execute(
+            f"{self._database.insert_or_ignore} INTO checkout_session_pause"
+            " (id, paused_until, pauses) VALUES (1, %s, 0)",
+            (self._database.now(),),
+        )
+
+    def _read_pause(self) -> Pause:
+        [(until, count)] = self._database.query(
+            "SELECT paused_until, pauses FROM checkout_session_pause"
+        )
+        return Pause(_moment(until), _integer(count))
+
+    def _record(self, results: Iterable[Result]) -> None:
+        now = self._database.now()
+        for alike, claims in _alike(results).items():
+            outcome, status_code, next_check_at, claimed_until = alike
+            failures = "consecutive_failures + 1" if outcome.is_error else "0"
+            for some in batched(claims, STATEMENT_ROWS, strict=False):
+                self._database.execute(
+                    "UPDATE checkout_session_check SET last_checked_at = %s,"
+                    " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
+                    f" attempts = attempts + 1, consecutive_failures = {failures},"
+                    " claimed_until = NULL"
+                    f" WHERE claimed_until = %s AND session_id IN {_marks(some)}",
+                    (now, outcome.value, status_code, next_check_at, claimed_until, *some),
+                )
+
+    def _change_status(self, results: Sequence[Result]) -> Recorded:
+        by_id = {result.claim.session_id: result for result in results}
+        # A row that the shop has locked is being written right now. The monitor neither waits for
+        # the shop nor wins against it.
+        still_open = self._database.query(
+            "SELECT id, billing_order_id FROM checkout_session"
+            f" WHERE status = 'open' AND id IN {_marks(by_id)} {self._database.lock_rows}",
+            tuple(by_id),
+        )
+        orders = {str(i): None if order is None else str(order) for i, order in still_open}
+        ids: Collection[str] = orders
+        if self._publisher is not None and orders:
+            now = self._database.now()
+            changes = [_status_change(by_id[i], order, now) for i, order in orders.items()]
+            ids = self._publisher.publish(changes)
+        changed = [by_id[i] for i in ids]
+        for status in SessionStatus:
+            if into := [r.claim.session_id for r in changed if r.new_status is status]:
+                self._database.execute(
+                    "UPDATE checkout_session SET status = %s"
+                    f" WHERE status = 'open' AND id IN {_marks(into)}",
+                    (status.value, *into),
+                )
+        self._forget([result.claim.session_id for result in changed])
+        self._record([result for i, result in by_id.items() if i not in ids])
+        return Recorded(changed, len(orders) - len(changed))
 
     def _count(
         self, now: datetime, due_by: datetime, session_ids: Sequence[str] | None = None
@@ -358,6 +486,21 @@ def _alike(
         alike = (result.outcome, result.status_code, result.next_check_at, claim.claimed_until)
         groups[alike].append(claim.session_id)
     return groups
+
+
+def _status_change(result: Result, order_id: str | None, now: datetime) -> StatusChange:
+    if result.new_status is None:
+        raise TypeError("a result without a new status is no change")
+    claim = result.claim
+    return StatusChange(
+        session_id=claim.session_id,
+        billing_checkout_id=claim.billing_checkout_id,
+        billing_order_id=order_id,
+        new_status=result.new_status,
+        billing_status=result.billing_status,
+        first_seen_at=claim.first_seen_at,
+        changed_at=now,
+    )
 
 
 def _marks(values: Iterable[object]) -> str:

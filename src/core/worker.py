@@ -11,6 +11,7 @@ import httpx
 
 from core import monitor, secrets
 from core.billing import BillingClient
+from core.events import EventBus
 from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
 from core.mysql import MySQLDatabase
@@ -62,7 +63,8 @@ class Worker:
         clock: Callable[[], datetime] | None = None,
     ) -> None:
         self._settings = settings
-        self._store = SqlStore(open_database(settings, clock=clock))
+        bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
+        self._store = SqlStore(open_database(settings, clock=clock), bus)
         self._billing = _billing(settings, transport)
         self._runner = asyncio.Runner()
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
@@ -172,6 +174,7 @@ def _billing(
         api_url=settings.billing_api_url,
         api_key=key,
         timeout_seconds=settings.request_timeout_seconds,
+        status_reader=settings.status_reader,
         read_key_again=read_again,
         transport=transport,
     )

@@ -102,6 +102,8 @@ def message(summary: Summary) -> str:
     text = f"Checked {summary.checked} of {summary.open} open checkout sessions"
     if skipped := ", ".join(f"{n} {skip.value}" for skip, n in summary.skipped.items()):
         text += f"; skipped: {skipped}"
+    if summary.paused_until is not None:
+        text += f"; billing asked for a pause until {iso(summary.paused_until)}"
     return f"{text}."
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 
 from core import monitor
-from core.model import Answer, Claim, Outcome, Reason, Result, Skip
+from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip
 from core.monitor import PassOptions, check_open_checkout_sessions, trigger_checkout_session_check
 from core.settings import Settings
 from core.store import SqlStore, StoreError
@@ -129,13 +129,15 @@ def test_each_outcome_is_settled_and_a_failure_of_one_touches_no_other(passes: P
         "checkout_hang_1": TIMEOUT,
         "checkout_reset_1": Answer(Outcome.NETWORK_ERROR, None, 0.1, "reset"),
         "checkout_bad_1": Answer(Outcome.INVALID_SESSION),
+        "checkout_refunded_1": Answer(Outcome.UNKNOWN_STATUS, 200, 0.1, "'refunded'"),
+        "checkout_paid_1": Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS),
     }
     passes.billing.answers = answers
     add_sessions(passes.shop, {f"s-{c}": c for c in [*answers, "checkout_active_1"]})
     summary = asyncio.run(passes.run())
     assert summary.outcomes == dict.fromkeys(Outcome, 1)
-    assert (summary.successes, summary.errors) == (2, 6)
-    assert len(summary.latencies) == 7
+    assert (summary.successes, summary.errors) == (3, 7)
+    assert len(summary.latencies) == 9
 
 
 def test_a_bug_in_one_check_is_raised_after_every_other_session_was_checked(

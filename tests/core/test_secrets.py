@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
@@ -16,6 +17,8 @@ from core.settings import MySQLAddress, Settings, SettingsError
 from core.worker import Worker
 from local.billing import running_billing
 from tests.support import Shop, add_sessions
+
+SRC = Path(__file__).parents[2] / "src"
 
 
 class Manager:
@@ -137,4 +140,5 @@ def test_a_revoked_api_key_is_read_again_once_not_once_a_session(
 
 def test_importing_the_check_handler_does_not_import_boto3() -> None:
     program = "import sys, handlers.check; sys.exit('boto3' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    ran = subprocess.run([sys.executable, "-c", program], cwd=SRC, check=False)
+    assert ran.returncode == 0
