@@ -6,6 +6,8 @@ import sys
 
 import httpx
 
+from core.settings import SettingsError, checked_api_key
+
 URL = "http://localhost:3001/api/test/checkout-sessions"
 
 
@@ -14,16 +16,24 @@ def main() -> int:
     parser.add_argument("--url", default=URL, help="the trigger, here or deployed (%(default)s)")
     parser.add_argument("--api-key", help="the deployed API's key, sent as x-api-key")
     arguments = parser.parse_args()
-    headers = {"x-api-key": arguments.api_key} if arguments.api_key else {}
+    headers = {}
     try:
+        if arguments.api_key:
+            headers["x-api-key"] = checked_api_key("--api-key", arguments.api_key)
         answer = httpx.post(arguments.url, headers=headers, timeout=30)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        print(f"❌ No answer from {arguments.url}: {error}. Is the monitor running (make run)?")
+    except SettingsError as error:
+        print(f"❌ {error}")
+        return 1
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        why = str(error).rstrip(".")
+        print(f"❌ No answer from {arguments.url}: {why}. Is the monitor running (make run)?")
         return 1
     try:
         body = answer.json()
     except ValueError:
-        body = {"message": answer.text}
+        body = None
+    if not isinstance(body, dict):  # not the monitor's; a proxy's page, say: one line of it
+        body = {"message": " ".join(answer.text[:200].split())}
     succeeded = answer.is_success and body.get("success") is True
     print(f"{'✅' if succeeded else '❌'} {answer.status_code} {body.get('message', '')}")
     if summary := body.get("summary"):

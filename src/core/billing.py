@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import cast
@@ -18,6 +19,7 @@ from pyreqwest.exceptions import (
     PyreqwestError,
     RequestTimeoutError,
 )
+from pyreqwest.http import HeaderMap
 from pyreqwest.request import StreamRequest
 from pyreqwest.response import ResponseBodyReader
 
@@ -76,7 +78,7 @@ class BillingClient:
         self._key_read_at = -KEY_READ_AGAIN_SECONDS
         self._rotation = asyncio.Lock()
         self._timeout_seconds = timeout_seconds
-        self._transport = transport or ReqwestTransport()
+        self._transport = transport or ReqwestTransport(timeout_seconds)
         self._monotonic = monotonic
         self._now = now or partial(datetime.now, UTC)
 
@@ -209,16 +211,25 @@ async def _read(response: httpx.Response) -> bytes | None:
         await response.aclose()
 
 
+# A service that closes idle connections does so to one that is just being used again. Asking once
+# more is safe: a GET changes nothing.
+_CLOSED_UNDER_US = "connection closed before message completed"
+
+
 class ReqwestTransport(httpx.AsyncBaseTransport):
     """httpx over pyreqwest (Rust's reqwest): three times the checks a second of httpx's own pool.
 
     Redirects are not followed, because the API key would travel with them. TLS certificates are
     verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected.
+
+    Cancelling does not reach a request that is on its way in Rust: it, and its connection, would
+    live until billing answers. `timeout_seconds` ends it there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float) -> None:
         self._client: Client = (
             ClientBuilder()
+            .timeout(timedelta(seconds=timeout_seconds))
             .follow_redirects(enable=False)
             .gzip(enable=False)
             .brotli(enable=False)
@@ -228,6 +239,14 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await self._send(request)
+        except httpx.NetworkError as error:
+            if str(error) != _CLOSED_UNDER_US:
+                raise
+        return await self._send(request)
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
         sending = (
             self._client.request(request.method, str(request.url))
             .headers(request.headers.multi_items())
@@ -239,7 +258,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             raise _translated(error, request) from error
         return httpx.Response(
             response.status,
-            headers=list(response.headers.items()),
+            headers=_readable(response.headers),
             stream=_Body(sending, response.body_reader, request),
         )
 
@@ -266,6 +285,15 @@ class _Body(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._sending.__aexit__(None, None, None)
+
+
+def _readable(headers: HeaderMap) -> list[tuple[str, str]]:
+    """The headers as text, without those whose values are not ASCII: none of them is needed."""
+    readable = []
+    for name in set(headers):
+        with suppress(ValueError):
+            readable += [(name, value) for value in headers.getall(name)]
+    return readable
 
 
 def _translated(error: PyreqwestError, request: httpx.Request) -> httpx.TransportError:

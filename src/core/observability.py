@@ -159,16 +159,17 @@ class PassLog:
 def line(claim: Claim, answer: Answer) -> str:
     """What is said of one check. Ids are shown so that they cannot break the line."""
     session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
+    detail = shown(answer.detail)
     match answer.outcome:
         case Outcome.ACTIVE:
             return f"✅ Success: Checkout session {session} ({checkout}) is still active"
         case Outcome.TIMEOUT:
             return f"⏰ Timeout: Checkout session request timed out: {session} ({checkout})"
         case Outcome.NETWORK_ERROR:
-            said = f"Network error: {answer.detail}" if answer.detail else "Network error"
+            said = f"Network error: {detail}" if detail else "Network error"
             return f"❌ Error checking session {session} ({checkout}): {said}"
         case Outcome.INVALID_SESSION:
-            return f"❌ Error checking session {session} ({checkout}): {answer.detail}"
+            return f"❌ Error checking session {session} ({checkout}): {detail}"
         case _:
             return f"ℹ️ Checkout session {session} ({checkout}) returned status {answer.status_code}"
 

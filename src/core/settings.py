@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Never
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import httpx
 from jmespath.exceptions import JMESPathError
+from pyreqwest.http import Url
 
 from core import cadence, status
 from core.cadence import Cadence, parse_duration
@@ -122,21 +124,25 @@ def parse_database_url(text: str) -> DatabaseAddress:
         url = urlsplit(text)
         port = url.port
     except ValueError:
+        url = None
+    if url is None:  # out of the except clause: that error's text may hold the password
         _refuse_database_url(text, "cannot be read as a URL")
+    if "#" in text:
+        _refuse_database_url(text, "holds a '#', which must be written %23")
     if url.scheme == "sqlite":
         path = unquote(url.path.removeprefix("/"))
-        if url.netloc or not path:
+        if url.netloc or not path or "?" in text:
             _refuse_database_url(text, "names no file")
         return SQLitePath(Path(path))
     if url.scheme != "mysql":
         _refuse_database_url(text, "has another scheme than mysql or sqlite")
     database = unquote(url.path.removeprefix("/"))
-    if not (url.hostname and url.username and database) or "/" in database:
+    if not (url.hostname and url.username and database) or "/" in database or port == 0:
         _refuse_database_url(text, "must name a user, a host and one database")
     options = dict(parse_qsl(url.query, keep_blank_values=True))
     ssl_ca = options.pop("ssl_ca", None)
     ssl = options.pop("ssl", "true" if ssl_ca else "false")
-    if options or ssl not in ("true", "false") or ssl_ca == "":
+    if options or ssl not in ("true", "false") or ssl_ca == "" or (ssl_ca and ssl == "false"):
         _refuse_database_url(text, "has an option other than ssl_ca=<file> or ssl=true|false")
     if ssl_ca is not None and not Path(ssl_ca).is_file():
         raise SettingsError(
@@ -156,6 +162,9 @@ def parse_database_url(text: str) -> DatabaseAddress:
 
 def _refuse_database_url(text: str, why: str) -> Never:
     scheme, separator, _ = text.partition("://")
+    # What stands before '://' is a scheme only in this form (RFC 3986); it may be a password too.
+    if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
+        scheme = "…"
     shown = f"{scheme}://…" if separator else "a text without '://'"
     raise SettingsError(f"DATABASE_URL ({shown}) {why}; it must be {DATABASE_FORM}.")
 
@@ -178,17 +187,24 @@ def _billing_api_url(text: str) -> str:
     allowed = "an http:// or https:// URL without user, query and fragment"
     try:
         url = urlsplit(text)
-        _ = url.port
-    except ValueError:
-        raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.") from None
-    if url.username is not None or url.password is not None:
+        httpx.URL(text)
+        usable = (
+            url.port != 0
+            and url.scheme in ("http", "https")
+            and bool(url.hostname)
+            and not any(character in text for character in "?#")
+            and all("!" <= character <= "~" for character in text)
+            and Url.is_valid(text)  # by the rules of the client that sends the requests
+        )
+        authority = url.netloc if usable else text
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+        authority = text
+    if "@" in authority:
         raise SettingsError(
             f"BILLING_API_URL holds a user or a password (not shown here); it must be {allowed}."
         )
-    visible = all("!" <= character <= "~" for character in text)
-    if url.scheme not in ("http", "https") or not url.hostname or "?" in text or "#" in text:
-        visible = False
-    if not visible:
+    if not usable:
         raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
     return text.rstrip("/")
 

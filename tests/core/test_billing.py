@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from core.billing import KEY_READ_AGAIN_SECONDS, BillingClient, path_segment
 from core.model import Answer, Outcome
 from local.billing import SimulatedBilling, running_billing
+from tests.support import until
 
 KEY = "the-key"
 API = "http://billing.example/api"
@@ -443,3 +444,41 @@ def test_a_new_key_that_is_refused_too_is_tried_once() -> None:
     answer = asyncio.run(secret.client().check("checkout_1"))
     assert (answer.outcome, answer.status_code) == (Outcome.UNAUTHORIZED, 401)
     assert secret.sent == ["old", "new"]
+
+
+@pytest.mark.parametrize("word", ["hang", "drip"])
+def test_after_a_timeout_billing_sees_the_connection_closed(word: str) -> None:
+    async def scenario() -> None:
+        async with (
+            SimulatedBilling(pause_seconds=0.01) as billing,
+            client_of(billing.url, timeout_seconds=SHORT) as client,
+        ):
+            answers = await asyncio.gather(*(client.check(word) for _ in range(5)))
+            assert {answer.outcome for answer in answers} == {Outcome.TIMEOUT}
+            await until(lambda: billing.in_flight == 0)
+            assert billing.connections == 5
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("header", ["X-Shop", "Retry-After"])
+def test_a_header_that_is_not_ascii_does_no_harm(header: str) -> None:
+    async def scenario() -> Answer:
+        said = f"HTTP/1.1 200 OK\r\n{header}: caf\xe9\r\nContent-Length: 0\r\n\r\n"
+        async with serving(saying(said.encode("latin-1"))) as url:
+            return await ask(url)
+
+    assert asyncio.run(scenario()).outcome is Outcome.ACTIVE
+
+
+def test_a_kept_connection_that_billing_closes_just_then_is_not_an_error() -> None:
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")  # the next request crosses the end of the connection
+
+    async def scenario() -> list[Outcome]:
+        async with serving(once) as url, client_of(url) as client:
+            return [(await client.check("checkout_1")).outcome for _ in range(4)]
+
+    assert asyncio.run(scenario()) == [Outcome.ACTIVE] * 4

@@ -119,9 +119,11 @@ ANY_TEXT = st.text(st.characters()) | st.text("a\n\r\t\x00\x1b\x7f\x85\u2028\u20
 
 
 @settings(deadline=None)
-@given(ANY_TEXT, ANY_TEXT, st.sampled_from(Outcome))
-def test_no_id_can_break_its_line(session_id: str, checkout_id: str, outcome: Outcome) -> None:
-    said = line(claim(session_id, checkout_id), Answer(outcome, 200))
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT, st.sampled_from(Outcome))
+def test_neither_an_id_nor_a_detail_can_break_its_line(
+    session_id: str, checkout_id: str, detail: str, outcome: Outcome
+) -> None:
+    said = line(claim(session_id, checkout_id), Answer(outcome, 200, detail=detail))
     assert said.isprintable()
     assert said.encode()
 

@@ -40,6 +40,8 @@ def refusal(**env: str) -> str:
     with pytest.raises(SettingsError) as refused:
         read(**env)
     sentence = str(refused.value)
+    assert refused.value.__cause__ is None
+    assert refused.value.__context__ is None or refused.value.__suppress_context__
     assert sentence.startswith(tuple(env))
     assert sentence.endswith(".")
     assert not re.search(r"[\n\r]|[.!?] [A-Z]", sentence)
@@ -122,6 +124,7 @@ WRONG = {
         "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
         "http://billing/x#y", "http://bill ing/x", "http://bücher/x", "http://billing/\nx",
         "http://billing:port/x", "http://billing:65536/x", "http://[::1/x",
+        "http://billing:0/x", "http://256.1.1.1/x", "http://%zz/x", "http://bil|ling/x", "http://xn--/x",
     ),
 }  # fmt: skip
 
@@ -155,6 +158,11 @@ def test_an_api_key_that_no_header_can_carry_is_refused_without_showing_it(key: 
         "http://:hidden@billing",
         "ftp://user:hidden@billing/x?y",
         "//user:hidden@billing",
+        "user:hidden@billing/x",
+        "http:/user:hidden@billing",
+        "http://user:hidden@billing:port/x",
+        "http://user:hidden@billing:65536/x",
+        "http://user:hidden@[::1/x",
     ],
 )
 def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) -> None:
@@ -182,11 +190,18 @@ def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) 
         ("mysql://u:hidden@[h/d", "(mysql://…) cannot be read as a URL"),
         ("mysql://u:hidden/@h/d", "(mysql://…) cannot be read as a URL"),
         ("mysql://u:hidden#@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden℀@h/d", "(mysql://…) cannot be read as a URL"),
         ("mysql://u:hidden?@h/d", "(mysql://…) cannot be read as a URL"),
         ("mysql://u:hidden@h/d?tls=true", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl=1", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl_ca=", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h:0/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d#x", "(mysql://…) holds a '#', which must be written %23"),
+        ("mysql://u:hidden@h/d?ssl_ca=/&ssl=false", "(mysql://…) has an option other than"),
+        ("root:hidden@mysql://h/d", "(…://…) has another scheme than mysql or sqlite"),
+        ("sqlite:///hidden#.db", "(sqlite://…) holds a '#', which must be written %23"),
+        ("sqlite:///hidden?.db", "(sqlite://…) names no file"),
         ("sqlite://", "(sqlite://…) names no file"),
         ("sqlite:///", "(sqlite://…) names no file"),
         ("sqlite://hidden.db", "(sqlite://…) names no file"),

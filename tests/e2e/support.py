@@ -53,7 +53,7 @@ class Shop:
         self.url = f"mysql://{user}:{PASSWORD}@{HOST}:{self.port}/{shop.database}"
         shop.run(f"CREATE USER {user}@'%%' IDENTIFIED BY %s", (PASSWORD,))
         shop.run(f"GRANT SELECT ON {shop.database}.checkout_session TO {user}")
-        for table in ("checkout_session_check", "checkout_session_run"):
+        for table in ("checkout_session_check", "checkout_session_run", "checkout_session_pause"):
             shop.run(
                 f"GRANT CREATE, SELECT, INSERT, UPDATE, DELETE ON {shop.database}.{table} TO {user}"
             )

@@ -136,12 +136,21 @@ def test_without_a_monitor_it_is_said_how_to_start_one(run: Run, refused: str) -
 
 
 @pytest.mark.parametrize(
-    "url", ["nonsense", "localhost:3001/x", "http://", "http://localhost:port", "ftp://localhost/x"]
+    "url",
+    [
+        "nonsense",
+        "localhost:3001/x",
+        "http://",
+        "http://localhost:port",
+        "ftp://localhost/x",
+        f"http://{'a' * 64}.example/x",
+    ],
 )
 def test_what_is_no_url_is_refused_in_one_sentence(run: Run, url: str) -> None:
     code, [said] = run(url)
     assert code == 1
     assert said.startswith(f"❌ No answer from {url}: ")
+    assert ".." not in said
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,9 @@ def test_what_is_no_url_is_refused_in_one_sentence(run: Run, url: str) -> None:
         (200, '{"success": false, "message": "odd"}', "❌ 200 odd"),
         (200, '{"success": "true", "message": "odd"}', "❌ 200 odd"),
         (302, "Found", "❌ 302 Found"),
+        (200, "[]", "❌ 200 []"),
+        (200, "null", "❌ 200 null"),
+        (200, "<html>\n<p>Hello</p>", "❌ 200 <html> <p>Hello</p>"),
     ],
 )
 def test_whatever_is_no_success_is_shown_as_a_failure(
@@ -168,6 +180,17 @@ def test_a_deployed_apis_key_is_sent_and_not_shown(run: Run, elsewhere: str) -> 
     url = f"{elsewhere}/200"
     assert [run(url), run(url, "--api-key", "hidden")] == [(0, ["✅ 200 done"])] * 2
     assert Elsewhere.api_keys == [None, "hidden"]
+
+
+@pytest.mark.parametrize("key", ["hiddé", "hidden\nkey", "hidden key"])
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(
+    run: Run, elsewhere: str, key: str
+) -> None:
+    code, [said] = run(f"{elsewhere}/200", "--api-key", key)
+    assert code == 1
+    assert said.startswith("❌ --api-key holds a space, a control character or a character outside")
+    assert "hidd" not in said
+    assert not Elsewhere.api_keys
 
 
 def test_as_a_program_it_ends_with_the_same_exit_code(elsewhere: str, refused: str) -> None:
