@@ -231,6 +231,9 @@ class TestParameters:
             ("ApiKeySecretArn", REQUIRED["ApiKeySecretArn"], f"{SECRET}billing/key"),
             ("DatabaseSecretArn", REQUIRED["DatabaseSecretArn"], ""),
             ("SecretsKeyArn", "", "alias/shop"),
+            ("BillingStatusMap", '{"paid": "success"}', "paid=success"),
+            ("SessionExpiresAfter", "24h", "a day"),
+            ("EventBusName", "", "my bus"),
             ("AlarmEmail", "ops@example.com", "ops"),
             ("AlarmEmail", "", "ops@example"),
         ],
@@ -311,6 +314,17 @@ class TestPermissions:
         ]
 
         assert readable == [{"Ref": "ApiKeySecretArn"}, {"Ref": "DatabaseSecretArn"}]
+
+    def test_the_functions_publish_to_the_one_bus_that_is_named(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        [bus] = [
+            statement["Resource"]["Fn::Sub"]
+            for statement in statements(resources)
+            if "events:PutEvents" in listed(statement["Action"])
+        ]
+
+        assert bus.endswith(":event-bus/${EventBusName}")
 
     def test_the_loop_invokes_the_worker_and_nothing_else(
         self, resources: dict[str, Resource]
@@ -408,6 +422,7 @@ class TestMonitoring:
             "OverdueAlarm",
             "FailedChecksAlarm",
             "UnauthorizedAlarm",
+            "EventsFailedAlarm",
             "WorkerErrorsAlarm",
             "WorkerThrottlesAlarm",
             "FailedChecksQueueAlarm",
