@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger test e2e check format requirements
+.PHONY: help run trigger billing test e2e check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -9,13 +9,16 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: .venv/ready .env ## Run the monitor here: the loop, the API on port 3001, a simulated billing service on port 4000
 	@exec python -m local $(ARGS)
 
 trigger: .venv/ready ## Check all open sessions now, through the running monitor's API
 	@exec python -m local.trigger $(ARGS)
+
+billing: .venv/ready ## Run the simulated billing service alone, e.g. ARGS="--host 0.0.0.0" for sam local
+	@exec python -m local.billing $(ARGS)
 
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest

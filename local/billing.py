@@ -371,9 +371,9 @@ def running_billing(
         loop.close()
 
 
-async def _listen(port: int) -> None:
+async def _listen(host: str, port: int) -> None:
     billing = SimulatedBilling()
-    await billing.start(port=port)
+    await billing.start(host, port)
     async with billing:
         print(f"Simulated billing service: {billing.url}", flush=True)
         await asyncio.Event().wait()
@@ -383,9 +383,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser("python -m local.billing", description="Simulated billing.")
     parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
-    port = parser.parse_args(arguments).port
+    parser.add_argument("--host", default=HOST, help="0.0.0.0: for containers (%(default)s)")
+    parsed = parser.parse_args(arguments)
+    port: int = parsed.port
     try:
-        asyncio.run(_listen(port))
+        asyncio.run(_listen(parsed.host, port))
     except KeyboardInterrupt:
         return 0
     except (OSError, OverflowError) as error:
