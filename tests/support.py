@@ -24,7 +24,7 @@ import pymysql
 from core.model import Answer, Outcome, Reason, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
-from core.store import Database, SqlStore
+from core.store import Database, Publisher, SqlStore
 from core.worker import open_database
 
 EVENTS = Path(__file__).parents[1] / "events"
@@ -248,6 +248,7 @@ class Passes:
         self.clock = clock
         self.billing = billing
         self.choose = lambda _low, high: high
+        self.publisher: Publisher | None = None
         store = SqlStore(database_of(shop, clock))
         store.prepare()
         store.close()
@@ -258,7 +259,7 @@ class Passes:
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
         with ThreadPoolExecutor(1) as thread:
-            store = SqlStore(database_of(self.shop, self.clock))
+            store = SqlStore(database_of(self.shop, self.clock), self.publisher)
             try:
                 return await check_open_checkout_sessions(
                     store,

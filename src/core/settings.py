@@ -81,7 +81,7 @@ class Settings:
             if name in given and not status_updates:
                 raise SettingsError(
                     f"{name} is {given[name]!r}, but no status is ever written without "
-                    f"STATUS_UPDATES; set STATUS_UPDATES=true, or leave {name} out."
+                    "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
         api_key = given.get("APIKEY")
         database_url = given.get("DATABASE_URL")

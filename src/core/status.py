@@ -59,9 +59,11 @@ class StatusReader:
         if body is None:
             return Reading(None, "a body that is too long")
         try:
-            found = self._search.search(json.loads(body))
+            parsed = json.loads(body)
         except (ValueError, RecursionError):
             return Reading(None, "a body that is no JSON")
+        try:
+            found = self._search.search(parsed)
         except JMESPathError:  # a function of the path was given a value that it cannot take
             return Reading(None, f"nothing that {self.path!r} can be applied to")
         if found is None:

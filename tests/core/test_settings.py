@@ -27,6 +27,11 @@ EVERY = (
     "APIKEY",
     "APIKEY_SECRET_ARN",
     "DATABASE_SECRET_ARN",
+    "STATUS_UPDATES",
+    "BILLING_STATUS_PATH",
+    "BILLING_STATUS_MAP",
+    "SESSION_EXPIRES_AFTER",
+    "EVENT_BUS_NAME",
     "DEBUG",
 )
 
@@ -56,6 +61,7 @@ def test_the_defaults_need_nothing_but_a_database() -> None:
     assert found.cadence == Cadence.parse("5s")
     assert (found.interval_seconds, found.backoff_max_seconds) == (5, 60)
     assert (found.request_timeout_seconds, found.max_concurrency) == (10, 100)
+    assert (found.status_reader, found.expires_after_seconds, found.event_bus_name) == (None,) * 3
     assert found.debug is False
     assert found == Settings(database=found.database)
 
@@ -119,6 +125,9 @@ WRONG = {
         "5s until 1h, 30s until 10m, 5m",
     ),
     ("DEBUG", "it must be true or false."): ("yes", "1", "on", "truee"),
+    ("STATUS_UPDATES", "it must be true or false."): ("maybe", "1"),
+    ("SESSION_EXPIRES_AFTER", "set STATUS_UPDATES=true, or leave it out."): ("24h",),
+    ("EVENT_BUS_NAME", "set STATUS_UPDATES=true, or leave it out."): ("shop",),
     ("BILLING_API_URL", URL): (
         "billing", "localhost:4000/x", "//billing/x", "ftp://billing/x", "http:billing", "http://",
         "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
@@ -137,6 +146,27 @@ def test_a_wrong_variable_is_named_with_what_was_given_and_what_is_allowed(
     name: str, text: str, allowed: str
 ) -> None:
     sentence = refusal(**{name: text})
+    assert sentence.startswith(f"{name} is {text!r}")
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("BILLING_STATUS_PATH", "a b", "it must be a JMESPath expression, e.g. status or"),
+        ("BILLING_STATUS_PATH", "[", "it must be a JMESPath expression"),
+        ("BILLING_STATUS_MAP", "paid", "it must be a JSON object from billing's words"),
+        ("BILLING_STATUS_MAP", "{}", '"success", "unpaid": "open"}.'),
+        ("BILLING_STATUS_MAP", '{"paid": "verified"}', "which the table does not know; it must be"),
+        ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
+        ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),
+        ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
+    ],
+)
+def test_what_status_updates_need_is_refused_in_the_same_way(
+    name: str, text: str, allowed: str
+) -> None:
+    sentence = refusal(**{name: text, "STATUS_UPDATES": "true"})
     assert sentence.startswith(f"{name} is {text!r}")
     assert allowed in sentence
 
