@@ -1,14 +1,16 @@
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support import (
     FakeBilling,
     FakeClock,
+    MySQLShop,
     Passes,
     Shop,
     SQLiteShop,
@@ -24,6 +26,9 @@ NO_SERVER = (
 
 # A MySQL server beside the MariaDB one; not every machine can have both.
 MYSQL = os.environ.get("TEST_MYSQL_URL")
+
+# MariaDB's anonymous user at localhost comes before anyone's at '%'.
+PLACES = ("'%'", "localhost")
 
 
 def without_a_server() -> None:
@@ -78,6 +83,29 @@ def sqlite_shop(tmp_path: Path) -> Iterator[Shop]:
 def mariadb_shop(mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
     with a_shop("mariadb", mariadb, tmp_path) as shop:
         yield shop
+
+
+@pytest.fixture
+def limited(mariadb_shop: MySQLShop) -> Iterator[Callable[..., MySQLShop]]:
+    """Makes a user of the shop's server with just the rights given."""
+    users: list[str] = []
+
+    def make(*rights: str) -> MySQLShop:
+        user = f"u{mariadb_shop.database[-12:]}{len(users)}"
+        users.append(user)
+        for place in PLACES:
+            mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY 'limited-pass'")
+            for right in rights:
+                mariadb_shop.run(f"GRANT {right} TO {user}@{place}")
+        host = urlsplit(mariadb_shop.server)
+        return MySQLShop(
+            f"mysql://{user}:limited-pass@{host.hostname}:{host.port}/", mariadb_shop.database
+        )
+
+    yield make
+    for user in users:
+        for place in PLACES:
+            mariadb_shop.run(f"DROP USER {user}@{place}")
 
 
 @pytest.fixture

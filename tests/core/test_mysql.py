@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from urllib.parse import urlsplit
 
 import pymysql
 import pytest
@@ -26,8 +25,6 @@ from tests.support import (
 )
 
 LEASE = timedelta(seconds=20)
-# MariaDB's anonymous user at localhost comes before anyone's at '%'.
-PLACES = ("'%'", "localhost")
 
 
 @pytest.fixture
@@ -102,29 +99,6 @@ def test_a_shop_that_changed_its_collation_is_told_what_to_do(
     with pytest.raises(StoreError, match="DROP TABLE checkout_session_check;"):
         again.prepare()
     again.close()
-
-
-@pytest.fixture
-def limited(mariadb_shop: MySQLShop) -> Iterator[Callable[..., MySQLShop]]:
-    """Makes a user of the shop's server with just the rights given."""
-    users: list[str] = []
-
-    def make(*rights: str) -> MySQLShop:
-        user = f"u{mariadb_shop.database[-12:]}{len(users)}"
-        users.append(user)
-        for place in PLACES:
-            mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY 'limited-pass'")
-            for right in rights:
-                mariadb_shop.run(f"GRANT {right} TO {user}@{place}")
-        host = urlsplit(mariadb_shop.server)
-        return MySQLShop(
-            f"mysql://{user}:limited-pass@{host.hostname}:{host.port}/", mariadb_shop.database
-        )
-
-    yield make
-    for user in users:
-        for place in PLACES:
-            mariadb_shop.run(f"DROP USER {user}@{place}")
 
 
 def test_a_user_who_may_not_make_tables_is_told_which_statements_to_run(
