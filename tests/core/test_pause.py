@@ -1,0 +1,172 @@
+"""One 429 slows the whole sweep, for every worker, for as long as billing asks."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.billing import MAX_RETRY_AFTER_SECONDS, parse_retry_after
+from core.model import Answer, Outcome, Reason, Skip
+from core.monitor import PassOptions
+from core.store import SqlStore
+from handlers.api import message
+from tests.support import (
+    NOON,
+    FakeBilling,
+    FakeClock,
+    Passes,
+    Shop,
+    add_sessions,
+    database_of,
+    numbered,
+)
+
+BLIND = Answer(Outcome.RATE_LIMITED, 429, 0.01)
+
+
+def limited_for(seconds: float) -> Answer:
+    return Answer(Outcome.RATE_LIMITED, 429, 0.01, retry_after=seconds)
+
+
+def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_over(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    workers = [Passes(mariadb_shop, clock, billing) for _ in range(3)]
+    add_sessions(mariadb_shop, numbered(500))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    first = asyncio.run(workers[0].run(MAX_CONCURRENCY="20"))
+    asked = billing.asked.total()
+    assert first.outcomes[Outcome.RATE_LIMITED] == 1
+    assert first.paused_until == NOON + timedelta(seconds=30)
+    assert asked <= 500
+    assert first.skipped == {Skip.PAUSED: 500 - asked}
+    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+    for second in range(5, 30, 5):
+        clock.now = NOON + timedelta(seconds=second)
+        for worker in workers:
+            assert asyncio.run(worker.run()).skipped[Skip.PAUSED] > 0
+    assert billing.asked.total() == asked
+    billing.answers = {}
+    clock.now = NOON + timedelta(seconds=30)
+    assert asyncio.run(workers[1].run()).checked == 500
+    assert set(billing.asked) == set(numbered(500).values())
+
+
+def test_no_more_than_what_is_in_flight_is_sent_after_a_429(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(500))
+    billing.answers = {f"checkout_active_{n}": limited_for(30) for n in range(500)}
+    asyncio.run(passes.run(MAX_CONCURRENCY="20"))
+    assert billing.asked.total() <= 1 + 20
+
+
+def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(40))
+    held = billing.held = {c: asyncio.Event() for c in numbered(40).values()}
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+        while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
+            await asyncio.sleep(0.002)
+        other = SqlStore(database_of(mariadb_shop, clock))
+        other.pause(30)
+        other.close()
+        for checkout_id in list(billing.asked):
+            held[checkout_id].set()
+        while billing.in_flight:
+            for checkout_id in list(billing.asked):
+                held[checkout_id].set()
+            await asyncio.sleep(0.2)
+        summary = await running
+        assert summary.paused_until == NOON + timedelta(seconds=30)
+        assert summary.skipped[Skip.PAUSED] == 40 - summary.checked > 0
+
+    asyncio.run(scenario())
+    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+
+
+def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(3))
+    every = dict.fromkeys(numbered(3).values(), BLIND)
+    billing.answers = every  # type: ignore[assignment]
+    seconds = []
+    for _ in range(8):
+        summary = asyncio.run(passes.run(CHECK_BACKOFF_MAX_SECONDS="0"))
+        assert summary.paused_until is not None
+        seconds.append((summary.paused_until - clock.now).total_seconds())
+        clock.now = max(summary.paused_until, clock.now + timedelta(seconds=10))
+    assert seconds == [1, 2, 4, 8, 16, 32, 60, 60]
+    billing.answers = {}
+    assert asyncio.run(passes.run()).successes == 3
+    billing.answers = every  # type: ignore[assignment]
+    clock.advance(5)
+    again = asyncio.run(passes.run())
+    assert again.paused_until == clock.now + timedelta(seconds=1)
+
+
+def test_the_manual_trigger_respects_the_pause_and_says_so(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(3))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    asyncio.run(passes.run())
+    asked = billing.asked.total()
+    passes.clock.advance(5)
+    summary = asyncio.run(passes.run(PassOptions(Reason.MANUAL)))
+    assert billing.asked.total() == asked
+    assert message(summary) == (
+        "Checked 0 of 3 open checkout sessions; skipped: 3 paused; "
+        "billing asked for a pause until 2026-01-15T12:00:30.000Z."
+    )
+
+
+def test_a_pause_is_never_shortened_and_only_the_newest_is_ended(
+    shop: Shop, clock: FakeClock
+) -> None:
+    store, other = (SqlStore(database_of(shop, clock)) for _ in range(2))
+    assert store.prepare() == []
+    before = store.read_pause()
+    long = store.pause(30)
+    assert other.pause(5) == other.pause(None) == long
+    other.end_pauses(before)
+    assert store.read_pause() == long
+    other.end_pauses(long)
+    assert store.read_pause().count == 0
+    store.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 30),
+        (" 0 ", 0),
+        ("9" * 400, MAX_RETRY_AFTER_SECONDS),
+        ("Thu, 15 Jan 2026 12:00:20 GMT", 20),
+        ("Thu, 15 Jan 2026 11:00:00 GMT", 0),
+        ("Fri, 16 Jan 2026 12:00:00 GMT", MAX_RETRY_AFTER_SECONDS),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("1.5", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_five_minutes_at_most_and_nonsense_is_ignored(
+    text: str, seconds: float | None
+) -> None:
+    assert parse_retry_after(text, NOON) == seconds
+
+
+@given(st.text())
+def test_no_header_breaks_the_reading_of_retry_after(text: str) -> None:
+    seconds = parse_retry_after(text, datetime.now(UTC))
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_SECONDS
