@@ -3,11 +3,12 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.billing import MAX_RETRY_AFTER_SECONDS, parse_retry_after
+from core.billing import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
 from core.model import Answer, Outcome, Reason, Skip
 from core.monitor import PassOptions
 from core.store import SqlStore
@@ -31,8 +32,18 @@ def limited_for(seconds: float) -> Answer:
 
 
 def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_over(
-    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check = billing.check
+    before: list[int] = []  # how many had been asked when the 429 came
+
+    async def noting(checkout_id: str | None) -> Answer:
+        answer = await check(checkout_id)
+        if answer.outcome is Outcome.RATE_LIMITED:
+            before.append(billing.asked.total())
+        return answer
+
+    monkeypatch.setattr(billing, "check", noting)
     workers = [Passes(mariadb_shop, clock, billing) for _ in range(3)]
     add_sessions(mariadb_shop, numbered(500))
     billing.answers = {"checkout_active_0": limited_for(30)}
@@ -40,7 +51,7 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
     asked = billing.asked.total()
     assert first.outcomes[Outcome.RATE_LIMITED] == 1
     assert first.paused_until == NOON + timedelta(seconds=30)
-    assert asked <= 500
+    assert asked - before[0] <= 20
     assert first.skipped == {Skip.PAUSED: 500 - asked}
     assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
     for second in range(5, 30, 5):
@@ -52,6 +63,34 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
     clock.now = NOON + timedelta(seconds=30)
     assert asyncio.run(workers[1].run()).checked == 500
     assert set(billing.asked) == set(numbered(500).values())
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "outcome", "seconds"),
+    [
+        (429, {"Retry-After": "30"}, Outcome.RATE_LIMITED, 30),
+        (503, {"Retry-After": "Thu, 15 Jan 2026 12:00:20 GMT"}, Outcome.RATE_LIMITED, 20),
+        (429, {"Retry-After": "soon"}, Outcome.RATE_LIMITED, None),
+        (429, {}, Outcome.RATE_LIMITED, None),
+        (503, {"Retry-After": "soon"}, Outcome.UNEXPECTED_STATUS, None),
+        (200, {"Retry-After": "30"}, Outcome.ACTIVE, None),
+    ],
+)
+def test_an_answer_tells_how_long_billing_asks_for(
+    status: int, headers: dict[str, str], outcome: Outcome, seconds: float | None
+) -> None:
+    async def ask() -> Answer:
+        client = BillingClient(
+            api_url="http://billing/api",
+            api_key="key",
+            timeout_seconds=10,
+            transport=httpx.MockTransport(lambda _: httpx.Response(status, headers=headers)),
+            now=lambda: NOON,
+        )
+        return await client.check("checkout_1")
+
+    answer = asyncio.run(ask())
+    assert (answer.outcome, answer.retry_after) == (outcome, seconds)
 
 
 def test_no_more_than_what_is_in_flight_is_sent_after_a_429(
