@@ -126,9 +126,7 @@ class BillingClient:
         return Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
 
     async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:
-        response = await self._transport.handle_async_request(
-            httpx.Request("GET", url, headers=headers)
-        )
+        response = await self._transport.handle_async_request(_Get(url, headers))
         return response, await _read(response)
 
     async def _key_rotated(self, refused: httpx.Headers) -> bool:
@@ -147,6 +145,30 @@ class BillingClient:
             self._headers = refused.copy()
             self._headers["x-api-key"] = key
             return True
+
+
+class _Get(httpx.Request):
+    """A GET with headers that many requests share, whose URL is parsed only if someone looks at it.
+
+    What httpx does to make a request (parse the URL, copy the headers, encode no body) takes as
+    long as to send it and to read the answer.
+    """
+
+    def __init__(self, address: str, headers: httpx.Headers) -> None:
+        self.method = "GET"
+        self.address = address
+        self.headers = headers
+        self.stream = _NO_BODY
+        self.extensions = {}
+
+    def __getattr__(self, name: str) -> httpx.URL:
+        if name != "url":
+            raise AttributeError(name)
+        self.url = httpx.URL(self.address)
+        return self.url
+
+
+_NO_BODY = httpx.ByteStream(b"")
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
@@ -247,8 +269,9 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         return await self._send(request)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
+        address = request.address if isinstance(request, _Get) else str(request.url)
         sending = (
-            self._client.request(request.method, str(request.url))
+            self._client.request(request.method, address)
             .headers(request.headers.multi_items())
             .build_streamed()
         )
@@ -273,15 +296,22 @@ class _Body(httpx.AsyncByteStream):
         self._sending = sending
         self._reader = reader
         self._request = request
+        self._ended = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._ended:
+            raise StopAsyncIteration
         try:
-            while chunk := await self._reader.read(_CHUNK_BYTES):
-                yield bytes(chunk)
-                if len(chunk) < _CHUNK_BYTES:  # `read` comes back with less only at the end
-                    return
+            chunk = await self._reader.read(_CHUNK_BYTES)
         except PyreqwestError as error:
             raise _translated(error, self._request) from error
+        if chunk is None:
+            raise StopAsyncIteration
+        self._ended = len(chunk) < _CHUNK_BYTES  # `read` comes back with less only at the end
+        return bytes(chunk)
 
     async def aclose(self) -> None:
         await self._sending.__aexit__(None, None, None)
@@ -289,11 +319,14 @@ class _Body(httpx.AsyncByteStream):
 
 def _readable(headers: HeaderMap) -> list[tuple[str, str]]:
     """The headers as text, without those whose values are not ASCII: none of them is needed."""
-    readable = []
-    for name in set(headers):
-        with suppress(ValueError):
-            readable += [(name, value) for value in headers.getall(name)]
-    return readable
+    try:
+        return list(headers.items())
+    except ValueError:
+        readable = []
+        for name in set(headers):
+            with suppress(ValueError):
+                readable += [(name, value) for value in headers.getall(name)]
+        return readable
 
 
 def _translated(error: PyreqwestError, request: httpx.Request) -> httpx.TransportError:
