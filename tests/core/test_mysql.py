@@ -1,7 +1,7 @@
 """What only a MySQL or MariaDB server can get wrong: types, rights, locks, connections."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import pymysql
@@ -10,7 +10,7 @@ import pytest
 from core.model import Outcome, Result
 from core.mysql import ATTEMPTS, MySQLDatabase
 from core.settings import MySQLAddress
-from core.store import SqlStore, StoreError
+from core.store import Row, SqlStore, StoreError, Value
 from tests.support import (
     NOON,
     FakeClock,
@@ -268,6 +268,15 @@ def test_the_shops_rows_are_never_locked(store: SqlStore, mariadb_shop: MySQLSho
     assert len(claims) == 3
 
 
+def rows_read(store: SqlStore) -> int:
+    """How many rows and index entries the store's connection has made the server read."""
+    database = store._database
+    sql = "SHOW SESSION STATUS WHERE variable_name LIKE %s OR variable_name = %s"
+    counters = ("Handler_read_%", "Handler_icp_attempts")
+    rows = database.run(lambda: database.query(sql, counters))
+    return sum(int(str(count)) for _name, count in rows)
+
+
 def test_an_idle_pass_never_reads_the_closed_sessions(
     store: SqlStore, mariadb_shop: MySQLShop
 ) -> None:
@@ -279,17 +288,48 @@ def test_an_idle_pass_never_reads_the_closed_sessions(
     mariadb_shop.run("ANALYZE TABLE checkout_session")
     add_sessions(mariadb_shop, numbered(3))
     store.sync_open_sessions(store.now())
-    database = store._database
-
-    def rows_read() -> int:
-        rows = database.run(lambda: database.query("SHOW SESSION STATUS LIKE 'Handler_read_%'"))
-        return sum(int(str(count)) for _name, count in rows)
-
-    before = rows_read()
+    before = rows_read(store)
     store.sync_open_sessions(store.now())
     store.claim_due(tick=store.now(), lease=LEASE, limit=500)
-    read = rows_read() - before
-    assert read < 100
+    assert rows_read(store) - before < 100
+
+
+def test_no_statement_of_an_idle_pass_scans_the_shops_table(
+    store: SqlStore, mariadb_shop: MySQLShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(mariadb_shop, {f"closed-{n}": "x" for n in range(3000)}, status="success")
+    add_sessions(mariadb_shop, numbered(3))
+    mariadb_shop.run("ANALYZE TABLE checkout_session")
+    store.sync_open_sessions(store.now())
+    store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    database = store._database
+    query, access = database.query, {}
+
+    def explained(sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
+        for _id, _kind, table, how, *_ in query(f"EXPLAIN {sql}", parameters):
+            access[sql, table] = how
+        return query(sql, parameters)
+
+    monkeypatch.setattr(database, "query", explained)
+    store.sync_open_sessions(store.now())
+    assert store.claim_due(tick=store.now(), lease=LEASE, limit=500) == []
+    of_shop = {how for (_sql, table), how in access.items() if table in ("s", "checkout_session")}
+    assert of_shop == {"ref"}  # rows with one status, by its index; "ALL" would be a scan
+
+
+def test_a_claim_reads_the_sessions_claimed_and_not_every_open_one(
+    store: SqlStore, mariadb_shop: MySQLShop
+) -> None:
+    """Also where the server's statistics are old: here they are of a smaller table."""
+    mariadb_shop.run("ALTER TABLE checkout_session STATS_AUTO_RECALC = 0")
+    add_sessions(mariadb_shop, numbered(100))
+    mariadb_shop.run("ANALYZE TABLE checkout_session")
+    add_sessions(mariadb_shop, {f"later-{n}": "checkout_1" for n in range(4900)})
+    store.sync_open_sessions(store.now())
+    before = rows_read(store)
+    claimed = store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    assert len(claimed) == 500
+    assert rows_read(store) - before < 3000
 
 
 def test_tls_is_used_and_verified_when_asked(mariadb_shop: MySQLShop) -> None:
