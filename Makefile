@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test e2e check format requirements
+.PHONY: help run trigger billing test e2e bench check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -26,6 +26,9 @@ test: .venv/ready $(NPM) ## Run the test suite
 e2e: .venv/ready ## Build with SAM and run the functions in its containers (needs root's Docker and a MariaDB)
 	$(UV) sync --frozen --quiet --group e2e
 	pytest --capture=no tests/e2e
+
+bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
+	@exec python -m tests.bench $(ARGS)
 
 check: .venv/ready ## Lint, format, types, template
 	ruff check

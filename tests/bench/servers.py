@@ -1,0 +1,146 @@
+"""The servers that the clients are measured against: nginx as the billing service, and a MariaDB.
+
+nginx answers ten times as many requests as the fastest client here sends, so the client is what is
+measured.
+"""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+NGINX_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
+SLOW_SECONDS = 0.05
+HANG_SECONDS = 10
+# Ports of our own; `make run` has 3001 and 4000.
+PORT, TLS_PORT, LOGGED_PORT = 4180, 4143, 4181
+
+CONFIGURATION = """\
+load_module {module};
+daemon off;
+pid {directory}/pid;
+error_log {directory}/error.log warn;
+# Two, because a process may not have as many files open as the largest run has requests in flight.
+worker_processes 2;
+events {{ worker_connections {connections}; }}
+http {{
+  access_log off;
+  default_type application/json;
+  keepalive_requests 1000000000;
+  keepalive_timeout 600s;
+  client_body_temp_path {directory}/1;
+  proxy_temp_path {directory}/2;
+  fastcgi_temp_path {directory}/3;
+  uwsgi_temp_path {directory}/4;
+  scgi_temp_path {directory}/5;
+  log_format checks '$msec $request_uri';
+  ssl_certificate {directory}/server.pem;
+  ssl_certificate_key {directory}/server.key;
+  server {{
+    listen 127.0.0.1:{port} backlog=65535 reuseport;
+    listen 127.0.0.1:{tls_port} ssl backlog=65535 reuseport;
+    location = /counters {{ stub_status; }}
+    location /at-once/ {{ return 200 '{answer}'; }}
+    location /slow/ {{ echo_sleep {slow}; echo '{answer}'; }}
+  }}
+  server {{
+    listen 127.0.0.1:{logged_port} backlog=65535;
+    access_log {directory}/checks.log checks buffer=64k flush=1s;
+    location /at-once/ {{ return 200 '{answer}'; }}
+    location /slow/ {{ echo_sleep {slow}; echo '{answer}'; }}
+    location ~ _hang_ {{ echo_sleep {hang}; echo '{answer}'; }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Billing:
+    """The running stub. Under each of its addresses, any id gets status 200."""
+
+    directory: Path
+
+    def url(self, *, slow: bool = False, tls: bool = False, logged: bool = False) -> str:
+        port = TLS_PORT if tls else LOGGED_PORT if logged else PORT
+        scheme = "https" if tls else "http"
+        return f"{scheme}://localhost:{port}/{'slow' if slow else 'at-once'}"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that a client of the TLS address has to trust."""
+        return self.directory / "ca.pem"
+
+    def counters(self) -> tuple[int, int]:
+        """Connections accepted and requests taken until now, on the ports without a log."""
+        with httpx.Client() as client:
+            lines = client.get(f"http://127.0.0.1:{PORT}/counters").text.splitlines()
+        accepted, _handled, requests = map(int, lines[2].split())
+        return accepted, requests
+
+    def checks(self) -> list[tuple[float, str]]:
+        """When (seconds since 1970) each request to the logged port was answered, and its id."""
+        self._await_log()
+        lines = (self.directory / "checks.log").read_text(encoding="utf-8").splitlines()
+        split = (line.split() for line in lines)
+        return [(float(at), uri.rpartition("/")[2]) for at, uri in split]
+
+    def forget_checks(self) -> None:
+        self._await_log()
+        (self.directory / "checks.log").write_text("", encoding="utf-8")
+
+    @staticmethod
+    def _await_log() -> None:
+        time.sleep(1.5)  # it is flushed every second
+
+
+@contextmanager
+def billing_stub(directory: Path, connections: int) -> Iterator[Billing]:
+    """Run nginx for up to `connections` connections at once in each of its two processes."""
+    _certificates(directory)
+    configuration = directory / "nginx.conf"
+    configuration.write_text(
+        CONFIGURATION.format(
+            module=NGINX_MODULE,
+            directory=directory,
+            connections=connections,
+            port=PORT,
+            tls_port=TLS_PORT,
+            logged_port=LOGGED_PORT,
+            slow=SLOW_SECONDS,
+            hang=HANG_SECONDS,
+            answer='{"status":"active"}',
+        ),
+        encoding="utf-8",
+    )
+    command = ["nginx", "-p", str(directory), "-c", str(configuration)]
+    with (directory / "output").open("wb") as output:
+        nginx = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        billing = Billing(directory)
+        for _ in range(100):
+            try:
+                billing.counters()
+                break
+            except httpx.TransportError:
+                if nginx.poll() is not None:
+                    raise RuntimeError((directory / "output").read_text()) from None
+                time.sleep(0.05)
+        yield billing
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def _certificates(directory: Path) -> None:
+    """An authority, and a certificate for localhost that it signed."""
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    authority = [*new, "-subj", "/CN=bench", "-keyout", "ca.key", "-out", "ca.pem"]
+    server = [*new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.pem"]
+    server += ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=CA:FALSE"]
+    server += ["-addext", "subjectAltName=DNS:localhost"]
+    for command in (authority, server):
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
