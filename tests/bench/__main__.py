@@ -111,6 +111,7 @@ CONDITIONS = (
     Condition(10_000, tls=True),
     Condition(10_000, 500, slow=True, tls=True),
 )
+QUICK_CONDITIONS = (Condition(1000), AT_500_IN_FLIGHT, Condition(1000, slow=True, tls=True))
 
 
 class Client:
@@ -501,9 +502,8 @@ def main() -> None:
     arguments = parser.parse_args()
     install()
     with prepared(rounds=1 if arguments.quick else ROUNDS, quick=arguments.quick) as bench:
-        for condition in CONDITIONS:
-            if condition.sessions <= 1000 or not arguments.quick:
-                bench.measure(condition)
+        for condition in QUICK_CONDITIONS if arguments.quick else CONDITIONS:
+            bench.measure(condition)
         steps: tuple[Callable[[], None], ...] = (
             bench.compare,
             bench.idle,

@@ -139,6 +139,7 @@ def _certificates(directory: Path) -> None:
     """An authority, and a certificate for localhost that it signed."""
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     authority = [*new, "-subj", "/CN=bench", "-keyout", "ca.key", "-out", "ca.pem"]
+    authority += ["-addext", "keyUsage=critical,keyCertSign"]
     server = [*new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.pem"]
     server += ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=CA:FALSE"]
     server += ["-addext", "subjectAltName=DNS:localhost"]
