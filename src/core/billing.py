@@ -239,7 +239,7 @@ _CLOSED_UNDER_US = "connection closed before message completed"
 
 
 class ReqwestTransport(httpx.AsyncBaseTransport):
-    """httpx over pyreqwest (Rust's reqwest): three times the checks a second of httpx's own pool.
+    """httpx over pyreqwest (Rust's reqwest), because httpx's own pool slows down with concurrency.
 
     Redirects are not followed, because the API key would travel with them. TLS certificates are
     verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected.
