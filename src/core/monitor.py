@@ -37,7 +37,8 @@ from core.store import StoreError
 # A claimed session whose request has not begun after this time is given back: this pass is stuck
 # behind requests that hang, and the next pass, one interval later, has free hands.
 START_WITHIN_SECONDS = 5.0
-# What a lease holds beyond that and the request itself: recording the result, on a slow day.
+# What a lease holds beyond that and the request itself: for the database on a slow day, to return
+# the claim and to record the result.
 RECORD_WITHIN_SECONDS = 5.0
 # Results are gathered this long, so that one statement records many of them. A killed pass loses
 # that much, and those sessions are then checked once more.
@@ -189,7 +190,8 @@ def decide(
 @dataclass(frozen=True, slots=True)
 class _Queued:
     claim: Claim
-    claimed: float  # when, by the event loop's clock
+    claimed: float  # when, by the event loop's clock, as the next one
+    begin_by: float
 
 
 class _Pass:
@@ -312,13 +314,19 @@ class _Pass:
                 self._begin_no_more()
             if not claims:
                 return
+            received = self._loop.time()
+            if received - claimed > RECORD_WITHIN_SECONDS:
+                # Too little of the lease is left. The hands are free, so the pass goes on.
+                await self._database(self._store.release, claims)
+                continue
             # Sessions that failed last time may well hang; the healthy ones go first.
             claims.sort(key=lambda claim: claim.consecutive_failures > 0)
-            self._queue.extend(_Queued(claim, claimed) for claim in claims)
+            begin_by = received + START_WITHIN_SECONDS
+            self._queue.extend(_Queued(claim, claimed, begin_by) for claim in claims)
             if self._out_of_time.is_set():
                 self._give_back_queue()
                 return
-            self._loop.call_at(claimed + START_WITHIN_SECONDS, self._give_back_stuck)
+            self._loop.call_at(begin_by, self._give_back_stuck)
             for _ in range(min(len(claims), self._settings.max_concurrency - len(self._checking))):
                 task = checks.create_task(self._check_queued(billing))
                 self._checking.add(task)
@@ -431,7 +439,7 @@ class _Pass:
             task.cancel()
 
     def _give_back_stuck(self) -> None:
-        if self._queue and self._queue[0].claimed + START_WITHIN_SECONDS <= self._loop.time():
+        if self._queue and self._queue[0].begin_by <= self._loop.time():
             # This pass has no free hands, so it claims nothing more either.
             self._begin_no_more()
 

@@ -203,7 +203,9 @@ class Bench:
                     shop = stack.enter_context(self.shop(program.engine, sessions))
                 job = a_job(url, _sessions(program, condition), shop, condition.in_flight)
                 client = stack.enter_context(self.client(program))
-                few = job["sessions"] if shop else min(WARM_UP, job["sessions"])
+                few = (
+                    job["sessions"] if shop else min(_warm_up(program, condition), job["sessions"])
+                )
                 client.run({**job, "sessions": few, "warm_up": True})
                 running.append((client, job, shop))
             for round_ in range(self.rounds):
@@ -479,6 +481,11 @@ def _sessions(program: Program, condition: Condition) -> int:
     if program is SEQUENTIAL and condition.slow:
         return MOST_SLOW_SEQUENTIAL
     return min(condition.sessions, MOST.get(program.name, condition.sessions))
+
+
+def _warm_up(program: Program, condition: Condition) -> int:
+    """One request on each connection; more for what a compiler makes faster while it runs."""
+    return max(condition.in_flight, WARM_UP if program in {SEED, BOUNDED} else 0)
 
 
 def _by_sessions(condition: Condition) -> tuple[int, int]:

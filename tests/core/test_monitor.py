@@ -7,7 +7,7 @@ import os
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import pytest
@@ -299,6 +299,32 @@ def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
         assert summary.skipped == {Skip.DEADLINE: 4}
 
     asyncio.run(scenario())
+
+
+def test_a_claim_that_took_the_database_too_long_is_given_back_and_the_pass_goes_on(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one slow moment of the database would put off every session that was not yet checked."""
+    add_sessions(passes.shop, numbered(20))
+    claim_due = SqlStore.claim_due
+    claims: list[list[Claim]] = []
+
+    def second_is_late(
+        store: SqlStore, *, tick: datetime, lease: timedelta, limit: int
+    ) -> list[Claim]:
+        claims.append(claim_due(store, tick=tick, lease=lease, limit=limit))
+        # What a claim may take, seen from the pass: the second one takes longer.
+        late = len(claims) == 2
+        monkeypatch.setattr(monitor, "RECORD_WITHIN_SECONDS", -1.0 if late else 5.0)
+        return claims[-1]
+
+    monkeypatch.setattr(SqlStore, "claim_due", second_is_late)
+    summary = asyncio.run(passes.run(MAX_CONCURRENCY="1"))
+
+    assert summary.checked == 20
+    assert summary.skipped == {}
+    assert {claim.session_id for claim in claims[1]} <= {c.session_id for c in claims[2]}
+    assert set(billing.asked.values()) == {1}
 
 
 def test_a_pass_at_its_deadline_gives_up_what_hangs_and_says_so(
