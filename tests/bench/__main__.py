@@ -47,7 +47,7 @@ PACKAGES = {
 ROUNDS = 3
 WARM_UP = 1000
 # What is slow is measured on fewer sessions: its rate does not depend on how many there are.
-MOST = {"sequential": 1000, "httpx": 1000}
+MOST = {"sequential": 1000, "httpx": 500}
 MOST_SLOW_SEQUENTIAL = 100
 LOOP_SECONDS = 60
 CLOSED = 100_000

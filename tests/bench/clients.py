@@ -86,9 +86,12 @@ def with_aiohttp(job: Job) -> Check:
     )
 
     async def check(id_: str) -> bool:
-        async with session.get(f"{job['url']}/{id_}") as response:
-            await response.read()
-            return response.status == httpx.codes.OK
+        try:
+            async with session.get(f"{job['url']}/{id_}") as response:
+                await response.read()
+        except aiohttp.ClientError:
+            return False
+        return response.status == httpx.codes.OK
 
     return check
 
@@ -103,7 +106,10 @@ def with_httpx(job: Job) -> Check:
     )
 
     async def check(id_: str) -> bool:
-        response = await client.get(f"{job['url']}/{id_}")
+        try:
+            response = await client.get(f"{job['url']}/{id_}")
+        except httpx.TransportError:
+            return False
         return response.status_code == httpx.codes.OK
 
     return check
