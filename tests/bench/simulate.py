@@ -6,6 +6,7 @@ then takes a batch at a time until nothing is due or its time is over, at the pa
 a processor and its requests in flight allow. Billing answers every time.
 """
 
+import argparse
 import heapq
 import itertools
 import math
@@ -38,7 +39,7 @@ LIVES_SECONDS = 24 * 3600  # every session is abandoned, and expires after a day
 HOUR_SECONDS = 3600
 CADENCE = "5s until 10m, 30s until 1h, 5m"
 LATENCY_SECONDS = 0.1
-MEMORY_MB = 512
+MEMORY_MB, IN_FLIGHT = 512, 100  # the stack's defaults
 FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
 # Measured by make bench: a check's processor time in a full pass, and what an idle pass takes for
 # each open session, which is the count.
@@ -51,7 +52,7 @@ LAMBDA_TIMEOUT_SECONDS = 60
 GB_SECOND = 0.000_016_666_7
 INVOCATION = 0.20 / 1_000_000
 BESIDES = 21.00  # the loop, logs, metrics, alarms, traces, secrets: see the README's table
-HOURS_A_MONTH = 30 * 24
+MONTH_SECONDS = 30 * 24 * 3600
 
 START = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
@@ -79,11 +80,22 @@ class Outcomes:
 class Simulation:
     """Events in the order of their virtual time: ticks, and the batches of each worker."""
 
-    def __init__(self, open_sessions: int = OPEN, seconds: int = HOUR_SECONDS) -> None:
+    def __init__(
+        self,
+        open_sessions: int = OPEN,
+        seconds: int = HOUR_SECONDS,
+        memory_mb: int = MEMORY_MB,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
         self.open = open_sessions
         self.seconds = seconds
         self.settings = Settings.from_env(
-            {"DATABASE_URL": "sqlite:///unused", "APIKEY": "none", "CHECK_CADENCE": CADENCE}
+            {
+                "DATABASE_URL": "sqlite:///unused",
+                "APIKEY": "none",
+                "CHECK_CADENCE": CADENCE,
+                "MAX_CONCURRENCY": str(in_flight),
+            }
         )
         self.interval = self.settings.interval_seconds
         self.clock = FakeClock(START)
@@ -93,7 +105,7 @@ class Simulation:
         self.batch = CLAIMS_PER_REQUEST * self.settings.max_concurrency
         # Seconds a check takes of a worker: of its share of a processor, or of its free hands.
         self.pace = max(
-            CHECK_CPU_SECONDS / (MEMORY_MB / FULL_CPU_MB),
+            CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB),
             LATENCY_SECONDS / self.settings.max_concurrency,
         )
         self.lease = timedelta(
@@ -258,19 +270,27 @@ def tell(text: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="make simulate", description=__doc__)
+    parser.add_argument("--minutes", type=int, default=HOUR_SECONDS // 60)
+    parser.add_argument("--memory", type=int, default=MEMORY_MB, help="WorkerMemory, MB")
+    parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="MaxConcurrency")
+    given = parser.parse_args()
+    seconds = given.minutes * 60
     tell(f"Making {OPEN:,} open sessions …")
-    with closing(Simulation()) as simulation:
+    with closing(Simulation(OPEN, seconds, given.memory, given.in_flight)) as simulation:
         simulation.prepare()
         for at in simulation.run():
             if at % 300 == 0:
-                tell(f"{at / 60:.0f} of 60 minutes, {simulation.seen.checks:,} checks")
+                tell(f"{at / 60:.0f} of {given.minutes} minutes, {simulation.seen.checks:,} checks")
     seen = simulation.seen
-    gb_seconds = seen.worker_seconds * MEMORY_MB / 1024
+    gb_seconds = seen.worker_seconds * given.memory / 1024
+    a_month = MONTH_SECONDS / seconds
     workers = gb_seconds * GB_SECOND + seen.workers_started * INVOCATION
     print(
-        f"{OPEN:,} open sessions for an hour, CHECK_CADENCE={CADENCE!r}, {MEMORY_MB} MB, "
-        f"billing after {LATENCY_SECONDS * 1000:.0f} ms\n\n"
-        f"checks: {seen.checks:,}, {seen.checks / HOUR_SECONDS:,.0f} a second\n"
+        f"{OPEN:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={CADENCE!r}, "
+        f"{given.memory} MB, {given.in_flight} in flight, "
+        f"billing after {LATENCY_SECONDS * 1000:.0f} ms\n"
+        f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
         f"sessions over a minute late at the end: {simulation.left():,}\n"
         "lateness of a check, seconds: "
         + ", ".join(
@@ -283,9 +303,9 @@ def main() -> None:
                 ("most", 1.0),
             )
         )
-        + f"\nworkers at once: {seen.worker_seconds / HOUR_SECONDS:.1f} on average, "
+        + f"\nworkers at once: {seen.worker_seconds / seconds:.1f} on average, "
         f"{seen.most_at_once} at the most\n"
-        f"a month: ${workers * HOURS_A_MONTH:,.0f} for workers, and ${BESIDES:,.0f} for the rest"
+        f"a month: ${workers * a_month:,.0f} for workers, and ${BESIDES:,.0f} for the rest"
     )
 
 
