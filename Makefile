@@ -28,10 +28,10 @@ e2e: .venv/ready ## Build with SAM and run the functions in its containers (need
 	pytest --capture=no tests/e2e
 
 bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
-	@exec python -m tests.bench $(ARGS)
+	@exec python -m bench $(ARGS)
 
 simulate: .venv/ready ## A million open sessions for an hour, on a virtual clock: how late, how many workers, what it costs
-	@exec python -m tests.bench.simulate $(ARGS)
+	@exec python -m bench.simulate $(ARGS)
 
 check: .venv/ready ## Lint, format, types, template
 	ruff check

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+from core.database import StoreError
 from core.model import Summary
 from core.observability import logger
 from core.settings import Settings
-from core.store import StoreError
 from core.worker import Health, Worker
 
 # A pass may take this long; on Lambda it is the function's timeout.

@@ -21,10 +21,11 @@ from urllib.parse import urlsplit
 
 import pymysql
 
+from core.database import Database
 from core.model import Answer, Outcome, Reason, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
-from core.store import Database, Publisher, SqlStore
+from core.store import Publisher, SqlStore
 from core.worker import open_database
 
 EVENTS = Path(__file__).parents[1] / "events"

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Protocol
 
 from core.cadence import next_check, slot_at
+from core.database import StoreError
 from core.model import (
     Answer,
     Claim,
@@ -32,7 +33,6 @@ from core.model import (
 )
 from core.observability import PassLog, logger
 from core.settings import Settings
-from core.store import StoreError
 
 # A claimed session whose request has not begun after this time is given back: this pass is stuck
 # behind requests that hang, and the next pass, one interval later, has free hands.

@@ -14,8 +14,8 @@ from pymysql.charset import charset_by_name
 from pymysql.connections import Connection
 from pymysql.constants import CR, ER, FIELD_TYPE
 
+from core.database import Row, StoreError, Value
 from core.settings import MySQLAddress, SettingsError
-from core.store import Row, StoreError, Value
 
 CONNECT_SECONDS = 5
 STATEMENT_SECONDS = 10

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from core.database import Row, StoreError, Value
 from core.model import iso
-from core.store import Row, StoreError, Value
 
 BUSY_SECONDS = 5
 

@@ -11,6 +11,7 @@ import httpx
 
 from core import monitor, secrets
 from core.billing import BillingClient
+from core.database import Database, StoreError
 from core.events import EventBus
 from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
@@ -18,7 +19,7 @@ from core.mysql import MySQLDatabase
 from core.observability import logger
 from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
 from core.sqlite import SQLiteDatabase
-from core.store import Database, SqlStore, StoreError
+from core.store import SqlStore
 
 # A monitor whose last pass ended longer ago than this many intervals is not working.
 FRESH_INTERVALS = 6

@@ -11,9 +11,9 @@ from aws_lambda_powertools.event_handler.api_gateway import ApiGatewayResolver
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from core import observability
+from core.database import StoreError
 from core.model import JsonObject, Summary, iso
 from core.settings import SettingsError
-from core.store import StoreError
 from core.worker import Health
 from handlers.check import worker
 

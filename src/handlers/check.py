@@ -9,9 +9,9 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from core import observability
+from core.database import StoreError
 from core.model import JsonObject
 from core.settings import Settings, SettingsError
-from core.store import StoreError
 from core.worker import Worker
 
 

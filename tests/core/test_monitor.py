@@ -13,10 +13,11 @@ from functools import partial
 import pytest
 
 from core import monitor
+from core.database import StoreError
 from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip
 from core.monitor import PassOptions, check_open_checkout_sessions, trigger_checkout_session_check
 from core.settings import Settings
-from core.store import SqlStore, StoreError
+from core.store import SqlStore
 from tests.support import (
     NOON,
     FakeBilling,

@@ -7,10 +7,11 @@ from datetime import timedelta
 import pymysql
 import pytest
 
+from core.database import Row, StoreError, Value
 from core.model import Outcome, Result
 from core.mysql import ATTEMPTS, MySQLDatabase
 from core.settings import MySQLAddress
-from core.store import Row, SqlStore, StoreError, Value
+from core.store import SqlStore
 from tests.support import (
     NOON,
     FakeClock,

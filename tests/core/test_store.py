@@ -6,8 +6,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
+from core.database import StoreError
 from core.model import Claim, OpenSessions, Outcome, Reason, Result, Skip, Summary
-from core.store import NO_STATUS_INDEX, SqlStore, StoreError
+from core.store import NO_STATUS_INDEX, SqlStore
 from tests.support import NOON, FakeClock, Shop, add_sessions, database_of, numbered
 
 LEASE = timedelta(seconds=20)

@@ -5,8 +5,8 @@ import json
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from core.database import StoreError
 from core.settings import SettingsError
-from core.store import StoreError
 from handlers import check
 from local.billing import SimulatedBilling
 from tests.support import Shop, add_sessions, event

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.cadence import slot_at
 from core.model import Answer, Claim, Outcome
@@ -30,9 +31,12 @@ from core.monitor import (
 )
 from core.settings import Settings
 from core.sqlite import SQLiteDatabase
-from core.store import SqlStore, Value
+from core.store import SqlStore
 from core.worker import FINISH_SECONDS
 from tests.support import FakeClock, statements
+
+if TYPE_CHECKING:
+    from core.database import Value
 
 OPEN = 1_000_000
 LIVES_SECONDS = 24 * 3600  # every session is abandoned, and expires after a day

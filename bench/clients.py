@@ -1,6 +1,6 @@
 """The Python clients of `make bench`, each in a process of its own.
 
-`python -m tests.bench.clients NAME` reads one job a line from stdin, as JSON, and answers each with
+`python -m bench.clients NAME` reads one job a line from stdin, as JSON, and answers each with
 one line: how many sessions were checked, in how many seconds, with how much processor time and
 memory (the process's peak), and, of a pass, how long its database steps took. `loop` runs until it
 is killed.

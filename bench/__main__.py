@@ -23,9 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.clients import Job
+from bench.servers import NGINX_MODULE, Billing, billing_stub
 from core.model import percentile
-from tests.bench.clients import Job
-from tests.bench.servers import NGINX_MODULE, Billing, billing_stub
 from tests.support import (
     Shop,
     SQLiteShop,
@@ -84,7 +84,7 @@ class Condition:
 
 
 def python(name: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "tests.bench.clients", name)
+    return (sys.executable, "-m", "bench.clients", name)
 
 
 NODE = ("node", str(Path(__file__).with_name("clients.mjs")))

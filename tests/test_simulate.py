@@ -2,7 +2,7 @@
 
 from contextlib import closing
 
-from tests.bench.simulate import Simulation, not_later_than
+from bench.simulate import Simulation, not_later_than
 
 
 def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
