@@ -52,3 +52,21 @@ class Database(Protocol):
     def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None: ...
 
     def close(self) -> None: ...
+
+
+def integer(value: Value) -> int:
+    if not isinstance(value, int | Decimal):
+        raise TypeError(f"expected a whole number from the database, not {value!r}")
+    return int(value)
+
+
+def moment(value: Value) -> datetime:
+    if isinstance(value, str):
+        return datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        raise TypeError(f"expected a moment from the database, not {value!r}")
+    return value
+
+
+def moment_or_none(value: Value) -> datetime | None:
+    return None if value is None else moment(value)
