@@ -16,7 +16,8 @@ from core.model import JsonObject, Reason, Skip, iso
 from core.settings import MySQLAddress, Settings, SQLitePath
 from core.verdict import Facts, judge
 
-PASSES = 60
+PASSES = 60  # of ticks
+BY_HAND = 20  # passes since then that somebody triggered
 FAILING = CHANGES = 10
 MISSED = 60  # missed ticks that are named; all are counted
 HISTORY = timedelta(hours=1)  # for missed ticks
@@ -55,7 +56,7 @@ class Overview:
     def _read(self) -> JsonObject:
         now = self._database.now()
         paused_until, counts, counted_at = self._shared()
-        last_pass_at, has_api_key = self._newest_pass()
+        last_pass_at, has_api_key = self._newest_tick()
         ticks = self._ticks(since=now - HISTORY)
         under_way = self._under_way(now)
         installed_at = self._oldest_row()
@@ -120,12 +121,12 @@ class Overview:
             return moment(paused_until), found, moment_or_none(counted_at)
         return None, {}, None
 
-    def _newest_pass(self) -> tuple[datetime | None, bool]:
-        """When the newest pass began, and whether it had a key to ask billing with."""
+    def _newest_tick(self) -> tuple[datetime | None, bool]:
+        """When the newest pass of a tick began, and whether it had a key to ask billing with."""
         rows = self._database.query(
-            "SELECT started_at, skipped FROM checkout_session_run WHERE reason <> %s"
+            "SELECT started_at, skipped FROM checkout_session_run WHERE reason = %s"
             " ORDER BY id DESC LIMIT 1",
-            (Reason.START.value,),
+            (Reason.TICK.value,),
         )
         for started_at, skipped in rows:
             return moment(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
@@ -176,7 +177,7 @@ class Overview:
     def _passes(
         self, ticks: Sequence[datetime], under_way: Sequence[_UnderWay], now: datetime
     ) -> list[JsonObject]:
-        """The newest, the newest first: a tick with all its workers is one pass."""
+        """The newest first. A tick with all its workers is one pass; others were asked for."""
         rows: list[Row] = []
         if ticks:
             rows += self._database.query(
@@ -185,18 +186,19 @@ class Overview:
                 " FROM checkout_session_run WHERE tick >= %s GROUP BY tick",
                 (ticks[:PASSES][-1],),
             )
-        rows += self._database.query(  # those that people asked for
+        rows += self._database.query(
             "SELECT tick, reason, started_at, finished_at, 1, checked, errors, status_changes,"
-            " latency_p95_ms FROM checkout_session_run WHERE tick IS NULL AND reason <> %s"
-            f" ORDER BY id DESC LIMIT {PASSES:d}",
-            (Reason.START.value,),
+            " latency_p95_ms FROM checkout_session_run"
+            " WHERE tick IS NULL AND reason <> %s AND started_at > %s"
+            f" ORDER BY id DESC LIMIT {BY_HAND:d}",
+            (Reason.START.value, ticks[:PASSES][-1] if ticks else now - HISTORY),
         )
         # Of the workers of one tick the living count for more than the killed.
         under_way = sorted(under_way, key=lambda worker: worker.alive)
         alive = {worker.tick or worker.started_at: worker.alive for worker in under_way}
         passes = [_pass(row, alive, now) for row in rows]
         passes.sort(key=lambda told: str(told["started_at"]), reverse=True)
-        return passes[:PASSES]
+        return passes
 
     def _overdue_seconds(self, now: datetime) -> float:
         """How late the most overdue session is that nobody is checking."""

@@ -53,7 +53,7 @@ class Facts:
 
     now: datetime
     interval_seconds: int
-    last_pass_at: datetime | None  # when the newest pass began; None: there was none
+    last_pass_at: datetime | None  # when the newest tick's pass began; None: there was none
     installed_at: datetime | None  # of a monitor without a pass
     open: int | None  # None: not counted yet
     outcomes: Mapping[str, int]  # of the last checks of the open sessions; "": not checked yet
