@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test e2e bench simulate check format requirements
+.PHONY: help run trigger billing test browser e2e bench simulate check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -22,6 +22,9 @@ billing: .venv/ready ## Run the simulated billing service alone, e.g. ARGS="--ho
 
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest
+
+browser: .venv/ready ## Look at the operator's page in every state, with Debian's Chromium; screenshots in .screenshots
+	pytest tests/browser
 
 e2e: .venv/ready ## Build with SAM and run the functions in its containers (needs root's Docker and a MariaDB)
 	$(UV) sync --frozen --quiet --group e2e
