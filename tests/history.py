@@ -2,36 +2,16 @@
 
 import itertools
 import json
-import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
-import pymysql
-
 from core.settings import Settings
-from core.store import SqlStore
+from core.store import Store
 from core.worker import open_database
 from tests.support import NOON, FakeClock, Shop, add_sessions, settings_for
 
 SECOND = timedelta(seconds=1)
-
-_TO_COME = """
-ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL;
-CREATE INDEX checkout_session_check_failing ON checkout_session_check (consecutive_failures);
-DROP TABLE checkout_session_run;
-CREATE TABLE checkout_session_run (id BIGINT PRIMARY KEY, reason VARCHAR(16), tick DATETIME(3),
-  started_at DATETIME(3), finished_at DATETIME(3), duration_ms INT, open_sessions INT, checked INT,
-  errors INT, status_changes INT, outcomes VARCHAR(1000), skipped VARCHAR(1000), overdue_ms BIGINT,
-  latency_p50_ms DOUBLE, latency_p95_ms DOUBLE, latency_p99_ms DOUBLE, latency_max_ms DOUBLE);
-CREATE INDEX checkout_session_run_finished ON checkout_session_run (finished_at);
-CREATE INDEX checkout_session_run_tick ON checkout_session_run (tick);
-ALTER TABLE checkout_session_pause ADD COLUMN counts VARCHAR(2000) NULL;
-ALTER TABLE checkout_session_pause ADD COLUMN counted_at DATETIME(3) NULL;
-CREATE TABLE checkout_session_change (id BIGINT PRIMARY KEY, session_id VARCHAR(255),
-  billing_checkout_id VARCHAR(255), new_status VARCHAR(16), billing_status VARCHAR(255),
-  changed_at DATETIME(3))"""
 
 
 class History:
@@ -41,12 +21,10 @@ class History:
         self.shop = shop
         self.now = now
         self._ids = itertools.count(1)
-        store = SqlStore(open_database(settings_for(shop), clock=FakeClock(now)))
+        store = Store(open_database(settings_for(shop), clock=FakeClock(now)))
         store.prepare()
+        store.shared.read_pause()  # puts the row there
         store.close()
-        for statement in _TO_COME.split(";"):
-            with suppress(sqlite3.OperationalError, pymysql.OperationalError):
-                shop.run(statement)
         shop.run("DELETE FROM checkout_session_run")
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 from core.cadence import slot_at
 from core.database import Database, Row, integer, moment, moment_or_none
 from core.model import JsonObject, Reason, Skip, iso
+from core.runs import ALIVE_SECONDS
 from core.settings import MySQLAddress, Settings, SQLitePath
 from core.verdict import Facts, judge
 
@@ -23,8 +24,6 @@ MISSED = 60  # missed ticks that are named; all are counted
 HISTORY = timedelta(hours=1)  # for missed ticks
 # A cold start takes seconds: a slot is missed when it had this long, and an interval, for a pass.
 START_SECONDS = 5
-# A pass that is under way says so every second. One that has said nothing for this long was killed.
-ALIVE_SECONDS = 5.0
 # "Most checks fail" begins after the last pass of which this does not hold.
 MOST_FAIL = "errors * 2 > checked"
 
@@ -314,6 +313,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "CHECK_BACKOFF_MAX_SECONDS": settings.backoff_max_seconds,
         "REQUEST_TIMEOUT_SECONDS": settings.request_timeout_seconds,
         "MAX_CONCURRENCY": settings.max_concurrency,
+        "MAX_WORKERS": settings.max_workers,
         "STATUS_UPDATES": reader is not None,
         "BILLING_STATUS_PATH": reader.path if reader else None,
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,

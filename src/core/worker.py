@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 from functools import partial
 
 import httpx
+import uvloop
 
 from core import monitor, secrets
 from core.billing import BillingClient
+from core.crew import StartWorker
 from core.database import Database, StoreError
 from core.events import EventBus
 from core.model import JsonObject, Reason, Summary, iso
@@ -20,7 +22,7 @@ from core.observability import logger
 from core.overview import Overview
 from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
 from core.sqlite import SQLiteDatabase
-from core.store import SqlStore
+from core.store import Store
 from core.verdict import FRESH_INTERVALS
 
 # Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
@@ -61,14 +63,17 @@ class Worker:
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], datetime] | None = None,
+        start_worker: StartWorker | None = None,
     ) -> None:
         self._settings = settings
+        self._start_worker = start_worker
         bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
         database = open_database(settings, clock=clock)
-        self._store = SqlStore(database, bus)
+        self._store = Store(database, bus)
         self._overview = Overview(database, settings)
         self._billing = _billing(settings, transport)
-        self._runner = asyncio.Runner()
+        # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._running: asyncio.Task[Summary] | None = None
 
@@ -90,6 +95,7 @@ class Worker:
                 self._settings,
                 options,
                 database_thread=self._database_thread,
+                start_worker=self._start_worker,
             )
         )
 
@@ -157,7 +163,7 @@ class Worker:
 
     def _heartbeat(self) -> tuple[datetime | None, datetime]:
         self._prepare()
-        return self._store.last_run_at(), self._store.now()
+        return self._store.runs.last_sign_of_life(), self._store.now()
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:
