@@ -357,7 +357,7 @@ def listed(value: str | list[str]) -> list[str]:
 
 
 class TestApi:
-    def test_health_is_open_and_everything_else_needs_the_api_key(
+    def test_what_tells_nothing_of_the_shop_is_open_and_everything_else_needs_the_api_key(
         self, resources: dict[str, Resource]
     ) -> None:
         paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
@@ -368,7 +368,7 @@ class TestApi:
             if settings["security"] != [{"api_key": []}]
         ]
 
-        assert open_methods == ["GET /api/health"]
+        assert sorted(open_methods) == ["GET /", "GET /api/health", "GET /api/openapi.json"]
         assert "post" in paths["/api/test/checkout-sessions"]
 
     def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
