@@ -23,10 +23,10 @@ optional.
 Without a key, or with a wrong one, it is 401. Another path is 404, another method 405, and what is
 not HTTP 400.
 
-`POST /simulate` makes it do the same to every id, until it is told otherwise:
+`POST /simulate` makes it treat every id alike, until it is told otherwise:
 `curl -d failing http://localhost:4000/simulate`. The modes are `by id` (as above), `healthy`,
-`slow` (200 after a second), `failing` (500), `rate-limiting` (429), `paying` (status `paid` at
-once) and `down` (connections are reset). `GET /simulate` tells which one it is.
+`slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
+`paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` tells the mode.
 """  # noqa: E501 - a row of a table is one line
 
 import argparse
@@ -58,7 +58,7 @@ MODES: Mapping[str, str] = {
     "healthy": "active",
     "slow": "slow",
     "failing": "500",
-    "rate-limiting": "ratelimited",
+    "rate-limiting": "429",
     "paying": "paid_0",
     "down": "reset",
 }

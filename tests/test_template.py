@@ -589,6 +589,9 @@ class TestEvents:
             "trigger",
             "trigger-with-ids",
             "trigger-bad-body",
+            "page",
+            "status",
+            "openapi",
         }
 
     def test_requests_are_of_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:

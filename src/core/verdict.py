@@ -60,7 +60,7 @@ class Facts:
     overdue_seconds: float
     paused_until: datetime | None = None  # None: no pause is in force
     has_api_key: bool = True
-    failing_since: datetime | None = None  # since when most checks have failed, if they have
+    failing_since: datetime | None = None  # since when most checks of each pass fail, if they do
     failing_code: int | None = None  # an HTTP status that billing answers with, if it does
     expected_ticks: int = 0  # in the last hour
     missed_ticks: int = 0
@@ -99,36 +99,43 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
     if facts.paused_until is not None:
         until = clock(facts.paused_until, facts.now, seconds=True)
         yield Level.WARNING, f"Billing asked for a pause until {until}"
-    if facts.most_fail:
-        yield Level.CRITICAL, _billing_trouble(facts)
+    if facts.most_fail and facts.failing_since is not None:
+        yield Level.CRITICAL, _billing_trouble(facts, facts.failing_since)
+    elif facts.most_fail:
+        yield Level.WARNING, f"Billing answers, but {_failed(facts)}"
     if facts.overdue_seconds > LATE_INTERVALS * facts.interval_seconds:
         worse = facts.overdue_seconds > OVERDUE_SECONDS
         text = f"Checks are up to {duration(facts.overdue_seconds)} late"
         yield Level.CRITICAL if worse else Level.WARNING, text
-    match facts.open:
+    yield _well(facts.open)
+
+
+def _well(open_sessions: int | None) -> tuple[Level, str]:
+    match open_sessions:
         case None:
-            yield Level.WAITING, "The open sessions are being counted"
+            return Level.WAITING, "The open sessions are being counted"
         case 0:
-            yield Level.OK, "No open sessions, and the monitor is running on time"
+            return Level.OK, "No open sessions, and the monitor is running on time"
         case 1:
-            yield Level.OK, "1 open session checked on time"
+            return Level.OK, "1 open session checked on time"
         case many:
-            yield Level.OK, f"All {many:,} open sessions checked on time"
+            return Level.OK, f"All {many:,} open sessions checked on time"
 
 
-def _billing_trouble(facts: Facts) -> str:
-    text = BILLING_TROUBLE[next(iter(facts.failed))]
-    if facts.failing_since is not None:
-        text += f" since {clock(facts.failing_since, facts.now)}"
+def _billing_trouble(facts: Facts, since: datetime) -> str:
+    text = f"{BILLING_TROUBLE[next(iter(facts.failed))]} since {clock(since, facts.now)}"
     return text if facts.failing_code is None else f"{text} ({facts.failing_code})"
+
+
+def _failed(facts: Facts) -> str:
+    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
 
 
 def _notes(facts: Facts) -> list[str]:
     notes = []
     if facts.failed:
         kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
-        failed = sum(facts.failed.values())
-        notes.append(f"{failed:,} of {facts.open or 0:,} failed their last check: {kinds}.")
+        notes.append(f"{_failed(facts)}: {kinds}.")
     if facts.missed_ticks and facts.last_missed:
         notes.append(
             f"{facts.missed_ticks:,} of {facts.expected_ticks:,} ticks of the last hour were "

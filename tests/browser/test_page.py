@@ -226,7 +226,7 @@ def test_a_check_on_demand_tells_what_it_did_and_skipped(seen: Seen) -> None:
     seen.open()
     seen.page.get_by_role("button", name="Check all now").click()
     expect(seen.page.locator("#triggered")).to_have_text(
-        "Checked 8 of 9 open checkout sessions; skipped: 1 in_flight."
+        "12:00:02: Checked 8 of 9 open checkout sessions; skipped: 1 in_flight."
         " Found: 7 active, 1 unexpected status."
     )
     expect(seen.page.get_by_role("button", name="Check all now")).to_be_enabled()
