@@ -25,6 +25,7 @@ test: .venv/ready $(NPM) ## Run the test suite
 
 e2e: .venv/ready ## Build with SAM and run the functions in its containers (needs root's Docker and a MariaDB)
 	$(UV) sync --frozen --quiet --group e2e
+	.ci/lambda-image
 	pytest --capture=no tests/e2e
 
 bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
