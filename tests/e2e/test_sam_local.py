@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from local.billing import SimulatedBilling
-from tests.e2e.support import EVENTS, PASSWORD, ROOT, Sam, Shop, run, show
+from tests.e2e.support import EVENTS, PASSWORD, ROOT, Sam, Shop, curl, run, show, trigger
 
 MOST_BYTES = 25_000_000
 
@@ -25,25 +24,6 @@ RECORDED = {
     "session_b": ("not_found", 404, 0, 1),
     "session_c": ("network_error", None, 1, 1),
 }
-
-
-class Reply(NamedTuple):
-    status: int
-    body: dict[str, Any]
-
-
-def curl(url: str, *arguments: str) -> Reply:
-    command = ["curl", *arguments, url]
-    said = run([*command, "-sS", "-m", "120", "-w", "\n%{http_code}"], shown=command)
-    body, _, status = said.stdout.rpartition("\n")
-    return Reply(int(status), json.loads(body))
-
-
-def trigger(api: str, event: str) -> Reply:
-    """Call the trigger with the body of an event of ours."""
-    body = json.loads((EVENTS / event).read_text())["body"]
-    data = () if body is None else ("-H", "Content-Type: application/json", "-d", body)
-    return curl(f"{api}/api/test/checkout-sessions", "-X", "POST", *data)
 
 
 def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
