@@ -20,7 +20,7 @@ import pytest
 from pymysql.cursors import DictCursor
 
 from local import mariadb
-from local.package import FOR_THIS_MACHINE
+from local.package import ARCHITECTURE, FOR_THIS_MACHINE
 from tests.support import MySQLShop, connect, mysql_shop
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +30,10 @@ API_KEY = f"key-{secrets.token_hex(8)}"
 PASSWORD = f"password-{secrets.token_hex(8)}"
 START_SECONDS = 120.0
 
-PARAMETERS = (
-    *FOR_THIS_MACHINE,
-    "ApiKeySecretArn=''",
-    "DatabaseSecretArn=''",
+# On a laptop APIKEY and DATABASE_URL stand in for the secrets.
+LOCAL = (
+    "--parameter-overrides",
+    f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn=''",
 )
 
 
@@ -126,7 +126,7 @@ class Sam:
             f"--template-file={package / 'template.yaml'}",
             f"--env-vars={settings}",
             f"--add-host={HOST}:host-gateway",
-            *PARAMETERS,
+            *LOCAL,
         ]
 
     def invoke(self, function: str, event: str) -> Invocation:
@@ -165,10 +165,10 @@ class Sam:
 def build(directory: Path, *options: str) -> Path:
     """`make build`; where it put the template and one directory for each function."""
     command = [sys.executable, "-m", "local.package"]
-    options = options or PARAMETERS
+    options = options or FOR_THIS_MACHINE
     run(
         [*command, "--no-cached", f"--build-dir={directory}", *options],
-        shown=["make", "build", f"ARGS={shlex.join(options)}"],
+        shown=["make", "build", f"ARGS={' '.join(options)}"],
     )
     return directory
 
