@@ -99,6 +99,7 @@ def site(package: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -
         stack = aws.Stack(url, package, show)
         parameters = arns | {"BillingApiUrl": billing.url}
         stack.deploy(parameters)
+        curl(stack.outputs()["HealthUrl"])  # it makes the monitor's tables
         yield Site(stack, parameters, shop, billing, before)
 
 
