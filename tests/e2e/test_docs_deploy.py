@@ -153,7 +153,6 @@ def answers(given: Mapping[str, str]) -> str:
     typed = ["", ""]  # the stack's name, the region
     typed += [given.get(name, "") for name in template["Parameters"]]
     typed += ["", "", ""]  # confirm changes, allow roles, keep what a failure leaves
-    typed += ["y"]  # health has no authentication
     typed += [""] * 5  # keep the answers, where
     return "\n".join(typed) + "\n"
 
