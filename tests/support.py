@@ -27,6 +27,7 @@ from local.mariadb import mariadb_server as mariadb_server  # noqa: PLC0414 (tes
 
 if TYPE_CHECKING:
     from core.changes import Publisher
+    from core.crew import StartWorker
 
 EVENTS = Path(__file__).parents[1] / "events"
 SCHEMA = Path(__file__).parents[1] / "local" / "schema"
@@ -207,6 +208,7 @@ class Passes:
         self.billing = billing
         self.choose = lambda _low, high: high
         self.publisher: Publisher | None = None
+        self.start_worker: StartWorker | None = None
         store = Store(database_of(shop, clock))
         store.prepare()
         store.close()
@@ -225,6 +227,7 @@ class Passes:
                     settings_for(self.shop, **env),
                     options or PassOptions(Reason.TICK, self.clock.now),
                     database_thread=thread,
+                    start_worker=self.start_worker,
                     choose=self.choose,
                 )
             finally:

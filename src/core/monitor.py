@@ -183,6 +183,7 @@ class _Pass:
         self._lease = timedelta(
             seconds=BEGIN_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
         )
+        self._most = MOST_CLAIMS_PER_REQUEST * settings.max_concurrency
         self._answers = 0
         self._elsewhere = Counter[Skip]()  # sessions that were not for this pass to check
         self._out_of_time = False
@@ -216,17 +217,19 @@ class _Pass:
         ends = self._began + self._options.total_seconds
         try:
             async with asyncio.timeout_at(ends), self._tasks as tasks:
+                # In this order, on the database's thread: nothing is counted on the way to a check.
+                ahead = tasks.create_task(self._claim(self._most)) if may_check else None
                 census = tasks.create_task(self._take_census()) if self._counts else None
-                if may_check:
-                    await self._claim_and_begin(census)
+                if ahead is not None:
+                    await self._claim_and_begin(ahead, census)
         except TimeoutError:
             self._out_of_time = True
 
-    async def _claim_and_begin(self, census: asyncio.Task[bool] | None) -> None:
+    async def _claim_and_begin(
+        self, ahead: asyncio.Task[_Batch], census: asyncio.Task[bool] | None
+    ) -> None:
         """Begin a check whenever a hand is free, and claim the next batch meanwhile."""
-        hands = self._settings.max_concurrency
-        size = most = MOST_CLAIMS_PER_REQUEST * hands
-        ahead = self._tasks.create_task(self._claim(size))
+        size = self._most
         while True:
             batch = await ahead
             if not batch.claims:
@@ -247,9 +250,9 @@ class _Pass:
                     self._recorder.give_back((await ahead).claims)
                     self._out_of_time = True
                     return
-                size = max(hands, size // 2)
+                size = max(self._settings.max_concurrency, size // 2)
             elif self._loop.time() - batch.asked < QUICKLY_SECONDS:
-                size = min(size * 2, most)
+                size = min(size * 2, self._most)
 
     async def _claim(self, limit: int) -> _Batch:
         asked = self._loop.time()
