@@ -6,7 +6,7 @@ One stack goes through the tests in their order. What the emulator cannot show i
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from local.billing import SimulatedBilling, running_billing
 from tests.e2e.support import API_KEY, PASSWORD, ROOT, Shop, curl, shop_on, show, trigger
 
 SESSIONS = {f"session_{n}": f"checkout_active_{n}" for n in range(3)}
-# An interval of 5 s has ticks at other seconds, too: what tells them apart.
-OTHER_INTERVAL = 2
+# Each takes a second: too many for one worker that sends one request at a time.
+SLOW_SESSIONS = {f"slow_{n}": f"checkout_slow_{n}" for n in range(12)}
+# Its ticks are at other seconds than those of 5 s, every fifth apart.
+OTHER_INTERVAL = 6
 # A start every minute, the time until an execution's first tick, and a cold start.
 START_SECONDS = 90.0
 
@@ -35,18 +37,18 @@ class Site:
     billing: SimulatedBilling
     before: Mapping[str, set[str]]
 
-    def ticks(self) -> dict[float, int]:
-        """How many sessions were checked in each tick's passes, by the tick."""
-        checked: Counter[float] = Counter()
+    def ticks(self) -> dict[float, list[int]]:
+        """How many sessions each pass of a tick has checked, by the tick."""
+        checked = defaultdict[float, list[int]](list)
         for one in deploy.passes(self.shop.owner_url):
-            checked[one.tick.timestamp()] += one.checked
-        return dict(checked)
+            checked[one.tick.timestamp()].append(one.checked)
+        return checked
 
     def wait_for_ticks(self, seconds: float, holds: Callable[[set[float]], bool]) -> set[float]:
         deadline = time.monotonic() + seconds
         while not holds(found := set(self.ticks())):
             if time.monotonic() > deadline:
-                self.show_log()
+                show("\n".join(self.log()))
                 pytest.fail(f"Not within {seconds:.0f} s; the last ticks: {sorted(found)[-5:]}")
             time.sleep(1)
         return found
@@ -57,11 +59,11 @@ class Site:
         found = self.stack.client("stepfunctions").list_executions(stateMachineArn=arn)
         return {execution["executionArn"] for execution in found["executions"]}
 
-    def show_log(self) -> None:
+    def log(self) -> list[str]:
         """The check function's."""
         group = f"/aws/lambda/{aws.STACK}-CheckSessions"
         events = self.stack.client("logs").filter_log_events(logGroupName=group)["events"]
-        show("\n".join(event["message"].rstrip() for event in events))
+        return [event["message"].rstrip() for event in events]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +115,7 @@ def test_ticks_come_without_a_gap_for_a_minute_and_check_each_session_once_a_slo
 
     checked = site.ticks()
     site.shop.show("After a minute")
-    assert {slot: checked.get(slot) for slot in slots} == dict.fromkeys(slots, len(SESSIONS))
+    assert {slot: sum(checked[slot]) for slot in slots} == dict.fromkeys(slots, len(SESSIONS))
     assert site.billing.requests.total() >= len(SESSIONS) * len(slots)
 
 
@@ -163,15 +165,21 @@ def test_without_the_right_to_read_the_key_the_function_says_so_in_one_sentence(
     assert curl(site.stack.outputs()["HealthUrl"]).status == 503
 
 
-def test_an_update_takes_effect_with_the_next_execution(site: Site) -> None:
-    site.stack.deploy({**site.parameters, "CheckIntervalSeconds": str(OTHER_INTERVAL)})
-    updated_at = time.time()
+def test_an_update_takes_effect_and_a_tick_that_is_too_much_for_one_worker_starts_others(
+    site: Site,
+) -> None:
+    site.shop.add(SLOW_SESSIONS)
+    changed = {"CheckIntervalSeconds": f"{OTHER_INTERVAL}", "MaxConcurrency": "1"}
+    site.stack.deploy({**site.parameters, **changed})
 
-    def comes_at_the_other_interval(ticks: set[float]) -> bool:
-        return any(tick > updated_at and tick % 5 for tick in ticks)
+    ticks = site.wait_for_ticks(
+        START_SECONDS, lambda ticks: len([tick for tick in ticks if tick % 5]) >= 4
+    )
 
-    ticks = site.wait_for_ticks(START_SECONDS, comes_at_the_other_interval)
+    site.shop.show("With another interval, and one request at a time")
     assert all(tick % OTHER_INTERVAL == 0 for tick in ticks if tick % 5)
+    assert max(len([n for n in checked if n]) for checked in site.ticks().values()) > 1
+    assert not [line for line in site.log() if "could not be started" in line]
 
 
 def test_a_monitor_that_is_switched_off_starts_no_loop_and_keeps_its_trigger(site: Site) -> None:

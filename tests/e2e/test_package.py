@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.support import ROOT, build, show
 
-MOST_BYTES = 30_000_000
+MOST_BYTES = 45_000_000
 AARCH64 = 183  # e_machine in an ELF file's header
 UNCHECKED_HASH = 1  # the flags of bytecode that is taken as it is; PEP 552
 
