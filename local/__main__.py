@@ -22,7 +22,7 @@ from dotenv import dotenv_values
 
 from core import observability
 from core.settings import Settings, SettingsError, SQLitePath
-from local import billing, loop
+from local import billing, loop, terminal
 from local.api import running_api
 from local.samples import SAMPLES, make_samples
 from local.workers import Workers
@@ -53,6 +53,7 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             ready = prepared(dotenv | os.environ, arguments.billing_port, stack)
+            terminal.show_news_only()
             workers = stack.enter_context(contextlib.closing(Workers(ready.settings, WORKERS)))
             with on_port(arguments.api_port, "--api-port"):
                 port = stack.enter_context(
@@ -61,7 +62,7 @@ def main() -> int:
             print(f"The monitor's page: http://localhost:{port}/")
             print(*ready.told, f"API: http://localhost:{port}/api/health", sep="\n", flush=True)
             loop.run(workers.start_check, ready.settings.interval_seconds, stopping)
-            print("Stopping: open claims are given back.", flush=True)
+            print("\nStopping: open claims are given back.", flush=True)
     except (StartError, SettingsError) as error:
         print(f"❌ {error}", file=sys.stderr)
         return 1
