@@ -53,7 +53,7 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             ready = prepared(dotenv | os.environ, arguments.billing_port, stack)
-            terminal.show_news_only()
+            terminal.show_news_only(debug=ready.settings.debug)
             workers = stack.enter_context(contextlib.closing(Workers(ready.settings, WORKERS)))
             with on_port(arguments.api_port, "--api-port"):
                 port = stack.enter_context(
@@ -62,7 +62,8 @@ def main() -> int:
             print(f"The monitor's page: http://localhost:{port}/")
             print(*ready.told, f"API: http://localhost:{port}/api/health", sep="\n", flush=True)
             loop.run(workers.start_check, ready.settings.interval_seconds, stopping)
-            print("\nStopping: open claims are given back.", flush=True)
+            terminal.end_newest_line()
+            print("Stopping: open claims are given back.", flush=True)
     except (StartError, SettingsError) as error:
         print(f"❌ {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ tells what the newest pass did. Piped, the log is plain lines, and all of them.
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.observability import logger
@@ -26,11 +26,15 @@ class NewsOnly(logging.Formatter):
         super().__init__("%(message)s")
         self._said: dict[str, str] = {}
         self._in_pass = 0
+        self._workers: list[Mapping[str, Any]] = []  # the summaries of the newest tick's
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         if hasattr(record, "summary"):
-            return self._newest(digest(record.summary))
+            if self._workers and record.summary["tick"] != self._workers[0]["tick"]:
+                self._workers.clear()
+            self._workers.append(record.summary)
+            return self._newest(digest(self._workers))
         if hasattr(record, "open_sessions"):  # a pass begins
             self._in_pass = 0
             return self._newest(text)
@@ -48,9 +52,9 @@ class NewsOnly(logging.Formatter):
         if len(self._said) >= MOST_KNOWN:
             self._said.clear()
         self._said[session_id] = text
-        if before is None and len(self._said) > MOST_NEW:
-            if getattr(record, "outcome", None) == "active":
-                return False
+        well = getattr(record, "outcome", None) == "active"
+        if before is None and well and len(self._said) > MOST_NEW:
+            return False
         self._in_pass += 1
         return self._in_pass <= MOST_IN_A_PASS
 
@@ -61,23 +65,34 @@ class NewsOnly(logging.Formatter):
         return f"{CLEAR_LINE}{text[: shutil.get_terminal_size().columns - 2]}"
 
 
-def digest(summary: Mapping[str, Any]) -> str:
-    """One pass in one line."""
+def digest(workers: Sequence[Mapping[str, Any]]) -> str:
+    """A tick's pass in one line, from the summaries of its workers."""
+    newest = workers[-1]
+    seconds = max(one["duration_ms"] for one in workers) / 1000
+    latencies = [one["billing_latency_ms"].get("p95", 0) for one in workers]
     parts = [
-        f"{summary['started_at'][11:19]} UTC",
-        f"{summary['open']:,} open",
-        f"{summary['checked']:,} checked in {summary['duration_ms'] / 1000:.1f} s",
-        f"{summary['errors']:,} failed",
+        f"{newest['started_at'][11:19]} UTC",
+        f"{newest['open']:,} open",
+        f"{sum(one['checked'] for one in workers):,} checked in {seconds:.1f} s",
+        f"{sum(one['errors'] for one in workers):,} failed",
     ]
-    if latency := summary["billing_latency_ms"].get("p95"):
-        parts.append(f"95 % of answers within {latency:,.0f} ms")
-    if summary["paused_until"]:
-        parts.append(f"paused until {summary['paused_until'][11:19]}")
+    if len(workers) > 1:
+        parts.append(f"{len(workers)} workers")
+    if any(latencies):
+        parts.append(f"95 % of answers within {max(latencies):,.0f} ms")
+    if newest["paused_until"]:
+        parts.append(f"paused until {newest['paused_until'][11:19]}")
     return f"📊 {' · '.join(parts)}"
 
 
-def show_news_only() -> None:
+def show_news_only(*, debug: bool) -> None:
     """Where a person looks on: a terminal, and not every line asked for by DEBUG."""
-    if sys.stdout.isatty() and not logger.isEnabledFor(logging.DEBUG):
-        logger.registered_handler.setFormatter(NewsOnly())
-        logger.registered_handler.terminator = ""
+    handler = logger.registered_handler
+    if sys.stdout.isatty() and not debug and isinstance(handler, logging.StreamHandler):
+        handler.setFormatter(NewsOnly())
+        handler.terminator = ""
+
+
+def end_newest_line() -> None:
+    if sys.stdout.isatty():
+        print()
