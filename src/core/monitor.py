@@ -21,9 +21,9 @@ from core.cadence import slot_at
 from core.census import Census
 from core.crew import Crew, StartWorker
 from core.decision import decide
-from core.model import Answer, Claim, Outcome, Reason, Skip, Summary
+from core.model import Answer, Claim, Reason, Skip, Summary
 from core.observability import PassLog, logger
-from core.recorder import DatabaseThread, Recorder
+from core.recorder import DatabaseThread, Own, Recorder
 from core.settings import Settings
 from core.store import Store, View
 
@@ -340,25 +340,21 @@ class _Pass:
     async def _take_census(self) -> bool:
         """Count the open sessions, a piece at a time; returns whether new ones were adopted."""
         census = self._store.census(self._view.tick, self._options.session_ids)
-        while await self._database.run(self._count_piece, census):
-            pass
+        more, own = True, Own()
+        while more:
+            more, own = await self._database.run(self._count_piece, census)
         await self._database.run(self._store.keep, census)
         self._summary.counted = True
+        self._summary.open = census.count.open + own.closed
+        self._elsewhere[Skip.IN_FLIGHT] = max(0, census.count.in_flight - own.held)
+        if self._options.reason is Reason.TICK:
+            self._elsewhere[Skip.NOT_DUE] = max(0, census.count.not_due - own.checked)
         self._log.begins(self._view.now, self._summary.open)
         return census.adopted > 0
 
-    def _count_piece(self, census: Census) -> bool:
-        more = census.next_piece()
-        if not more:
-            # Here, on the database's thread: how much of the count is of this pass's own making.
-            held, written = len(self._recorder.held), self._recorder.written
-            closed = written[Outcome.CLOSED]
-            self._summary.open = census.count.open + closed
-            self._elsewhere[Skip.IN_FLIGHT] = max(0, census.count.in_flight - held)
-            if self._options.reason is Reason.TICK:
-                checked = written.total() - closed
-                self._elsewhere[Skip.NOT_DUE] = max(0, census.count.not_due - checked)
-        return more
+    def _count_piece(self, census: Census) -> tuple[bool, Own]:
+        # In one step on the database's thread: what of the count is of this pass's own making.
+        return census.next_piece(), self._recorder.own()
 
     async def _start_workers(self, crew: Crew) -> None:
         due = await self._database.run(
