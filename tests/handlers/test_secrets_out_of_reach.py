@@ -31,7 +31,7 @@ def out_of_reach(
                 waiting.setblocking(False)
                 waiting.connect_ex(listening.getsockname())
         environment.setenv(
-            "AWS_ENDPOINT_URL_SECRETSMANAGER", f"http://127.0.0.1:{listening.getsockname()[1]}"
+            "AWS_ENDPOINT_URL_SECRETS_MANAGER", f"http://127.0.0.1:{listening.getsockname()[1]}"
         )
         environment.setenv("AWS_DEFAULT_REGION", "eu-west-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
