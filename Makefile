@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test build deploy-local e2e bench simulate check format requirements
+.PHONY: help run trigger billing test browser build deploy-local e2e bench simulate check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -22,6 +22,9 @@ billing: .venv/ready ## Run the simulated billing service alone, e.g. ARGS="--ho
 
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest
+
+browser: .venv/ready ## Look at the operator's page in every state; screenshots in .screenshots (needs chromium)
+	pytest tests/browser
 
 build: .venv/e2e ## Build the functions for a deployment, with bytecode, e.g. ARGS="--config-env prod"
 	@exec python -m local.package $(ARGS)

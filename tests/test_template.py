@@ -424,7 +424,7 @@ def listed(value: str | list[str]) -> list[str]:
 
 
 class TestApi:
-    def test_health_is_open_and_everything_else_needs_the_api_key(
+    def test_what_tells_nothing_of_the_shop_is_open_and_everything_else_needs_the_api_key(
         self, resources: dict[str, Resource]
     ) -> None:
         paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
@@ -435,7 +435,7 @@ class TestApi:
             if settings["security"] != [{"api_key": []}]
         ]
 
-        assert open_methods == ["GET /api/health"]
+        assert sorted(open_methods) == ["GET /", "GET /api/health", "GET /api/openapi.json"]
         assert "post" in paths["/api/test/checkout-sessions"]
 
     def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
@@ -680,6 +680,9 @@ class TestEvents:
             "trigger",
             "trigger-with-ids",
             "trigger-bad-body",
+            "page",
+            "status",
+            "openapi",
         }
 
     def test_requests_are_of_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
