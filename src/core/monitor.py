@@ -211,7 +211,7 @@ class _Pass:
         self._database_thread = database_thread
         self._choose = choose
         self._loop = asyncio.get_running_loop()
-        self._log = PassLog()
+        self._log = PassLog(settings.log_lines_active)
         self._lease = timedelta(
             seconds=START_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
         )
