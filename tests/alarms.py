@@ -1,7 +1,7 @@
 """CloudWatch, as far as the template's alarms need it: statistics, metric math, alarm states.
 
 Values by minute; a minute without a value is missing, and an expression has none there either, but
-for FILL's.
+for FILL, and for SUM of a list, which adds what there is.
 """
 
 import ast
@@ -66,13 +66,16 @@ class CloudWatch:
         assert period == 60
         wanted = alarm["EvaluationPeriods"]
         treat = alarm["TreatMissingData"]
-        assert treat in ("breaching", "notBreaching")
+        assert treat in ("breaching", "notBreaching", "missing")
         breaches = BREACHES[alarm["ComparisonOperator"]]
+        window = range(self.minutes - wanted, self.minutes)
+        if treat == "missing" and not any(minute in series for minute in window):
+            return "INSUFFICIENT_DATA"
         breaching = sum(
             breaches(series[minute], alarm["Threshold"])
             if minute in series
             else treat == "breaching"
-            for minute in range(self.minutes - wanted, self.minutes)
+            for minute in window
         )
         return "ALARM" if breaching >= alarm.get("DatapointsToAlarm", wanted) else "OK"
 
@@ -110,6 +113,14 @@ class CloudWatch:
             case ast.Call(func=ast.Name(id="IF"), args=arguments):
                 values = (self._value(argument, series) for argument in arguments)
                 return combined(lambda so, then, otherwise: then if so else otherwise, *values)
+            case ast.Call(func=ast.Name(id="SUM"), args=[ast.List(elts=elements)]):
+                summed: Series = {}
+                for element in elements:
+                    added = self._value(element, series)
+                    assert isinstance(added, dict)
+                    for minute, value in added.items():
+                        summed[minute] = summed.get(minute, 0) + value
+                return summed
             case ast.Call(func=ast.Name(id="FILL"), args=[what, ast.Constant(value=number)]):
                 given = self._value(what, series)
                 assert isinstance(given, dict)

@@ -9,8 +9,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 from aws_lambda_powertools import Logger
 
@@ -30,8 +31,8 @@ CHECKS: Mapping[Outcome, str] = {
     for outcome in Outcome
     if outcome not in (Outcome.ACTIVE, Outcome.CLOSED)
 }
-# Every metric and its unit. The first ones are in each pass's record; the others are there when
-# there is something to count, because a custom metric is billed for each hour in which it appears.
+# Every metric and its unit. Most are sent only where there is something to count, because a custom
+# metric is billed for each hour in which it appears.
 METRICS: Mapping[str, str] = {
     "SessionsOpen": "Count",
     "OverdueSeconds": "Seconds",
@@ -69,10 +70,11 @@ def use_plain_text() -> None:
 
 def measure(summary: Summary) -> None:
     """Emit one pass's metrics, in one EMF record."""
-    standing = {
-        "SessionsOpen": summary.open,
-        "OverdueSeconds": round(summary.overdue_seconds, 3),
-    }
+    standing: dict[str, float] = {}  # of a tick's passes one leads, and not each time counts
+    if summary.counted:
+        standing["SessionsOpen"] = summary.open
+    if summary.led:
+        standing["OverdueSeconds"] = round(summary.overdue_seconds, 3)
     counts = {
         "SessionsChecked": summary.checked,
         **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
@@ -136,22 +138,28 @@ def milliseconds(seconds: float) -> float:
 
 
 class PassLog:
-    """The lines of one pass, bounded by outcome; of `active`, all of them where None is given."""
+    """The lines of one pass, bounded by outcome; of `active`, all of them where None is given.
 
-    def __init__(self, most_active: int | None = LINES_PER_OUTCOME) -> None:
+    With `waits`, the others wait for the first one, which tells how many sessions are open: checks
+    begin before that is known.
+    """
+
+    def __init__(self, *, most_active: int | None = LINES_PER_OUTCOME, waits: bool = False) -> None:
         self._most_active = most_active
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
+        self._waiting: list[Callable[[], None]] | None = [] if waits else None
 
     def begins(self, at: datetime, open_sessions: int) -> None:
+        waiting, self._waiting = self._waiting, None
         logger.info(f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...")
+        for say in waiting or ():
+            say()
 
     def checked(self, claim: Claim, answer: Answer) -> None:
         outcome = answer.outcome
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
-            return
-        if not self._has_room(outcome):
             return
         fields = {
             "session_id": claim.session_id,
@@ -160,19 +168,43 @@ class PassLog:
             "status_code": answer.status_code,
         }
         say = logger.warning if outcome.is_error else logger.info
-        say(line(claim, answer), extra=fields)
+        self._bounded(outcome, partial(say, line(claim, answer), extra=fields))
 
     def changed(self, results: Sequence[Result]) -> None:
         """Tell of status changes that have been committed."""
         for result in results:
-            if self._has_room(Outcome.CLOSED):
-                fields = {
-                    "session_id": result.claim.session_id,
-                    "billing_checkout_id": result.claim.billing_checkout_id,
-                    "new_status": result.new_status,
-                    "billing_status": result.billing_status,
-                }
-                logger.info(change_line(result), extra=fields)
+            fields = {
+                "session_id": result.claim.session_id,
+                "billing_checkout_id": result.claim.billing_checkout_id,
+                "new_status": result.new_status,
+                "billing_status": result.answer.billing_status,
+            }
+            self._bounded(Outcome.CLOSED, partial(logger.info, change_line(result), extra=fields))
+
+    def refused(self, refusals: Sequence[tuple[Result, str]]) -> None:
+        """Tell of status changes that the shop's database does not take."""
+        for result, why in refusals:
+            claim = result.claim
+            session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
+            said = (
+                f"❌ Checkout session {session} ({checkout}) cannot become {result.new_status}: "
+                f"the database refuses it: {shown(why)}"
+            )
+            fields = {"session_id": claim.session_id, "outcome": Outcome.REFUSED.value}
+            self._bounded(Outcome.REFUSED, partial(logger.error, said, extra=fields))
+
+    def _bounded(self, outcome: Outcome, say: Callable[[], None]) -> None:
+        self._lines[outcome] += 1
+        most = self._most(outcome)
+        if most is not None and self._lines[outcome] > most:
+            return
+        if self._waiting is None:
+            say()
+        else:
+            self._waiting.append(say)
+
+    def _most(self, outcome: Outcome) -> int | None:
+        return self._most_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
 
     def ends(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
@@ -203,15 +235,6 @@ class PassLog:
                 },
             )
 
-    def _has_room(self, outcome: Outcome) -> bool:
-        """Count one more line of an outcome; whether it is to be written."""
-        self._lines[outcome] += 1
-        most = self._most(outcome)
-        return most is None or self._lines[outcome] <= most
-
-    def _most(self, outcome: Outcome) -> int | None:
-        return self._most_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
-
 
 def line(claim: Claim, answer: Answer) -> str:
     """What is said of one check. Ids are shown so that they cannot break the line."""
@@ -237,7 +260,7 @@ def change_line(result: Result) -> str:
     session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
     return (
         f"🏁 Checkout session {session} ({checkout}) is now {result.new_status}; "
-        f"billing says {result.billing_status}"
+        f"billing says {result.answer.billing_status}"
     )
 
 

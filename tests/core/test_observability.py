@@ -214,7 +214,7 @@ def test_what_is_beyond_fifty_lines_of_an_outcome_is_counted_in_one(
 def test_lines_of_active_have_a_limit_of_their_own_and_none_for_who_debugs(
     caplog: pytest.LogCaptureFixture, most: int | None, lines: int, rest: list[str]
 ) -> None:
-    log = PassLog(most)
+    log = PassLog(most_active=most)
     for n in range(100):
         log.checked(claim(f"cart-{n}"), Answer(Outcome.ACTIVE, 200))
     assert len(caplog.messages) == lines
@@ -278,6 +278,8 @@ def test_a_healthy_pass_sends_six_metrics(capsys: pytest.CaptureFixture[str]) ->
         Summary(
             Reason.TICK,
             NOON,
+            led=True,
+            counted=True,
             open=90,
             outcomes=Counter({Outcome.ACTIVE: 80}),
             latencies=[0.1, 0.0504],
@@ -311,6 +313,7 @@ def test_what_else_a_pass_met_is_sent_where_there_is_any(
         Summary(
             Reason.TICK,
             NOON,
+            led=True,
             open=99,
             outcomes=outcomes + Counter({Outcome.CLOSED: 7}),
             overdue_seconds=2.5,
@@ -320,7 +323,6 @@ def test_what_else_a_pass_met_is_sent_where_there_is_any(
     )
     values, _ = emitted(capsys)
     assert values == {
-        "SessionsOpen": 99,
         "OverdueSeconds": 2.5,
         "PassDuration": 0,
         "PassesCompleted": 1,
@@ -333,6 +335,15 @@ def test_what_else_a_pass_met_is_sent_where_there_is_any(
         "StatusChanges": 7,
         "EventsFailed": 5,
     }
+
+
+@pytest.mark.usefixtures("stack")
+def test_only_who_leads_and_counts_tells_how_all_sessions_stand(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    observability.measure(Summary(Reason.TICK, NOON, open=5, overdue_seconds=9))
+    values, _ = emitted(capsys)
+    assert values == {"PassDuration": 0, "PassesCompleted": 1}
 
 
 @pytest.mark.parametrize("count", [1, 99, 100, 101, 1_000, 12_345])
