@@ -96,7 +96,9 @@ class CloudWatch:
         assert isinstance(found, dict), f"{expression} is no time series"
         return found
 
-    def _value(self, node: ast.expr, series: Mapping[str, Series]) -> Series | float:
+    def _value(  # noqa: PLR0911 (one for each kind of node)
+        self, node: ast.expr, series: Mapping[str, Series]
+    ) -> Series | float:
         match node:
             case ast.Constant(value=int() | float() as number):
                 return number
