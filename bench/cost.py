@@ -32,6 +32,7 @@ FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its
 LAMBDA_LINES, LAMBDA_BYTES = 3, 290
 
 OPEN = (100, 1_000, 10_000)
+WHERE = {"internet": "on the internet", "region": "in the region"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Stack:
     @classmethod
     def of(cls, template: Mapping[str, Any], given: Mapping[str, object]) -> Self:
         """Read the template; `given` are parameters that are not at their defaults."""
-        values = {name: p.get("Default") for name, p in template["Parameters"].items()} | given
+        values = {name: p.get("Default") for name, p in template["Parameters"].items()}
+        values |= given
         interval = int(values["CheckIntervalSeconds"])
         seconds, ticks = execution(interval)
         schedule = template["Resources"]["CheckLoop"]["Properties"]["Events"]["EveryMinute"]
@@ -123,7 +125,7 @@ class Load:
     cadence: Cadence
     sessions_last: float  # seconds; their ages are spread evenly
     latency: float  # seconds
-    billing: str  # "internet" or "region"
+    billing: str  # a key of WHERE
 
     def checks_a_tick(self, interval: int) -> float:
         """Of how many sessions, on average, a check is due at a tick."""
@@ -145,7 +147,7 @@ def pass_seconds(checks: float, stack: Stack, latency: float, measured: Mapping[
     time = measured["time"]
     waiting = latency * max(1.0, checks / stack.in_flight) * time["waiting_factor"] if checks else 0
     working = checks * time["check_processor_ms"] / 1000 / stack.vcpu
-    return without_checks(stack, measured) + max(waiting, working)
+    return without_checks(stack, measured) + float(max(waiting, working))
 
 
 def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
@@ -227,7 +229,7 @@ def bill(
         ),
         Item("secrets", stack.secrets * prices["secrets"]["secret_month"], f"{stack.secrets}"),
         Item(
-            f"data to billing, {'on the internet' if load.billing == 'internet' else 'in the region'}",
+            "data to billing, " + WHERE[load.billing],
             data[load.billing],
             f"{sent:,.0f} GB",
         ),
@@ -273,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cadence", default="", help="CHECK_CADENCE, e.g. '5s until 10m, 30s until 1h, 5m'")
     add("--sessions-last", default="24h", help="how long one stays open, e.g. 24h")
     add("--latency", type=float, default=100, metavar="MS", help="of billing's answers")
-    add("--billing", choices=("internet", "region"), default="internet")
+    add("--billing", choices=WHERE, default="internet")
     add("--interval", type=int, metavar="S")
     add("--memory", type=int, metavar="MB", help="WorkerMemory")
     add("--in-flight", type=int, metavar="N", help="MaxConcurrency")

@@ -34,7 +34,7 @@ ANSWER = (
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What connections have brought and taken away; `connections` is of all that there have been."""
+    """What connections have brought and taken away; those that have ended are among them."""
 
     connections: int
     requests: int
@@ -77,8 +77,8 @@ def service(directory: Path, latency_seconds: float) -> Iterator[Service]:
     certificate, key = directory / "server.pem", directory / "server.key"
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     new += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    new += ["-addext", "basicConstraints=critical,CA:FALSE", "-keyout", key, "-out", certificate]
-    subprocess.run(new, check=True, capture_output=True)
+    new += ["-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
