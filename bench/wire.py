@@ -79,19 +79,18 @@ def service(directory: Path, latency_seconds: float) -> Iterator[Service]:
     new += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     new += ["-addext", "basicConstraints=critical,CA:FALSE"]
     subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield Service(process, int(process.stdout.readline()), certificate)
-    finally:
-        process.terminate()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield Service(process, int(process.stdout.readline()), certificate)
+        finally:
+            process.terminate()
 
 
 class _Connection(asyncio.Protocol):
