@@ -8,6 +8,7 @@ processor time and the metrics; from prices.toml what AWS asks for each. A month
 import argparse
 import math
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -320,9 +321,7 @@ def computed(arguments: argparse.Namespace) -> str:
 
 
 # Tables of the page: the arguments stand above each of them, in a comment.
-TABLE = re.compile(
-    r"(<!-- make cost(?: ARGS='(.*?)')? -->\n)(.*?)(\n<!-- /make cost -->)", re.DOTALL
-)
+TABLE = re.compile(r"(<!-- make cost(?: ARGS='(.*?)')? -->\n)(.*?)(<!-- /make cost -->)", re.DOTALL)
 
 
 def page_with_tables(text: str) -> str:
@@ -330,8 +329,8 @@ def page_with_tables(text: str) -> str:
 
     def renewed(found: re.Match[str]) -> str:
         head, arguments, _, end = found.groups()
-        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', arguments or "")]
-        return head + computed(parser().parse_args(words)) + end
+        words = shlex.split(arguments or "")
+        return f"{head}\n{computed(parser().parse_args(words))}\n\n{end}"
 
     return TABLE.sub(renewed, text)
 
