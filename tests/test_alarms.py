@@ -71,7 +71,7 @@ def zeroes(watch: CloudWatch) -> None:
     for namespace, name in (
         ("AWS/Lambda", "Errors"),
         ("AWS/Lambda", "Throttles"),
-        ("AWS/SQS", "ApproximateNumberOfMessagesVisible"),
+        ("AWS/SQS", "NumberOfMessagesSent"),
         ("AWS/States", "ExecutionsFailed"),
     ):
         watch.put(namespace, name, [0])
@@ -99,7 +99,7 @@ FOR: Mapping[str, list[tuple[Minute, int]]] = {
     "EventsFailedAlarm": [(checks(*[Outcome.CLOSED] * 5, unpublished=1), 2)],
     "WorkerErrorsAlarm": [(aws("AWS/Lambda", "Errors", 0, 1, 0), 2)],
     "WorkerThrottlesAlarm": [(aws("AWS/Lambda", "Throttles", 3), 2)],
-    "FailedChecksQueueAlarm": [(aws("AWS/SQS", "ApproximateNumberOfMessagesVisible", 1), 1)],
+    "FailedChecksQueueAlarm": [(aws("AWS/SQS", "NumberOfMessagesSent", 1), 1)],
     "LoopFailedAlarm": [
         (aws("AWS/States", "ExecutionsFailed", 1), 1),
         (aws("AWS/States", "ExecutionsTimedOut", 1), 1),
@@ -180,8 +180,30 @@ def test_no_alarm_comes_when_nothing_is_wrong(run: Run, minute: Minute) -> None:
         assert run(minute) == set()
 
 
-def test_where_nothing_reports_no_other_alarm_than_no_pass_comes(run: Run) -> None:
-    assert run(nothing, 10) == {"NoPassAlarm"}
+@pytest.mark.parametrize("minute", [nothing, loop_starts, failures])
+def test_where_no_pass_reports_no_other_alarm_than_no_pass_comes(run: Run, minute: Minute) -> None:
+    assert run(minute, 10) == {"NoPassAlarm"}
+
+
+def test_a_monitor_that_never_passes_makes_a_change_of_state_and_so_sends_a_mail(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, alarm = Run(capsys), ALARMS["NoPassAlarm"]
+    run(nothing, 5)
+    assert run.watch.state(alarm) == "INSUFFICIENT_DATA"
+    run(loop_starts, 2)
+    assert run.watch.state(alarm) == "ALARM"
+
+
+def test_checks_that_wait_in_vain_at_the_workers_limit_are_throttles_and_no_failures(
+    run: Run,
+) -> None:
+    def at_the_limit(watch: CloudWatch) -> None:
+        WELL(watch)
+        watch.put("AWS/Lambda", "Throttles", [3])
+        watch.put("AWS/SQS", "NumberOfMessagesSent", [1])
+
+    assert run(at_the_limit, 5) == {"WorkerThrottlesAlarm"}
 
 
 def test_one_bad_minute_is_no_news(run: Run) -> None:
@@ -211,6 +233,7 @@ def test_every_metric_that_is_sent_is_known_and_a_healthy_hour_is_billed_six(
         ("100 * FILL(failed, 0) / checked", {0: 0.0, 2: 50.0}),
         ("FILL(failed, 0) + FILL(never, 0)", {0: 0.0, 1: 0.0, 2: 1.0}),
         ("failed + never", {}),
+        ("SUM([failed, 0 * checked])", {0: 0.0, 2: 1.0}),
         ("IF(checked > 1, failed, 7)", {2: 1.0}),
         ("IF(checked > 1, 7, checked)", {0: 1.0, 2: 7}),
     ],

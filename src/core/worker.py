@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 import httpx
+import uvloop
 
 from core import monitor, secrets
 from core.billing import BillingClient
@@ -70,7 +71,8 @@ class Worker:
         bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
         self._store = Store(open_database(settings, clock=clock), bus)
         self._billing = _billing(settings, transport)
-        self._runner = asyncio.Runner()
+        # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._running: asyncio.Task[Summary] | None = None
 

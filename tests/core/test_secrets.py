@@ -8,7 +8,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from aws_lambda_powertools.utilities.parameters import clear_caches
 from moto import mock_aws
 
 from core import secrets
@@ -42,9 +41,9 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     with mock_aws():
-        clear_caches()  # type: ignore[no-untyped-call]
+        secrets._manager.cache_clear()
         yield Manager()
-    clear_caches()  # type: ignore[no-untyped-call]
+    secrets._manager.cache_clear()
 
 
 RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
