@@ -59,7 +59,7 @@ def test_a_tick_fails_with_the_likely_cause_and_is_counted(
     )
     assert f"❌ {refused.value}" in caplog.messages
     [metrics] = [line for line in capsys.readouterr().out.splitlines() if "PassesFailed" in line]
-    assert json.loads(metrics)["PassesFailed"] == [1]
+    assert json.loads(metrics)["PassesFailed"] == 1
 
 
 @pytest.mark.usefixtures("out_of_reach")
