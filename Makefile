@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test browser build deploy-local e2e bench simulate check format requirements
+.PHONY: help run trigger billing test browser build deploy-local e2e bench cost simulate check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -38,6 +38,9 @@ e2e: .venv/e2e .emulator/ready ## Build with SAM, deploy onto an emulated AWS, r
 
 bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
 	@exec python -m bench $(ARGS)
+
+cost: .venv/ready ## What a month costs, computed from the template, list prices and measured passes
+	@exec python -m bench.cost $(ARGS)
 
 simulate: .venv/ready ## A million open sessions for an hour, on a virtual clock: how late, how many workers, what it costs
 	@exec python -m bench.simulate $(ARGS)

@@ -89,6 +89,7 @@ def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSt
     given = {name: value for name, value in env.items() if value.strip()}
     given.setdefault("DATABASE_URL", f"sqlite:///{DATABASE}")
     given.setdefault("CHECK_INTERVAL_SECONDS", str(loop.default_interval_seconds()))
+    given.setdefault("LOG_LINES_ACTIVE", str(observability.LINES_PER_OUTCOME))
     simulated = None
     if "BILLING_API_URL" not in given:
         with on_port(billing_port, "--billing-port"):

@@ -54,7 +54,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make deploy-local", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after a minute of ticks")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         with deployed() as (stack, database):
             look(stack)

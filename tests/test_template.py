@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,25 @@ class TestResources:
 
         assert loop["StateMachineType"] == "EXPRESS"
         assert loop["LoggingConfiguration"]["Level"] == "ERROR"
-        assert loop["TracingConfiguration"] == {"Enabled": True}
         assert schedule["ScheduleExpression"] == "rate(1 minute)"
         assert schedule["FlexibleTimeWindow"] == {"Mode": "OFF"}
         assert schedule["State"] == {"Ref": "MonitorState"}
         assert schedule["Target"]["RetryPolicy"]["MaximumEventAgeInSeconds"] == 60
+
+    def test_nothing_is_traced_and_nothing_may_trace_unless_asked_for(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        loop = resources["CheckLoop"]["Properties"]
+        stage = resources["MonitorApiliveStage"]["Properties"]
+
+        assert loop["TracingConfiguration"] == {"Enabled": {"Fn::If": ["IsTraced", True, False]}}
+        assert stage["TracingEnabled"] == {"Fn::If": ["IsTraced", True, False]}
+        for function in of_type(resources, "AWS::Lambda::Function").values():
+            mode = {"Fn::If": ["IsTraced", "Active", "PassThrough"]}
+            assert function["TracingConfig"] == {"Mode": mode}
+        tracing = [s for s in statements(resources) if "xray:" in json.dumps(s)]
+        assert [s["Sid"] for s in tracing] == ["Trace", "Trace"]
+        assert not [s for s in statements(resources, {}) if "xray:" in json.dumps(s)]
 
     def test_two_stacks_in_one_account_do_not_collide(self, resources: dict[str, Resource]) -> None:
         names = [
@@ -242,7 +256,6 @@ class TestResources:
 
             assert callable(getattr(importlib.import_module(module), name))
             assert function["Runtime"] == "python3.13"
-            assert function["TracingConfig"] == {"Mode": "Active"}
 
     def test_every_log_group_has_a_retention_and_every_function_a_log_group(
         self, resources: dict[str, Resource]
@@ -294,6 +307,7 @@ class TestParameters:
             ("CheckCadence", "1m", "60"),
             ("CheckCadence", "", "5"),
             ("ApiKeySecretArn", REQUIRED["ApiKeySecretArn"], f"{SECRET}billing/key"),
+            ("ApiKeySecretArn", "", "the-key"),
             ("DatabaseSecretArn", REQUIRED["DatabaseSecretArn"], ""),
             ("SecretsKeyArn", "", "alias/shop"),
             ("BillingStatusMap", '{"paid": "success"}', "paid=success"),
@@ -316,23 +330,24 @@ def environment(
     template: Mapping[str, Any],
     resources: Mapping[str, Resource],
     parameters: Mapping[str, object] | None = None,
+    conditions: Container[str] = ("HasApiKeySecret",),
 ) -> dict[str, str]:
-    """The worker's environment variables in a stack with these parameters."""
+    """The worker's environment variables in a stack with these parameters, where these hold."""
     values: dict[str, object] = {"AWS::StackName": STACK}
     for name, parameter in template["Parameters"].items():
         values[name] = parameter.get("Default")
     values |= REQUIRED | dict(parameters or {})
     variables = resources["CheckSessionsFunction"]["Properties"]["Environment"]["Variables"]
-    env = {}
-    for name, value in variables.items():
+
+    def rendered(value: Any) -> str:  # noqa: ANN401 (JSON)
         match value:
             case {"Ref": referred}:
-                env[name] = str(values[referred])
-            case {"Fn::If": [_, _, otherwise]}:
-                env[name] = otherwise
-            case _:
-                env[name] = value
-    return env
+                return str(values[referred])
+            case {"Fn::If": [condition, then, otherwise]}:
+                return rendered(then if condition in conditions else otherwise)
+        return str(value)
+
+    return {name: rendered(value) for name, value in variables.items()}
 
 
 class TestPermissions:
@@ -380,6 +395,19 @@ class TestPermissions:
 
         assert readable == [{"Ref": "ApiKeySecretArn"}, {"Ref": "DatabaseSecretArn"}]
 
+    def test_one_secret_may_hold_the_api_key_beside_the_database_address(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        env = environment(template, resources, {"ApiKeySecretArn": ""}, conditions={})
+        readable = [
+            statement["Resource"]
+            for statement in statements(resources, {"HasSecretsKey"})
+            if "secretsmanager:GetSecretValue" in listed(statement["Action"])
+        ]
+
+        assert env["APIKEY_SECRET_ARN"] == env["DATABASE_SECRET_ARN"]
+        assert readable == [{"Ref": "DatabaseSecretArn"}]
+
     def test_the_functions_publish_to_the_one_bus_that_is_named(
         self, resources: dict[str, Resource]
     ) -> None:
@@ -405,8 +433,10 @@ class TestPermissions:
         assert resources["StartHelpers"]["Properties"]["Roles"] == [{"Ref": "CheckSessionsRole"}]
 
 
-def statements(resources: Mapping[str, Resource]) -> Iterator[dict[str, Any]]:
-    """Every statement that allows anything, those that hang on a condition included."""
+def statements(
+    resources: Mapping[str, Resource], conditions: Container[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every statement that allows anything where these conditions hold; None: all of them."""
     documents = [
         policy["PolicyDocument"]
         for role in of_type(resources, "AWS::IAM::Role").values()
@@ -416,7 +446,12 @@ def statements(resources: Mapping[str, Resource]) -> Iterator[dict[str, Any]]:
         documents += [policy["PolicyDocument"] for policy in of_type(resources, kind).values()]
     for document in documents:
         for statement in document["Statement"]:
-            yield statement["Fn::If"][1] if "Fn::If" in statement else statement
+            match statement:
+                case {"Fn::If": [condition, then, _]}:
+                    if conditions is None or condition in conditions:
+                        yield then
+                case _:
+                    yield statement
 
 
 def listed(value: str | list[str]) -> list[str]:
@@ -598,6 +633,8 @@ def widget_metrics(resources: Mapping[str, Resource]) -> Iterator[Metric]:
         before: list[str] = []
         for line in widget["properties"].get("metrics", []):
             given = [part for part in line if isinstance(part, str)]
+            if not given:  # an expression over the others
+                continue
             # A dot repeats what the line before has in that place.
             full = [before[place] if part == "." else part for place, part in enumerate(given)]
             yield full[0], full[1], tuple(zip(full[2::2], full[3::2], strict=True))

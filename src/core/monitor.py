@@ -176,7 +176,7 @@ class _Pass:
         # A manual pass counts whatever it costs: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
         self._counts = manual or (view.leads and view.may_count)
-        self._log = PassLog(waits=self._counts)
+        self._log = PassLog(most_active=settings.log_lines_active, waits=self._counts)
         self._recorder = Recorder(store, database, summary, self._log, view.pause)
         self._tasks = asyncio.TaskGroup()
         self._hands = asyncio.Semaphore(settings.max_concurrency)

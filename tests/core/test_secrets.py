@@ -54,6 +54,12 @@ def test_the_api_key_is_the_secrets_text_or_its_apikey(manager: Manager, text: s
     assert secrets.read_api_key(manager.put(text)) == "the-key"
 
 
+def test_one_secret_may_hold_the_api_key_beside_the_database_address(manager: Manager) -> None:
+    arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
+    assert secrets.read_api_key(arn) == "the-key"
+    assert secrets.read_database(arn).host == "db"
+
+
 @pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])
 def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
     manager: Manager, text: str

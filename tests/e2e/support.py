@@ -143,7 +143,8 @@ class Sam:
         show(f"\n$ {shlex.join(command)}")
         with self._log.open("w") as log:
             process = subprocess.Popen(
-                [*command, *self._arguments],
+                # What a shell starts in the background ignores SIGINT, and so would SAM.
+                ["env", "--default-signal=INT", *command, *self._arguments],
                 cwd=ROOT,
                 env=environment(),
                 stdout=log,
@@ -159,6 +160,7 @@ class Sam:
                 process.wait(60)
             finally:
                 process.kill()
+                process.wait()
                 show(self._log.read_text())
 
 

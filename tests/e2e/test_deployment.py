@@ -149,8 +149,8 @@ def test_without_the_right_to_read_the_key_the_function_says_so_in_one_sentence(
 ) -> None:
     def without_read_api_key(template: aws.Template) -> None:
         document = template["Resources"]["PassPolicy"]["Properties"]["PolicyDocument"]
-        document["Statement"] = [
-            statement for statement in document["Statement"] if statement.get("Sid") != "ReadApiKey"
+        document["Statement"] = [  # it may hang on a condition
+            statement for statement in document["Statement"] if "ReadApiKey" not in str(statement)
         ]
 
     # Another setting, because functions that run already have read the key.

@@ -31,7 +31,7 @@ def out_of_reach(
                 waiting.setblocking(False)
                 waiting.connect_ex(listening.getsockname())
         environment.setenv(
-            "AWS_ENDPOINT_URL_SECRETSMANAGER", f"http://127.0.0.1:{listening.getsockname()[1]}"
+            "AWS_ENDPOINT_URL_SECRETS_MANAGER", f"http://127.0.0.1:{listening.getsockname()[1]}"
         )
         environment.setenv("AWS_DEFAULT_REGION", "eu-west-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -59,7 +59,7 @@ def test_a_tick_fails_with_the_likely_cause_and_is_counted(
     )
     assert f"❌ {refused.value}" in caplog.messages
     [metrics] = [line for line in capsys.readouterr().out.splitlines() if "PassesFailed" in line]
-    assert json.loads(metrics)["PassesFailed"] == [1]
+    assert json.loads(metrics)["PassesFailed"] == 1
 
 
 @pytest.mark.usefixtures("out_of_reach")
