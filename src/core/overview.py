@@ -331,6 +331,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
         "EVENT_BUS_NAME": settings.event_bus_name,
+        "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
     }
 
