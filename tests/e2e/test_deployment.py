@@ -16,7 +16,7 @@ import pytest
 
 from local import aws, deploy
 from local.billing import SimulatedBilling, running_billing
-from tests.e2e.support import API_KEY, PASSWORD, ROOT, Shop, curl, shop_on, show, trigger
+from tests.e2e.support import API_KEY, PASSWORD, ROOT, Shop, curl, run, shop_on, show, trigger
 
 SESSIONS = {f"session_{n}": f"checkout_active_{n}" for n in range(3)}
 # Each takes a second: too many for one worker that sends one request at a time.
@@ -123,6 +123,17 @@ def test_health_needs_no_key(site: Site) -> None:
     reply = curl(site.stack.outputs()["HealthUrl"])
 
     assert (reply.status, reply.body["status"]) == (200, "ok")
+
+
+def test_the_page_is_open_and_what_it_shows_needs_the_key(site: Site) -> None:
+    page = site.stack.outputs()["PageUrl"]
+
+    said = run(["curl", "-sS", "-m", "60", "-w", "%{http_code} %{content_type}", page])
+    assert said.stdout.rpartition("</html>")[2].split() == ["200", "text/html;", "charset=utf-8"]
+    assert curl(f"{page}api/status").status == 403
+    status = curl(f"{page}api/status", api_key=site.stack.api_key())
+    assert status.status == 200
+    assert status.body["verdict"]
 
 
 def test_the_trigger_is_refused_without_a_key(site: Site) -> None:
