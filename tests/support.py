@@ -133,7 +133,7 @@ def mysql_shop(server: str, schema: Iterable[str] | None = None) -> Iterator[MyS
 
 
 @contextmanager
-def mariadb_server(directory: Path) -> Iterator[str]:
+def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
     """A MariaDB server of one's own, from the binaries of this machine; yields its URL."""
     data = directory / "data"
     log = directory / "log"
@@ -164,6 +164,7 @@ def mariadb_server(directory: Path) -> Iterator[str]:
                 f"--socket={directory}/s",
                 f"--pid-file={directory}/pid",
                 *user,
+                *options,
             ],
             stdout=output,
             stderr=output,

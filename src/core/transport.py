@@ -20,9 +20,18 @@ from pyreqwest.response import ResponseBodyReader
 # Read at once: more than any session's state takes, so that one read brings a whole body.
 CHUNK_BYTES = 64 * 1024 + 1
 
-# A service that closes idle connections does so to one that is just being used again. Asking once
+# What becomes of a request on a kept connection that the service, or something between, has ended
+# since: a service closes idle connections, and one that was frozen with us may be gone. Asking once
 # more is safe: a GET changes nothing.
-_CLOSED_UNDER_US = "connection closed before message completed"
+_ENDED_UNDER_US = frozenset(
+    ("connection closed before message completed", "Connection reset by peer", "Broken pipe")
+)
+# Lambda gives a process 1,024 descriptors. A request that was given up holds one until its socket
+# is closed, in another thread, and where all time out at once as many begin anew; these then wait.
+MOST_CONNECTIONS = 960
+# Kept connections are not trusted for longer: load balancers forget an idle one after 60 s (AWS's
+# default), and a request on it would be answered by nobody.
+KEEP_IDLE = timedelta(seconds=30)
 
 
 class Get(httpx.Request):
@@ -60,29 +69,22 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        self._client: Client = (
-            ClientBuilder()
-            .timeout(timedelta(seconds=timeout_seconds))
-            .follow_redirects(enable=False)
-            .gzip(enable=False)
-            .brotli(enable=False)
-            .zstd(enable=False)
-            .deflate(enable=False)
-            .build()
-        )
+        self._client = _client(timeout_seconds).pool_idle_timeout(KEEP_IDLE).build()
+        self._unkept = _client(timeout_seconds).pool_max_idle_per_host(0).build()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         try:
-            return await self._send(request)
+            return await self._send(self._client, request)
         except httpx.NetworkError as error:
-            if str(error) != _CLOSED_UNDER_US:
+            if str(error) not in _ENDED_UNDER_US:
                 raise
-        return await self._send(request)
+        # Not on another kept one: where one has been ended, all of them may have been.
+        return await self._send(self._unkept, request)
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _send(self, client: Client, request: httpx.Request) -> httpx.Response:
         address = request.address if isinstance(request, Get) else str(request.url)
         sending = (
-            self._client.request(request.method, address)
+            client.request(request.method, address)
             .headers(request.headers.multi_items())
             .build_streamed()
         )
@@ -98,6 +100,20 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._client.close()
+        await self._unkept.close()
+
+
+def _client(timeout_seconds: float) -> ClientBuilder:
+    return (
+        ClientBuilder()
+        .timeout(timedelta(seconds=timeout_seconds))
+        .max_connections(MOST_CONNECTIONS)
+        .follow_redirects(enable=False)
+        .gzip(enable=False)
+        .brotli(enable=False)
+        .zstd(enable=False)
+        .deflate(enable=False)
+    )
 
 
 class _Body(httpx.AsyncByteStream):
