@@ -31,7 +31,7 @@ from core.billing import BillingClient
 from core.model import Claim, OpenSessions, Outcome, Pause, Reason, Recorded, Result, Summary
 from core.monitor import PassOptions, Store, check_open_checkout_sessions
 from core.settings import Settings
-from core.store import SqlStore
+from core.store import Store
 from core.worker import open_database
 from local import loop
 from local.workers import Workers
@@ -227,7 +227,7 @@ def full_pass() -> Run:
 
     async def make(job: Job) -> tuple[Settings, Store, BillingClient]:
         settings = _settings(job["url"], job["database"], job["in_flight"])
-        store = SqlStore(open_database(settings)) if job["database"] else NoDatabase()
+        store = Store(open_database(settings)) if job["database"] else NoDatabase()
         client = BillingClient(
             api_url=job["url"], api_key="bench", timeout_seconds=settings.request_timeout_seconds
         )

@@ -31,7 +31,7 @@ from core.monitor import (
 )
 from core.settings import Settings
 from core.sqlite import SQLiteDatabase
-from core.store import SqlStore
+from core.store import Store
 from core.worker import FINISH_SECONDS
 from tests.support import FakeClock, statements
 
@@ -104,7 +104,7 @@ class Simulation:
         self.interval = self.settings.interval_seconds
         self.clock = FakeClock(START)
         self.database = SQLiteDatabase(Path(":memory:"), clock=self.clock)
-        self.store = SqlStore(self.database)
+        self.store = Store(self.database)
         self.random = random.Random(1)
         self.batch = CLAIMS_PER_REQUEST * self.settings.max_concurrency
         # Seconds a check takes of a worker: of its share of a processor, or of its free hands.
@@ -176,7 +176,7 @@ class Simulation:
     def _claim(self, worker: Worker, at: float) -> float | None:
         """When the batch is done; None: this worker has ended."""
         if at - worker.started < self.start_within:
-            worker.claims = self.store.claim_due(
+            worker.claims = self.store.queue.claim_due(
                 tick=worker.tick, lease=self.lease, limit=self.batch
             )
         if not worker.claims:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+from core.crew import StartError
 from core.database import StoreError
 from core.model import Summary
 from core.observability import logger
@@ -32,10 +33,10 @@ class Workers:
 
     def start_check(self, tick: datetime) -> None:
         """Start the tick's pass and come back at once; without a free worker it is skipped."""
-        if not self._free.acquire(blocking=False):
-            logger.error(f"❌ Tick skipped: all {self._most} workers are busy")
-            return
-        self._pool.submit(self._check, tick)
+        try:
+            self._start_another(tick)
+        except StartError as error:
+            logger.error(f"❌ Tick skipped: {error}")
 
     def health(self) -> Health:
         return self._pool.submit(lambda: self._worker().health()).result()
@@ -56,6 +57,11 @@ class Workers:
         for worker in self._workers:
             worker.close()
 
+    def _start_another(self, tick: datetime) -> None:
+        if not self._free.acquire(blocking=False):
+            raise StartError(f"all {self._most} workers are busy")
+        self._pool.submit(self._check, tick)
+
     def _check(self, tick: datetime) -> None:
         try:
             self._worker().check_open_checkout_sessions(tick, seconds=PASS_SECONDS)
@@ -71,6 +77,8 @@ class Workers:
     def _worker(self) -> Worker:
         worker: Worker | None = getattr(self._of_thread, "worker", None)
         if worker is None:
-            worker = self._of_thread.worker = Worker(self._settings)
+            worker = self._of_thread.worker = Worker(
+                self._settings, start_worker=self._start_another
+            )
             self._workers.append(worker)
         return worker

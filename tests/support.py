@@ -16,17 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import pymysql
 
 from core.database import Database
-from core.model import Answer, Outcome, Reason, Summary
+from core.model import Answer, Count, Outcome, Reason, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
-from core.store import Publisher, SqlStore
+from core.store import Store
 from core.worker import open_database
+
+if TYPE_CHECKING:
+    from core.changes import Publisher
 
 EVENTS = Path(__file__).parents[1] / "events"
 SCHEMA = Path(__file__).parents[1] / "local" / "schema"
@@ -208,6 +211,14 @@ def database_of(shop: Shop, clock: FakeClock | None = None) -> Database:
     return open_database(settings_for(shop), clock=clock)
 
 
+def census(store: Store, tick: datetime, session_ids: Sequence[str] | None = None) -> Count:
+    """Adopt the new sessions, forget the closed ones, and count all, or those."""
+    count = store.census(tick, session_ids)
+    while count.next_piece():
+        pass
+    return count.count
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks and threads go on until the condition holds; for ten seconds at the most."""
     async with asyncio.timeout(10):
@@ -251,7 +262,7 @@ class Passes:
         self.billing = billing
         self.choose = lambda _low, high: high
         self.publisher: Publisher | None = None
-        store = SqlStore(database_of(shop, clock))
+        store = Store(database_of(shop, clock))
         store.prepare()
         store.close()
 
@@ -261,7 +272,7 @@ class Passes:
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
         with ThreadPoolExecutor(1) as thread:
-            store = SqlStore(database_of(self.shop, self.clock), self.publisher)
+            store = Store(database_of(self.shop, self.clock), self.publisher)
             try:
                 return await check_open_checkout_sessions(
                     store,

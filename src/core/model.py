@@ -22,7 +22,10 @@ class Outcome(StrEnum):
     """What one check found out; kept as `last_outcome`, counted in every summary."""
 
     ACTIVE = "active"  # 200
-    CLOSED = "closed"  # 200, and the session's status follows; only with STATUS_UPDATES
+    # With STATUS_UPDATES, of a 200 whose word closes the session:
+    CLOSED = "closed"  # its status has followed, or the shop had closed it already
+    DEFERRED = "deferred"  # not yet: locked by the shop, not published, or another checkout by now
+    REFUSED = "refused"  # the shop's database takes no such change of it
     UNKNOWN_STATUS = "unknown_status"  # 200 without a word of BILLING_STATUS_MAP in it; likewise
     NOT_FOUND = "not_found"  # 404, 410
     UNEXPECTED_STATUS = "unexpected_status"  # any other status
@@ -34,7 +37,7 @@ class Outcome(StrEnum):
 
     @property
     def is_error(self) -> bool:
-        """Whether billing failed to say what became of the session; such a session backs off."""
+        """Whether the check did not do what it is for; in a row they count as failures."""
         return self not in (Outcome.ACTIVE, Outcome.CLOSED, Outcome.NOT_FOUND)
 
 
@@ -66,18 +69,7 @@ class Claim:
     first_seen_at: datetime
     consecutive_failures: int
     claimed_at: datetime
-    claimed_until: datetime
-
-    def asking(self, billing_checkout_id: str | None) -> "Claim":
-        """The same claim, with the id to ask billing about."""
-        return Claim(
-            self.session_id,
-            billing_checkout_id,
-            self.first_seen_at,
-            self.consecutive_failures,
-            self.claimed_at,
-            self.claimed_until,
-        )
+    claimed_until: datetime  # to the millisecond: it tells this claim from every other one
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +90,28 @@ class Result:
     """What is recorded of one check."""
 
     claim: Claim
-    outcome: Outcome
-    status_code: int | None
-    next_check_at: datetime
-    new_status: SessionStatus | None = None  # None: the session stays open
-    billing_status: str = ""  # billing's word, of which the new status is what it means to the shop
+    answer: Answer
+    next_check_at: datetime  # where the session stays open
+    new_status: SessionStatus | None = None  # None: it stays open
+    try_again_at: datetime | None = None  # where a new status cannot be written yet: the next slot
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What became of the status changes among some results."""
+    """What became of some results."""
 
-    changed: Sequence[Result] = ()  # written; the others were not open, or locked by the shop
-    unpublished: int = 0  # of the others: left open, because their event could not be published
+    changed: Sequence[Result] = ()  # those whose new status was written
+    outcomes: Mapping[Outcome, int] = field(default_factory=dict)  # of all of them
+    unpublished: int = 0  # of the deferred: their event could not be published
+    refusals: Sequence[tuple[Result, str]] = ()  # with the database's words
+
+    def __add__(self, other: "Recorded") -> "Recorded":
+        return Recorded(
+            [*self.changed, *other.changed],
+            Counter(self.outcomes) + Counter(other.outcomes),
+            self.unpublished + other.unpublished,
+            [*self.refusals, *other.refusals],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,28 +136,42 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSessions:
-    """How the open sessions stand when a pass begins; `open` is the sum of due and the others."""
+class Count:
+    """How the open sessions stood when they were last counted, as a whole."""
 
-    open: int
-    in_flight: int
-    not_due: int
-    overdue_seconds: float  # of the most overdue session that nobody is checking; 0.0 when on time
+    open: int = 0
+    in_flight: int = 0  # claimed
+    not_due: int = 0
+    outcomes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by last outcome; "": not checked yet
+    ages: Mapping[str, int] = field(default_factory=dict)  # by AGES
+
+
+# Upper bounds of a session's age, in seconds, by the name under which they are counted.
+AGES: Mapping[str, float] = {"10m": 600, "1h": 3600, "24h": 86_400, "older": float("inf")}
 
 
 @dataclass(slots=True)
 class Summary:
-    """One pass, as it is logged, returned, measured and kept as a `checkout_session_run` row."""
+    """One pass, as it is logged, returned, measured and kept as a `checkout_session_run` row.
+
+    Of the passes of a tick one has `led`. Where it has `counted` too, what it tells of all open
+    sessions is true now; elsewhere `open` is what the last count brought.
+    """
 
     reason: Reason
     started_at: datetime
     tick: datetime | None = None
+    led: bool = False
+    counted: bool = False
     open: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     skipped: Counter[Skip] = field(default_factory=Counter)
     overdue_seconds: float = 0.0
     status_changes: int = 0
     unpublished: int = 0  # status changes not made, because their event could not be published
+    workers_started: int = 0
     paused_until: datetime | None = None
     latencies: list[float] = field(default_factory=list)  # seconds, one a request
     duration_seconds: float = 0.0
@@ -198,6 +213,7 @@ class Summary:
             "skipped": {skip.value: count for skip, count in self.skipped.items()},
             "status_changes": self.status_changes,
             "unpublished": self.unpublished,
+            "workers_started": self.workers_started,
             "paused_until": iso(self.paused_until) if self.paused_until else None,
             "overdue_seconds": round(self.overdue_seconds, 3),
             "duration_ms": round(self.duration_seconds * 1000, 1),

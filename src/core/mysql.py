@@ -13,7 +13,7 @@ from pymysql.charset import charset_by_name
 from pymysql.connections import Connection
 from pymysql.constants import CR, ER
 
-from core.database import Row, StoreError, Value
+from core.database import RefusedError, Row, StoreError, Value
 from core.mysql_connection import connect, where
 from core.settings import MySQLAddress, SettingsError
 
@@ -28,6 +28,10 @@ _STALE = frozenset((0, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, ER.SERVER_SHU
 _STANDBY = frozenset((1290, 1792, 1836, 1047))
 _LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT))
 _MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR))
+# A column or a key that another worker has just added.
+_DONE = frozenset((ER.DUP_FIELDNAME, ER.DUP_KEYNAME))
+# A trigger's SIGNAL, and a CHECK's no on MySQL and on MariaDB.
+_REFUSED = frozenset((1644, 3819, 4025))
 
 _TEXT_ID_TYPES = ("char", "varchar")
 _NUMBER_ID_TYPES = ("int", "bigint")
@@ -43,7 +47,9 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
   last_status_code SMALLINT NULL,
   attempts INT UNSIGNED NOT NULL DEFAULT 0,
   consecutive_failures INT UNSIGNED NOT NULL DEFAULT 0,
-  KEY checkout_session_check_due (next_check_at)
+  failing_since DATETIME(3) NULL,
+  KEY checkout_session_check_due (next_check_at),
+  KEY checkout_session_check_failing (consecutive_failures)
 ) ENGINE=InnoDB"""
 
 RUN_TABLE = """\
@@ -52,7 +58,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   reason VARCHAR(16) NOT NULL,
   tick DATETIME(3) NULL,
   started_at DATETIME(3) NOT NULL,
-  finished_at DATETIME(3) NOT NULL,
+  finished_at DATETIME(3) NULL,
   duration_ms INT UNSIGNED NOT NULL,
   open_sessions INT UNSIGNED NOT NULL,
   checked INT UNSIGNED NOT NULL,
@@ -65,7 +71,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p95_ms DOUBLE NULL,
   latency_p99_ms DOUBLE NULL,
   latency_max_ms DOUBLE NULL,
-  KEY checkout_session_run_finished (finished_at)
+  KEY checkout_session_run_finished (finished_at),
+  KEY checkout_session_run_tick (tick)
 ) ENGINE=InnoDB"""
 
 
@@ -73,8 +80,40 @@ PAUSE_TABLE = """\
 CREATE TABLE IF NOT EXISTS checkout_session_pause (
   id TINYINT UNSIGNED NOT NULL PRIMARY KEY,
   paused_until DATETIME(3) NOT NULL,
-  pauses INT UNSIGNED NOT NULL
+  pauses INT UNSIGNED NOT NULL,
+  last_tick DATETIME(3) NULL,
+  counts VARCHAR(2000) NULL,
+  counted_at DATETIME(3) NULL,
+  count_again_at DATETIME(3) NULL
 ) ENGINE=InnoDB"""
+
+CHANGE_TABLE = """\
+CREATE TABLE IF NOT EXISTS checkout_session_change (
+  id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  session_id {id_type} NOT NULL,
+  billing_checkout_id TEXT CHARACTER SET utf8mb4 NULL,
+  new_status VARCHAR(16) NOT NULL,
+  billing_status VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL,
+  changed_at DATETIME(3) NOT NULL,
+  KEY checkout_session_change_changed (changed_at)
+) ENGINE=InnoDB"""
+
+# What a table of version 0.1.0 lacks, by the column that tells: it is not there, or not nullable.
+UPGRADES = {
+    ("checkout_session_check", "failing_since"): (
+        "ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL,"
+        " ADD KEY checkout_session_check_failing (consecutive_failures)"
+    ),
+    ("checkout_session_run", "finished_at"): (
+        "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
+        " ADD KEY checkout_session_run_tick (tick)"
+    ),
+    ("checkout_session_pause", "last_tick"): (
+        "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
+        " ADD COLUMN counts VARCHAR(2000) NULL, ADD COLUMN counted_at DATETIME(3) NULL,"
+        " ADD COLUMN count_again_at DATETIME(3) NULL"
+    ),
+}
 
 
 class Addresses(Protocol):
@@ -94,6 +133,7 @@ class MySQLDatabase:
     # row of it and the others find nothing to claim.
     in_due_order = "FORCE INDEX FOR ORDER BY (checkout_session_check_due)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
+    lock_rows_or_wait = "FOR UPDATE"
     insert_or_ignore = "INSERT IGNORE"
 
     def __init__(
@@ -113,19 +153,37 @@ class MySQLDatabase:
 
     def prepare(self) -> bool:
         id_type = self.run(self._id_type)
-        statements = (CHECK_TABLE.format(id_type=id_type), RUN_TABLE, PAUSE_TABLE)
-        if refused := [s for s in statements if not self.run(partial(self._create, s))]:
+        statements = [
+            CHECK_TABLE.format(id_type=id_type),
+            RUN_TABLE,
+            PAUSE_TABLE,
+            CHANGE_TABLE.format(id_type=id_type),
+        ]
+        refused = [s for s in statements if not self.run(partial(self._create, s))]
+        refused += [
+            statement
+            for (table, column), statement in UPGRADES.items()
+            if not self.run(partial(self._upgrade, table, column, statement))
+        ]
+        if refused:
             raise StoreError(
-                "Tables of the monitor are missing and this user may not make them. Run: "
+                "Tables of the monitor are missing or older than this version, and this user may "
+                "not make or change them. Run: "
                 + " ".join(f"{statement};" for statement in refused)
             )
         self.prepared = True
         return self.run(self._has_status_index)
 
+    @property
+    def now_sql(self) -> str:
+        if self._clock is None:
+            return "UTC_TIMESTAMP(3)"
+        return f"CAST('{self._clock():%Y-%m-%d %H:%M:%S.%f}' AS DATETIME(3))"
+
     def now(self) -> datetime:
         if self._clock is not None:
             return self._clock()
-        [(now,)] = self.query("SELECT UTC_TIMESTAMP(3)")
+        [(now,)] = self.query(f"SELECT {self.now_sql}")
         assert isinstance(now, datetime)  # noqa: S101 (for mypy)
         return now
 
@@ -164,12 +222,14 @@ class MySQLDatabase:
                     # Both sides of a deadlock come back at different moments.
                     self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
                     continue
+                if _refuses_values(error, code) and self._rolled_back():
+                    raise RefusedError(f"{_said(error)} ({code})") from error
                 # Whatever this connection has met, the next one may be without: after a failover it
                 # leads to another server.
                 self._drop()
                 if kept and not last and (code in _STALE or code in _STANDBY):
                     continue
-                if code == ER.NO_SUCH_TABLE:
+                if code in (ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR):
                     self.prepared = False
                 raise StoreError(self._explained(error)) from error
             except SettingsError as error:  # the address is in a secret that cannot be read
@@ -184,9 +244,9 @@ class MySQLDatabase:
             cursor.execute(sql, parameters or None)
             return cursor.fetchall()
 
-    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None:
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> int:
         with self._open().cursor() as cursor:
-            cursor.execute(sql, parameters or None)
+            return cursor.execute(sql, parameters or None)
 
     def close(self) -> None:
         self._drop()
@@ -225,9 +285,8 @@ class MySQLDatabase:
             connection.close()
 
     def _explained(self, error: pymysql.MySQLError) -> str:
-        code, *message = error.args or (None,)
-        text = str(message[0]) if message else type(error).__name__
-        return f"The database {self._where} cannot be used: {text} ({code})."
+        code = error.args[0] if error.args else None
+        return f"The database {self._where} cannot be used: {_said(error)} ({code})."
 
     def _id_type(self) -> str:
         """The type of our `session_id`: exactly the shop's, or the two cannot be joined."""
@@ -280,6 +339,24 @@ class MySQLDatabase:
             raise
         return True
 
+    def _upgrade(self, table: str, column: str, statement: str) -> bool:
+        """Whether the table is of this version, changed just now if need be."""
+        columns = self.query(
+            "SELECT column_name, is_nullable FROM information_schema.columns"
+            " WHERE table_schema = DATABASE() AND table_name = %s",
+            (table,),
+        )
+        if not columns or (column, "YES") in columns:  # not there; or of this version
+            return True
+        try:
+            self.execute(statement)
+        except pymysql.OperationalError as error:
+            if error.args[0] in _MAY_NOT:
+                return False
+            if error.args[0] not in _DONE:
+                raise
+        return True
+
     def _has_status_index(self) -> bool:
         return bool(
             self.query(
@@ -288,3 +365,11 @@ class MySQLDatabase:
                 " AND seq_in_index = 1 LIMIT 1"
             )
         )
+
+
+def _refuses_values(error: pymysql.MySQLError, code: object) -> bool:
+    return code in _REFUSED or isinstance(error, pymysql.IntegrityError | pymysql.DataError)
+
+
+def _said(error: pymysql.MySQLError) -> str:
+    return str(error.args[1]) if len(error.args) > 1 else type(error).__name__

@@ -5,8 +5,9 @@ The log messages are the same on Lambda, inside JSON records with fields, and on
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 from aws_lambda_powertools import Logger, Metrics
 from aws_lambda_powertools.metrics import MetricUnit
@@ -86,25 +87,30 @@ def _emit(values: Mapping[str, float]) -> None:
 
 
 class PassLog:
-    """The lines of one pass, bounded by outcome."""
+    """The lines of one pass, bounded by outcome.
 
-    def __init__(self) -> None:
+    With `waits`, the others wait for the first one, which tells how many sessions are open: checks
+    begin before that is known.
+    """
+
+    def __init__(self, *, waits: bool = False) -> None:
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
+        self._waiting: list[Callable[[], None]] | None = [] if waits else None
 
     def begins(self, at: datetime, open_sessions: int) -> None:
+        waiting, self._waiting = self._waiting, None
         logger.info(
             f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...",
             open_sessions=open_sessions,
         )
+        for say in waiting or ():
+            say()
 
     def checked(self, claim: Claim, answer: Answer) -> None:
         outcome = answer.outcome
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
-            return
-        self._lines[outcome] += 1
-        if self._lines[outcome] > LINES_PER_OUTCOME:
             return
         fields = {
             "session_id": claim.session_id,
@@ -113,20 +119,39 @@ class PassLog:
             "status_code": answer.status_code,
         }
         say = logger.warning if outcome.is_error else logger.info
-        say(line(claim, answer), extra=fields)
+        self._bounded(outcome, partial(say, line(claim, answer), extra=fields))
 
     def changed(self, results: Sequence[Result]) -> None:
         """Tell of status changes that have been committed."""
         for result in results:
-            self._lines[Outcome.CLOSED] += 1
-            if self._lines[Outcome.CLOSED] <= LINES_PER_OUTCOME:
-                fields = {
-                    "session_id": result.claim.session_id,
-                    "billing_checkout_id": result.claim.billing_checkout_id,
-                    "new_status": result.new_status,
-                    "billing_status": result.billing_status,
-                }
-                logger.info(change_line(result), extra=fields)
+            fields = {
+                "session_id": result.claim.session_id,
+                "billing_checkout_id": result.claim.billing_checkout_id,
+                "new_status": result.new_status,
+                "billing_status": result.answer.billing_status,
+            }
+            self._bounded(Outcome.CLOSED, partial(logger.info, change_line(result), extra=fields))
+
+    def refused(self, refusals: Sequence[tuple[Result, str]]) -> None:
+        """Tell of status changes that the shop's database does not take."""
+        for result, why in refusals:
+            claim = result.claim
+            session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
+            said = (
+                f"❌ Checkout session {session} ({checkout}) cannot become {result.new_status}: "
+                f"the database refuses it: {shown(why)}"
+            )
+            fields = {"session_id": claim.session_id, "outcome": Outcome.REFUSED.value}
+            self._bounded(Outcome.REFUSED, partial(logger.error, said, extra=fields))
+
+    def _bounded(self, outcome: Outcome, say: Callable[[], None]) -> None:
+        self._lines[outcome] += 1
+        if self._lines[outcome] > LINES_PER_OUTCOME:
+            return
+        if self._waiting is None:
+            say()
+        else:
+            self._waiting.append(say)
 
     def ends(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
@@ -180,7 +205,7 @@ def change_line(result: Result) -> str:
     session, checkout = shown(claim.session_id), shown(claim.billing_checkout_id or "-")
     return (
         f"🏁 Checkout session {session} ({checkout}) is now {result.new_status}; "
-        f"billing says {result.billing_status}"
+        f"billing says {result.answer.billing_status}"
     )
 
 

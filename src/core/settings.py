@@ -63,6 +63,7 @@ class Settings:
     backoff_max_seconds: int = 60
     request_timeout_seconds: float = 10.0
     max_concurrency: int = 100
+    max_workers: int = 10
     status_reader: StatusReader | None = None  # None: no status is written
     expires_after_seconds: int | None = None
     event_bus_name: str | None = None
@@ -91,14 +92,15 @@ class Settings:
                 f"DATABASE_URL is not set; it must be {DATABASE_FORM}, "
                 "or DATABASE_SECRET_ARN must name a secret."
             )
+        interval = _number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60)
         return cls(
             database=parse_database_url(database_url) if database_url else None,
             api_key=checked_api_key("APIKEY", api_key) if api_key else None,
             api_key_secret_arn=None if api_key else given.get("APIKEY_SECRET_ARN"),
             database_secret_arn=None if database_url else database_secret_arn,
             billing_api_url=_billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
-            interval_seconds=_number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60),
-            cadence=_cadence(given.get("CHECK_CADENCE", "5s")),
+            interval_seconds=interval,
+            cadence=_cadence(given.get("CHECK_CADENCE", f"{interval}s")),
             backoff_max_seconds=_number(
                 given, "CHECK_BACKOFF_MAX_SECONDS", int, 60, least=0, most=86_400
             ),
@@ -106,6 +108,7 @@ class Settings:
                 given, "REQUEST_TIMEOUT_SECONDS", float, 10, least=0.1, most=30
             ),
             max_concurrency=_number(given, "MAX_CONCURRENCY", int, 100, least=1, most=1000),
+            max_workers=_number(given, "MAX_WORKERS", int, 10, least=1, most=1000),
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
             event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from core.database import Row, StoreError, Value
+from core.database import RefusedError, Row, StoreError, Value
 from core.model import iso
 
 BUSY_SECONDS = 5
@@ -20,15 +20,18 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
   last_outcome TEXT,
   last_status_code INTEGER,
   attempts INTEGER NOT NULL DEFAULT 0,
-  consecutive_failures INTEGER NOT NULL DEFAULT 0
+  consecutive_failures INTEGER NOT NULL DEFAULT 0,
+  failing_since DATETIME
 );
 CREATE INDEX IF NOT EXISTS checkout_session_check_due ON checkout_session_check (next_check_at);
+CREATE INDEX IF NOT EXISTS checkout_session_check_failing
+  ON checkout_session_check (consecutive_failures);
 CREATE TABLE IF NOT EXISTS checkout_session_run (
   id INTEGER PRIMARY KEY,
   reason TEXT NOT NULL,
   tick DATETIME,
   started_at DATETIME NOT NULL,
-  finished_at DATETIME NOT NULL,
+  finished_at DATETIME,
   duration_ms INTEGER NOT NULL,
   open_sessions INTEGER NOT NULL,
   checked INTEGER NOT NULL,
@@ -43,11 +46,35 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_max_ms REAL
 );
 CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at);
+CREATE INDEX IF NOT EXISTS checkout_session_run_tick ON checkout_session_run (tick);
 CREATE TABLE IF NOT EXISTS checkout_session_pause (
   id INTEGER PRIMARY KEY,
   paused_until DATETIME NOT NULL,
-  pauses INTEGER NOT NULL
-)"""
+  pauses INTEGER NOT NULL,
+  last_tick DATETIME,
+  counts TEXT,
+  counted_at DATETIME,
+  count_again_at DATETIME
+);
+CREATE TABLE IF NOT EXISTS checkout_session_change (
+  id INTEGER PRIMARY KEY,
+  session_id TEXT NOT NULL,
+  billing_checkout_id TEXT,
+  new_status TEXT NOT NULL,
+  billing_status TEXT NOT NULL,
+  changed_at DATETIME NOT NULL
+);
+CREATE INDEX IF NOT EXISTS checkout_session_change_changed
+  ON checkout_session_change (changed_at)"""
+
+# The monitor's own tables of version 0.1.0 are made anew: SQLite cannot change a column, and what
+# they hold of a laptop's sessions is found out again at the next tick.
+OUTDATED = (
+    "SELECT name FROM sqlite_master WHERE type = 'table' AND ("
+    " (name = 'checkout_session_check' AND sql NOT LIKE '%failing_since%') OR"
+    " (name = 'checkout_session_run' AND sql LIKE '%finished_at DATETIME NOT NULL%') OR"
+    " (name = 'checkout_session_pause' AND sql NOT LIKE '%last_tick%'))"
+)
 
 # How moments are kept: as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 knows
 # adapters and converters only for the whole process, by type and by a column's declared type.
@@ -59,7 +86,7 @@ class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
     in_due_order = ""
-    lock_rows = ""  # a transaction here holds the only write lock from its beginning
+    lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     insert_or_ignore = "INSERT OR IGNORE"
 
     def __init__(self, path: Path, *, clock: Callable[[], datetime] | None = None) -> None:
@@ -75,6 +102,8 @@ class SQLiteDatabase:
                     f"The database {self._path} has no table checkout_session; "
                     "local/schema/sqlite.sql makes one for a trial."
                 )
+            for (outdated,) in self.query(OUTDATED):
+                self.execute(f"DROP TABLE {outdated}")
             for statement in TABLES.split(";"):
                 self.execute(statement)
             return bool(
@@ -88,6 +117,10 @@ class SQLiteDatabase:
         indexed = self.run(work)
         self.prepared = True
         return indexed
+
+    @property
+    def now_sql(self) -> str:
+        return f"'{iso(self._clock())}'"
 
     def now(self) -> datetime:
         return self._clock()
@@ -117,8 +150,10 @@ class SQLiteDatabase:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.rollback()
             if isinstance(error, sqlite3.Error):
-                if "no such table" in str(error):  # SQLite has no code of its own for it
+                if "no such" in str(error):  # table or column: SQLite has no code of its own for it
                     self.prepared = False
+                if isinstance(error, sqlite3.IntegrityError):
+                    raise RefusedError(str(error)) from error
                 message = f"The database {self._path} cannot be used: {error}."
                 raise StoreError(message) from error
             raise
@@ -126,8 +161,8 @@ class SQLiteDatabase:
     def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
         return self._execute(sql, parameters).fetchall()
 
-    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> None:
-        self._execute(sql, parameters)
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> int:
+        return self._execute(sql, parameters).rowcount
 
     def close(self) -> None:
         if self._connection is not None:

@@ -11,6 +11,7 @@ import httpx
 
 from core import monitor, secrets
 from core.billing import BillingClient
+from core.crew import StartWorker
 from core.database import Database, StoreError
 from core.events import EventBus
 from core.model import JsonObject, Reason, Summary, iso
@@ -19,9 +20,9 @@ from core.mysql import MySQLDatabase
 from core.observability import logger
 from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
 from core.sqlite import SQLiteDatabase
-from core.store import SqlStore
+from core.store import Store
 
-# A monitor whose last pass ended longer ago than this many intervals is not working.
+# A monitor whose last pass began longer ago than this many intervals is not working.
 FRESH_INTERVALS = 6
 
 # Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
@@ -62,10 +63,12 @@ class Worker:
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], datetime] | None = None,
+        start_worker: StartWorker | None = None,
     ) -> None:
         self._settings = settings
+        self._start_worker = start_worker
         bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
-        self._store = SqlStore(open_database(settings, clock=clock), bus)
+        self._store = Store(open_database(settings, clock=clock), bus)
         self._billing = _billing(settings, transport)
         self._runner = asyncio.Runner()
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
@@ -89,6 +92,7 @@ class Worker:
                 self._settings,
                 options,
                 database_thread=self._database_thread,
+                start_worker=self._start_worker,
             )
         )
 
@@ -144,7 +148,7 @@ class Worker:
     def _heartbeat(self) -> tuple[datetime | None, datetime]:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
-        return self._store.last_run_at(), self._store.now()
+        return self._store.runs.last_sign_of_life(), self._store.now()
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:

@@ -9,6 +9,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from core import observability
+from core.crew import LambdaWorkers
 from core.database import StoreError
 from core.model import JsonObject
 from core.settings import Settings, SettingsError
@@ -28,7 +29,10 @@ def worker() -> Worker:
     """
     settings = Settings.from_env(os.environ)
     observability.set_level(debug=settings.debug)
-    return Worker(settings)
+    # Lambda's own variable; without it (sam local has it too) this is the only worker.
+    function_name = os.environ.get("AWS_LAMBDA_FUNCTION_NAME")
+    start_worker = LambdaWorkers(function_name) if function_name else None
+    return Worker(settings, start_worker=start_worker)
 
 
 def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
@@ -45,7 +49,8 @@ def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
         observability.logger.error(f"❌ {error}")
         observability.measure_failure()
         raise
-    observability.measure(summary)
+    if summary.led or summary.checked:  # not of a tick that was delivered twice
+        observability.measure(summary)
     return summary.as_dict()
 
 

@@ -8,16 +8,17 @@ import pymysql
 import pytest
 
 from core.database import Row, StoreError, Value
-from core.model import Outcome, Result
+from core.model import Answer, Outcome, Result
 from core.mysql import ATTEMPTS, MySQLDatabase
 from core.settings import MySQLAddress
-from core.store import SqlStore
+from core.store import Store
 from tests.support import (
     NOON,
     FakeClock,
     MySQLShop,
     Shop,
     add_sessions,
+    census,
     connect,
     database_of,
     mysql_shop,
@@ -29,8 +30,8 @@ LEASE = timedelta(seconds=20)
 
 
 @pytest.fixture
-def store(mariadb_shop: Shop) -> Iterator[SqlStore]:
-    store = SqlStore(database_of(mariadb_shop))
+def store(mariadb_shop: Shop) -> Iterator[Store]:
+    store = Store(database_of(mariadb_shop))
     store.prepare()
     yield store
     store.close()
@@ -64,15 +65,15 @@ def test_any_usual_type_and_collation_of_the_shops_id_works(
     )
     with mysql_shop(server, [table]) as shop:
         add_sessions(shop, {session_id: "checkout_1"})
-        store = SqlStore(database_of(shop, clock))
+        store = Store(database_of(shop, clock))
         assert store.prepare() == []
-        assert store.sync_open_sessions(NOON, [session_id, "😀😀"]).open == 1
-        [claim] = store.claim_unchecked(
+        assert census(store, NOON, [session_id, "😀😀"]).open == 1
+        [claim] = store.queue.claim_unchecked(
             since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
         )
         assert claim.session_id == session_id
-        store.record([Result(claim, Outcome.ACTIVE, 200, NOON)])
-        assert len(store.claim_due(tick=NOON, lease=LEASE, limit=5)) == 1
+        store.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON)])
+        assert len(store.queue.claim_due(tick=NOON, lease=LEASE, limit=5)) == 1
         types = shop.run(
             "SELECT column_type, collation_name FROM information_schema.columns"
             " WHERE table_schema = DATABASE() AND column_name IN ('id', 'session_id')"
@@ -86,17 +87,17 @@ def test_any_usual_type_and_collation_of_the_shops_id_works(
 def test_a_type_that_cannot_be_a_session_id_is_refused(mariadb_shop: MySQLShop) -> None:
     schema = ["CREATE TABLE checkout_session (id BINARY(16) PRIMARY KEY, status VARCHAR(20))"]
     with mysql_shop(mariadb_shop.server, schema) as shop:
-        store = SqlStore(database_of(shop))
+        store = Store(database_of(shop))
         with pytest.raises(StoreError, match="of type binary; it must be one of char, varchar"):
             store.prepare()
         store.close()
 
 
 def test_a_shop_that_changed_its_collation_is_told_what_to_do(
-    store: SqlStore, mariadb_shop: Shop
+    store: Store, mariadb_shop: Shop
 ) -> None:
     mariadb_shop.run("ALTER TABLE checkout_session MODIFY id VARCHAR(255) CHARACTER SET latin1")
-    again = SqlStore(database_of(mariadb_shop))
+    again = Store(database_of(mariadb_shop))
     with pytest.raises(StoreError, match="DROP TABLE checkout_session_check;"):
         again.prepare()
     again.close()
@@ -107,8 +108,8 @@ def test_a_user_who_may_not_make_tables_is_told_which_statements_to_run(
 ) -> None:
     every = f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.*"
     shop = limited(every)
-    store = SqlStore(database_of(shop))
-    with pytest.raises(StoreError, match=r"may not make them\. Run: CREATE TABLE") as refused:
+    store = Store(database_of(shop))
+    with pytest.raises(StoreError, match=r"make or change them\. Run: CREATE TABLE") as refused:
         store.prepare()
     for statement in str(refused.value).partition("Run: ")[2].split(";")[:-1]:
         mariadb_shop.run(statement)
@@ -117,26 +118,27 @@ def test_a_user_who_may_not_make_tables_is_told_which_statements_to_run(
 
 
 def test_reading_the_shops_table_is_all_the_monitor_needs_of_it(
-    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], store: SqlStore
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], store: Store
 ) -> None:
     shop = limited(
         f"SELECT ON {mariadb_shop.database}.checkout_session",
         f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_check",
-        f"SELECT, INSERT, DELETE ON {mariadb_shop.database}.checkout_session_run",
+        f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_run",
         f"SELECT, INSERT, UPDATE ON {mariadb_shop.database}.checkout_session_pause",
+        f"SELECT, INSERT, DELETE ON {mariadb_shop.database}.checkout_session_change",
     )
     add_sessions(mariadb_shop, numbered(2))
-    mine = SqlStore(database_of(shop))
+    mine = Store(database_of(shop))
     assert mine.prepare() == []
-    assert mine.sync_open_sessions(mine.now()).open == 2
-    claims = mine.claim_due(tick=mine.now(), lease=LEASE, limit=5)
-    mine.record([Result(claim, Outcome.ACTIVE, 200, NOON) for claim in claims])
+    assert census(mine, mine.now()).open == 2
+    claims = mine.queue.claim_due(tick=mine.now(), lease=LEASE, limit=5)
+    mine.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims])
     assert len(claims) == 2
     mine.close()
 
 
 def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
-    store: SqlStore, mariadb_shop: Shop
+    store: Store, mariadb_shop: Shop
 ) -> None:
     store.now()
     for (number,) in mariadb_shop.run(
@@ -144,7 +146,7 @@ def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
         " AND id <> CONNECTION_ID()"
     ):
         mariadb_shop.run(f"KILL {number}")
-    assert store.sync_open_sessions(store.now()).open == 0
+    assert census(store, store.now()).open == 0
 
 
 def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_back(
@@ -153,7 +155,7 @@ def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_b
     there = address_of(mariadb_shop)
     away = MySQLAddress("127.0.0.1", 1, there.user, "hidden-pass", there.database)
     current = [away]
-    store = SqlStore(MySQLDatabase(lambda *, refresh: current[0]))
+    store = Store(MySQLDatabase(lambda *, refresh: current[0]))
     with pytest.raises(StoreError) as failed:
         store.prepare()
     assert str(failed.value) == (
@@ -177,12 +179,12 @@ def test_a_wrong_password_is_asked_for_again_once_and_then_one_clear_error(
         asked.append(refresh)
         return right if refresh else wrong
 
-    store = SqlStore(MySQLDatabase(rotated))
+    store = Store(MySQLDatabase(rotated))
     store.prepare()
     assert asked == [False, True]
     store.close()
     with pytest.raises(StoreError, match="Access denied") as denied:
-        SqlStore(MySQLDatabase(lambda *, refresh: wrong)).prepare()
+        Store(MySQLDatabase(lambda *, refresh: wrong)).prepare()
     assert "hidden-pass" not in str(denied.value)
 
 
@@ -212,9 +214,9 @@ def test_a_deadlock_is_tried_again_a_bounded_number_of_times(
     database.close()
 
 
-def test_a_real_deadlock_costs_neither_side_its_work(store: SqlStore, mariadb_shop: Shop) -> None:
+def test_a_real_deadlock_costs_neither_side_its_work(store: Store, mariadb_shop: Shop) -> None:
     add_sessions(mariadb_shop, numbered(2))
-    store.sync_open_sessions(store.now())
+    census(store, store.now())
     both_hold_one = threading.Barrier(2)
 
     def crossing(first: str, second: str) -> None:
@@ -244,32 +246,32 @@ def test_a_real_deadlock_costs_neither_side_its_work(store: SqlStore, mariadb_sh
 
 
 def test_rows_that_another_pass_is_claiming_are_passed_over(
-    store: SqlStore, mariadb_shop: MySQLShop
+    store: Store, mariadb_shop: MySQLShop
 ) -> None:
     add_sessions(mariadb_shop, numbered(3))
-    store.sync_open_sessions(store.now())
+    census(store, store.now())
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         other.begin()
         cursor.execute(
             "SELECT session_id FROM checkout_session_check WHERE session_id = 's1' FOR UPDATE"
         )
-        claims = store.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        claims = store.queue.claim_due(tick=store.now(), lease=LEASE, limit=10)
         other.rollback()
     assert sorted(claim.session_id for claim in claims) == ["s0", "s2"]
 
 
-def test_the_shops_rows_are_never_locked(store: SqlStore, mariadb_shop: MySQLShop) -> None:
+def test_the_shops_rows_are_never_locked(store: Store, mariadb_shop: MySQLShop) -> None:
     add_sessions(mariadb_shop, numbered(3))
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         other.begin()
         cursor.execute("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
-        store.sync_open_sessions(store.now())
-        claims = store.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        census(store, store.now())
+        claims = store.queue.claim_due(tick=store.now(), lease=LEASE, limit=10)
         other.rollback()
     assert len(claims) == 3
 
 
-def rows_read(store: SqlStore) -> int:
+def rows_read(store: Store) -> int:
     """How many rows and index entries the store's connection has made the server read."""
     database = store._database
     sql = "SHOW SESSION STATUS WHERE variable_name LIKE %s OR variable_name = %s"
@@ -279,7 +281,7 @@ def rows_read(store: SqlStore) -> int:
 
 
 def test_an_idle_pass_never_reads_the_closed_sessions(
-    store: SqlStore, mariadb_shop: MySQLShop
+    store: Store, mariadb_shop: MySQLShop
 ) -> None:
     mariadb_shop.run(
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
@@ -288,21 +290,21 @@ def test_an_idle_pass_never_reads_the_closed_sessions(
     )
     mariadb_shop.run("ANALYZE TABLE checkout_session")
     add_sessions(mariadb_shop, numbered(3))
-    store.sync_open_sessions(store.now())
+    census(store, store.now())
     before = rows_read(store)
-    store.sync_open_sessions(store.now())
-    store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    census(store, store.now())
+    store.queue.claim_due(tick=store.now(), lease=LEASE, limit=500)
     assert rows_read(store) - before < 100
 
 
 def test_no_statement_of_an_idle_pass_scans_the_shops_table(
-    store: SqlStore, mariadb_shop: MySQLShop, monkeypatch: pytest.MonkeyPatch
+    store: Store, mariadb_shop: MySQLShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_sessions(mariadb_shop, {f"closed-{n}": "x" for n in range(3000)}, status="success")
     add_sessions(mariadb_shop, numbered(3))
     mariadb_shop.run("ANALYZE TABLE checkout_session")
-    store.sync_open_sessions(store.now())
-    store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    census(store, store.now())
+    store.queue.claim_due(tick=store.now(), lease=LEASE, limit=500)
     database = store._database
     query, access = database.query, {}
 
@@ -312,23 +314,23 @@ def test_no_statement_of_an_idle_pass_scans_the_shops_table(
         return query(sql, parameters)
 
     monkeypatch.setattr(database, "query", explained)
-    store.sync_open_sessions(store.now())
-    assert store.claim_due(tick=store.now(), lease=LEASE, limit=500) == []
+    census(store, store.now())
+    assert store.queue.claim_due(tick=store.now(), lease=LEASE, limit=500) == []
     of_shop = {how for (_sql, table), how in access.items() if table in ("s", "checkout_session")}
     assert of_shop == {"ref"}  # rows with one status, by its index; "ALL" would be a scan
 
 
 def test_a_claim_reads_the_sessions_claimed_and_not_every_open_one(
-    store: SqlStore, mariadb_shop: MySQLShop
+    store: Store, mariadb_shop: MySQLShop
 ) -> None:
     """Also where the server's statistics are old: here they are of a smaller table."""
     mariadb_shop.run("ALTER TABLE checkout_session STATS_AUTO_RECALC = 0")
     add_sessions(mariadb_shop, numbered(100))
     mariadb_shop.run("ANALYZE TABLE checkout_session")
     add_sessions(mariadb_shop, {f"later-{n}": "checkout_1" for n in range(4900)})
-    store.sync_open_sessions(store.now())
+    census(store, store.now())
     before = rows_read(store)
-    claimed = store.claim_due(tick=store.now(), lease=LEASE, limit=500)
+    claimed = store.queue.claim_due(tick=store.now(), lease=LEASE, limit=500)
     assert len(claimed) == 500
     assert rows_read(store) - before < 3000
 
@@ -339,4 +341,4 @@ def test_tls_is_used_and_verified_when_asked(mariadb_shop: MySQLShop) -> None:
         address.host, address.port, address.user, address.password, address.database, ssl=True
     )
     with pytest.raises(StoreError, match=r"(?i)ssl|certificate"):
-        SqlStore(MySQLDatabase(lambda *, refresh: strict)).prepare()
+        Store(MySQLDatabase(lambda *, refresh: strict)).prepare()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.billing import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
 from core.model import Answer, Outcome, Reason, Skip
 from core.monitor import PassOptions
-from core.store import SqlStore
+from core.store import Store
 from handlers.api import message
 from tests.support import (
     NOON,
@@ -57,7 +57,7 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
     for second in range(5, 30, 5):
         clock.now = NOON + timedelta(seconds=second)
         for worker in workers:
-            assert asyncio.run(worker.run()).skipped[Skip.PAUSED] > 0
+            assert asyncio.run(worker.run()).paused_until == first.paused_until
     assert billing.asked.total() == asked
     billing.answers = {}
     clock.now = NOON + timedelta(seconds=30)
@@ -114,8 +114,8 @@ def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
         running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
         while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
             await asyncio.sleep(0.002)
-        other = SqlStore(database_of(mariadb_shop, clock))
-        other.pause(30)
+        other = Store(database_of(mariadb_shop, clock))
+        other.shared.pause(30)
         other.close()
         for checkout_id in list(billing.asked):
             held[checkout_id].set()
@@ -171,15 +171,15 @@ def test_the_manual_trigger_respects_the_pause_and_says_so(
 def test_a_pause_is_never_shortened_and_only_the_newest_is_ended(
     shop: Shop, clock: FakeClock
 ) -> None:
-    store, other = (SqlStore(database_of(shop, clock)) for _ in range(2))
+    store, other = (Store(database_of(shop, clock)) for _ in range(2))
     assert store.prepare() == []
-    before = store.read_pause()
-    long = store.pause(30)
-    assert other.pause(5) == other.pause(None) == long
-    other.end_pauses(before)
-    assert store.read_pause() == long
-    other.end_pauses(long)
-    assert store.read_pause().count == 0
+    before = store.shared.read_pause()
+    long = store.shared.pause(30)
+    assert other.shared.pause(5) == other.shared.pause(None) == long
+    other.shared.end_pauses(before)
+    assert store.shared.read_pause() == long
+    other.shared.end_pauses(long)
+    assert store.shared.read_pause().count == 0
     store.close()
     other.close()
 

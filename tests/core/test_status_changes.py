@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from core.events import event_id
 from core.model import Answer, Outcome, Result, SessionStatus, StatusChange, Summary
-from core.store import SqlStore
+from core.store import Store
 from core.worker import Worker
 from local.billing import running_billing
 from tests.support import (
@@ -27,6 +27,7 @@ from tests.support import (
     Passes,
     Shop,
     add_sessions,
+    census,
     connect,
     database_of,
     numbered,
@@ -276,7 +277,7 @@ def test_updating_the_status_column_is_the_only_right_that_status_updates_add(
         f"{right} ON {database}.checkout_session",
         *(
             f"CREATE, SELECT, INSERT, UPDATE, DELETE ON {database}.checkout_session_{table}"
-            for table in ("check", "run", "pause")
+            for table in ("check", "run", "pause", "change")
         ),
     )
     add_sessions(mariadb_shop, numbered(1))
@@ -309,7 +310,7 @@ class Crowd:
 
     def __init__(self, shop: MySQLShop, clock: FakeClock) -> None:
         self.shop, self.clock, self.bus = shop, clock, Bus()
-        self.stores = {n: SqlStore(database_of(shop, clock), self.bus) for n in "AB"}
+        self.stores = {n: Store(database_of(shop, clock), self.bus) for n in "AB"}
         self.stores["A"].prepare()
         self.claims: dict[str, list[Any]] = {}
         self.webhooks: set[str] = set()
@@ -332,8 +333,8 @@ class Crowd:
         match step:
             case ("claim", worker):
                 store = self.stores[worker]
-                store.sync_open_sessions(self.clock.now)
-                self.claims[worker] += store.claim_due(
+                census(store, self.clock.now)
+                self.claims[worker] += store.queue.claim_due(
                     tick=self.clock.now, lease=timedelta(seconds=20), limit=3
                 )
             case ("record", worker, answer):
@@ -358,10 +359,7 @@ class Crowd:
     def record(self, worker: str, answer: Answer) -> None:
         claims, self.claims[worker] = self.claims[worker], []
         status = None if answer.status is SessionStatus.OPEN else answer.status
-        results = [
-            Result(claim, Outcome.ACTIVE, 200, NOON, status, answer.billing_status)
-            for claim in claims
-        ]
+        results = [Result(claim, answer, NOON, status, try_again_at=NOON) for claim in claims]
         for result in self.stores[worker].record(results).changed:
             assert result.new_status is not None
             self.changed.append((result.claim.session_id, result.new_status.value))

@@ -7,27 +7,31 @@ from datetime import datetime, timedelta
 import pytest
 
 from core.database import StoreError
-from core.model import Claim, OpenSessions, Outcome, Reason, Result, Skip, Summary
-from core.store import NO_STATUS_INDEX, SqlStore
-from tests.support import NOON, FakeClock, Shop, add_sessions, database_of, numbered
+from core.model import Answer, Claim, Count, Outcome, Reason, Result, Skip, Summary
+from core.store import NO_STATUS_INDEX, Store, View
+from tests.support import NOON, FakeClock, Shop, add_sessions, census, database_of, numbered
 
 LEASE = timedelta(seconds=20)
 
 
 @pytest.fixture
-def store(shop: Shop, clock: FakeClock) -> Iterator[SqlStore]:
-    store = SqlStore(database_of(shop, clock))
+def store(shop: Shop, clock: FakeClock) -> Iterator[Store]:
+    store = Store(database_of(shop, clock))
     store.prepare()
     yield store
     store.close()
 
 
-def claim_all(store: SqlStore, tick: datetime, limit: int = 10_000) -> list[Claim]:
-    return store.claim_due(tick=tick, lease=LEASE, limit=limit)
+def claim_all(store: Store, tick: datetime, limit: int = 10_000) -> list[Claim]:
+    return store.queue.claim_due(tick=tick, lease=LEASE, limit=limit)
 
 
 def results(claims: Sequence[Claim], next_check_at: datetime, outcome: Outcome) -> list[Result]:
-    return [Result(claim, outcome, 200, next_check_at) for claim in claims]
+    return [Result(claim, Answer(outcome, 200), next_check_at) for claim in claims]
+
+
+def view(store: Store, tick: datetime | None = None) -> View:
+    return store.view(tick, interval_seconds=5, may_lead=True)
 
 
 def ids(claims: Sequence[Claim]) -> list[str]:
@@ -36,15 +40,15 @@ def ids(claims: Sequence[Claim]) -> list[str]:
 
 def test_the_monitors_tables_are_made_once_and_used_again(shop: Shop, clock: FakeClock) -> None:
     for _ in range(2):
-        store = SqlStore(database_of(shop, clock))
+        store = Store(database_of(shop, clock))
         assert store.prepare() == []
         assert store.prepare() == []
         store.close()
     assert shop.run("SELECT reason FROM checkout_session_run") == [("start",)]
 
 
-def test_a_monitor_just_installed_has_a_heartbeat_from_then(store: SqlStore) -> None:
-    assert store.last_run_at() == NOON
+def test_a_monitor_just_installed_has_a_heartbeat_from_then(store: Store) -> None:
+    assert store.runs.last_sign_of_life() == NOON
 
 
 def test_a_shop_without_an_index_on_status_is_told_the_statement(
@@ -55,12 +59,12 @@ def test_a_shop_without_an_index_on_status_is_told_the_statement(
         "CREATE TABLE checkout_session (id VARCHAR(40) PRIMARY KEY,"
         " billing_checkout_id VARCHAR(40), status VARCHAR(10))"
     )
-    store = SqlStore(database_of(shop, clock))
+    store = Store(database_of(shop, clock))
     assert store.prepare() == [NO_STATUS_INDEX]
     assert store.prepare() == []
     statement = NO_STATUS_INDEX.partition("Run: ")[2]
     shop.run(statement.rstrip(";").replace("_status ON", "_by_status ON"))
-    again = SqlStore(database_of(shop, clock))
+    again = Store(database_of(shop, clock))
     assert again.prepare() == []
     store.close()
     again.close()
@@ -70,26 +74,24 @@ def test_a_database_without_the_shops_table_gets_one_clear_error(
     shop: Shop, clock: FakeClock
 ) -> None:
     shop.run("DROP TABLE checkout_session")
-    store = SqlStore(database_of(shop, clock))
+    store = Store(database_of(shop, clock))
     with pytest.raises(StoreError, match=r"no table checkout_session.*local/schema/\w+\.sql"):
         store.prepare()
     store.close()
 
 
-def test_tables_that_vanish_are_made_again_by_the_next_pass(store: SqlStore, shop: Shop) -> None:
+def test_tables_that_vanish_are_made_again_by_the_next_pass(store: Store, shop: Shop) -> None:
     shop.run("DROP TABLE checkout_session_check")
     with pytest.raises(StoreError, match="checkout_session_check"):
-        store.sync_open_sessions(NOON)
+        census(store, NOON)
     store.prepare()
-    assert store.sync_open_sessions(NOON) == OpenSessions(0, 0, 0, 0.0)
+    assert census(store, NOON) == Count()
 
 
-def test_new_open_sessions_are_adopted_and_due_at_once(store: SqlStore, shop: Shop) -> None:
+def test_new_open_sessions_are_adopted_and_due_at_once(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
     add_sessions(shop, {"done": "checkout_done"}, status="success")
-    assert store.sync_open_sessions(NOON) == OpenSessions(
-        open=3, in_flight=0, not_due=0, overdue_seconds=0.0
-    )
+    assert census(store, NOON) == Count(3, 0, 0, outcomes={"": 3}, ages={"10m": 3})
     claims = claim_all(store, NOON)
     assert ids(claims) == ["s0", "s1", "s2"]
     assert {c.billing_checkout_id for c in claims} == {f"checkout_active_{n}" for n in range(3)}
@@ -97,73 +99,71 @@ def test_new_open_sessions_are_adopted_and_due_at_once(store: SqlStore, shop: Sh
     assert {c.claimed_until for c in claims} == {NOON + LEASE}
 
 
-def test_a_thousand_new_sessions_are_adopted_in_one_go(store: SqlStore, shop: Shop) -> None:
+def test_a_thousand_new_sessions_are_adopted_in_one_go(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(1201))
-    assert store.sync_open_sessions(NOON).open == 1201
+    assert census(store, NOON).open == 1201
     assert len(claim_all(store, NOON)) == 1201
 
 
-def test_sessions_no_longer_open_are_forgotten(store: SqlStore, shop: Shop) -> None:
+def test_sessions_no_longer_open_are_forgotten(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
     shop.run("DELETE FROM checkout_session WHERE id = 's2'")
-    assert store.sync_open_sessions(NOON).open == 1
+    assert census(store, NOON).open == 1
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s0",)]
 
 
-def test_a_session_closed_between_count_and_claim_is_not_checked(
-    store: SqlStore, shop: Shop
-) -> None:
+def test_a_session_closed_between_count_and_claim_is_not_checked(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(2))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
     assert ids(claim_all(store, NOON)) == ["s1"]
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s1",)]
 
 
 def test_a_session_that_another_store_closes_and_forgets_is_not_brought_back_by_its_result(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success'")
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     store.record(results(claims, NOON, Outcome.ACTIVE))
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
 def test_claims_go_to_the_least_recently_due_first(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     for name in ("c", "a", "b"):
         add_sessions(shop, {name: "checkout_1"})
-        store.sync_open_sessions(clock.now)
+        census(store, clock.now)
         clock.advance(1)
     order = [claim_all(store, clock.now, limit=1)[0].session_id for _ in range(3)]
     assert order == ["c", "a", "b"]
 
 
 def test_a_claimed_session_is_not_claimed_again_before_its_lease_is_over(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     assert len(claim_all(store, NOON)) == 1
     clock.advance(LEASE.total_seconds() - 0.001)
     assert claim_all(store, clock.now) == []
-    assert store.claim_unchecked(since=clock.now, lease=LEASE, limit=10) == []
-    assert store.sync_open_sessions(clock.now).in_flight == 1
+    assert store.queue.claim_unchecked(since=clock.now, lease=LEASE, limit=10) == []
+    assert census(store, clock.now).in_flight == 1
     clock.advance(0.001)
     assert ids(claim_all(store, clock.now)) == ["s0"]
 
 
 def test_what_is_recorded_frees_the_claim_and_sets_when_the_session_is_due(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(2))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     store.record(results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE))
     assert (
         shop.run(
@@ -172,29 +172,27 @@ def test_what_is_recorded_frees_the_claim_and_sets_when_the_session_is_due(
         )
         == [("active", 200, 1, 0, None)] * 2
     )
-    assert store.sync_open_sessions(NOON).not_due == 2
+    assert census(store, NOON).not_due == 2
     assert claim_all(store, NOON) == []
     clock.advance(5)
     assert len(claim_all(store, clock.now)) == 2
 
 
 def test_what_is_due_at_the_tick_is_claimed_though_the_databases_clock_is_behind(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     tick = NOON + timedelta(seconds=5)
     store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE))
     clock.advance(4.9)
-    assert store.sync_open_sessions(tick).not_due == 0
+    assert census(store, tick).not_due == 0
     assert ids(claim_all(store, tick)) == ["s0"]
 
 
-def test_failures_in_a_row_are_counted_and_a_success_resets_them(
-    store: SqlStore, shop: Shop
-) -> None:
+def test_failures_in_a_row_are_counted_and_a_success_resets_them(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(1))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     for outcome, failures in (
         (Outcome.TIMEOUT, 1),
         (Outcome.NETWORK_ERROR, 2),
@@ -208,69 +206,69 @@ def test_failures_in_a_row_are_counted_and_a_success_resets_them(
     assert claim_all(store, NOON)[0].consecutive_failures == 1
 
 
-def test_what_is_given_back_is_as_due_as_it_was(store: SqlStore, shop: Shop) -> None:
+def test_what_is_given_back_is_as_due_as_it_was(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     before = claim_all(store, NOON)
-    store.release(before[:2])
+    store.queue.release(before[:2])
     assert ids(claim_all(store, NOON)) == ids(before[:2])
     assert shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(0,)]
 
 
 def test_a_result_that_comes_after_the_lease_leaves_the_new_claim_alone(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     late = claim_all(store, NOON)
     clock.advance(LEASE.total_seconds())
     [current] = claim_all(store, clock.now)
     store.record(results(late, NOON, Outcome.TIMEOUT))
-    store.release(late)
+    store.queue.release(late)
     assert claim_all(store, clock.now) == []
     store.record(results([current], clock.now, Outcome.ACTIVE))
     assert shop.run("SELECT attempts, last_outcome FROM checkout_session_check") == [(1, "active")]
 
 
 def test_a_manual_pass_claims_what_is_not_due_but_nothing_twice(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(3))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     store.record(results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE))
     clock.advance(1)
     since = clock.now
-    claims = store.claim_unchecked(since=since, lease=LEASE, limit=10)
+    claims = store.queue.claim_unchecked(since=since, lease=LEASE, limit=10)
     assert len(claims) == 3
     store.record(results(claims, NOON + timedelta(hours=1), Outcome.ACTIVE))
-    assert store.claim_unchecked(since=since, lease=LEASE, limit=10) == []
+    assert store.queue.claim_unchecked(since=since, lease=LEASE, limit=10) == []
 
 
-def test_a_manual_pass_over_ids_claims_and_counts_only_those(store: SqlStore, shop: Shop) -> None:
+def test_a_manual_pass_over_ids_claims_and_counts_only_those(store: Store, shop: Shop) -> None:
     add_sessions(shop, {"a": "1", "b": "2", "\u65e5\u672c": "3"})
     add_sessions(shop, {"done": "4"}, status="success")
     asked = ["a", "\u65e5\u672c", "done", "nobody", "\U0001f600", "\ud800", "x' OR '1'='1"]
-    assert store.sync_open_sessions(NOON, asked).open == 2
-    claims = store.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=asked)
+    assert census(store, NOON, asked).open == 2
+    claims = store.queue.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=asked)
     assert ids(claims) == ["a", "\u65e5\u672c"]
-    assert store.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]) == []
+    assert (
+        store.queue.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]) == []
+    )
 
 
 def test_the_most_overdue_session_tells_how_late_the_monitor_is(
-    store: SqlStore, shop: Shop, clock: FakeClock
+    store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(2))
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     store.record(results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE))
     clock.advance(17.25)
-    assert store.sync_open_sessions(clock.now).overdue_seconds == 12.25
+    assert view(store).overdue_seconds == 12.25
     claim_all(store, clock.now)
-    assert store.sync_open_sessions(clock.now).overdue_seconds == 0.0
+    assert view(store).overdue_seconds == 0.0
 
 
-def test_a_run_is_one_row_and_is_kept_for_a_day(
-    store: SqlStore, shop: Shop, clock: FakeClock
-) -> None:
+def test_a_run_is_one_row_and_is_kept_for_a_day(store: Store, shop: Shop, clock: FakeClock) -> None:
     summary = Summary(
         Reason.TICK,
         NOON,
@@ -282,7 +280,7 @@ def test_a_run_is_one_row_and_is_kept_for_a_day(
         latencies=[0.1, 0.2],
         duration_seconds=0.25,
     )
-    store.record_run(summary)
+    store.runs.end(store.runs.begin(summary), summary)
     columns = (
         "reason, duration_ms, open_sessions, checked, errors, outcomes, skipped, overdue_ms,"
         " latency_p50_ms, latency_max_ms"
@@ -291,17 +289,18 @@ def test_a_run_is_one_row_and_is_kept_for_a_day(
     assert shop.run(newest) == [
         ("tick", 250, 3, 2, 1, '{"active": 1, "timeout": 1}', '{"in_flight": 1}', 1500, 100, 200)
     ]
-    assert store.last_run_at() == NOON + timedelta(seconds=0.25)
-    store.record_run(Summary(Reason.TICK, NOON + timedelta(days=1, seconds=1)))
-    assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(1,)]
+    assert store.runs.last_sign_of_life() == NOON
+    store.runs.begin(Summary(Reason.TICK, NOON))  # a pass that was killed
+    clock.advance(timedelta(days=1, seconds=1).total_seconds())
+    store.runs.forget_old()
+    assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
 
 
-def test_the_shops_table_is_left_as_it_was(store: SqlStore, shop: Shop, clock: FakeClock) -> None:
+def test_the_shops_table_is_left_as_it_was(store: Store, shop: Shop, clock: FakeClock) -> None:
     add_sessions(shop, numbered(5))
     before = shop.run("SELECT * FROM checkout_session ORDER BY id")
-    store.sync_open_sessions(NOON)
+    census(store, NOON)
     claims = claim_all(store, NOON)
     store.record(results(claims[:3], NOON, Outcome.NOT_FOUND))
-    store.release(claims[3:])
-    store.record_run(Summary(Reason.TICK, NOON))
+    store.queue.release(claims[3:])
     assert shop.run("SELECT * FROM checkout_session ORDER BY id") == before

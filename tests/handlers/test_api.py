@@ -8,7 +8,7 @@ import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from core.model import Reason, Summary
-from core.store import SqlStore
+from core.store import Store
 from core.worker import open_database
 from handlers import api, check
 from local.billing import SimulatedBilling
@@ -39,14 +39,14 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
     assert body["checks"] == {"database": "ok", "last_pass": "ok", "api_key": "ok"}
 
 
-def test_a_monitor_whose_last_pass_ended_six_intervals_ago_is_degraded(
+def test_a_monitor_whose_last_pass_began_six_intervals_ago_is_degraded(
     sqlite_shop: Shop, context: LambdaContext
 ) -> None:
     call("health", context)
-    store = SqlStore(open_database(check.worker()._settings))
+    store = Store(open_database(check.worker()._settings))
     for late, status in ((29, 200), (31, 503)):
         sqlite_shop.run("DELETE FROM checkout_session_run")
-        store.record_run(Summary(Reason.TICK, store.now() - timedelta(seconds=late)))
+        store.runs.begin(Summary(Reason.TICK, store.now() - timedelta(seconds=late)))
         answered, body = call("health", context)
         assert answered == status
     store.close()
@@ -56,7 +56,7 @@ def test_a_monitor_whose_last_pass_ended_six_intervals_ago_is_degraded(
 
 def test_an_idle_monitor_stays_healthy(context: LambdaContext, sqlite_shop: Shop) -> None:
     call("health", context)
-    sqlite_shop.run("UPDATE checkout_session_run SET finished_at = '2026-01-01T00:00:00.000Z'")
+    sqlite_shop.run("UPDATE checkout_session_run SET started_at = '2026-01-01T00:00:00.000Z'")
     check.handler({}, context)
     assert call("health", context)[0] == 200
 

@@ -1,0 +1,138 @@
+"""How many workers a tick needs, and how a leader on Lambda starts them."""
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from core.model import Answer, iso
+from core.observability import logger
+from core.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_lambda import LambdaClient
+
+# The checks of a tick begin within this share of the interval: the rest of it is for answers that
+# are slow, and for the next tick's sessions.
+BEGIN_WITHIN_SHARE = 0.2
+# Below it, a worker's processor is what limits it.
+SHORTEST_LATENCY_SECONDS = 0.001
+
+# A start is one small call; the next tick is the retry.
+CONNECT_SECONDS = 1
+READ_SECONDS = 2
+
+type StartWorker = Callable[[datetime], None]
+
+
+class StartError(Exception):
+    """A worker could not be started; the message says why."""
+
+
+class Crew:
+    """What a leader knows of its tick's workers; errors and time-outs are no reason for more.
+
+    `start` starts one more worker, elsewhere; `under_way` counts those that run, the leader
+    included.
+    """
+
+    def __init__(self, start: StartWorker, settings: Settings, under_way: int) -> None:
+        self._start = start
+        self._settings = settings
+        self._under_way = under_way
+        self._healthy = 0
+        self._healthy_seconds = 0.0
+
+    def hears(self, answer: Answer) -> bool:
+        """Take an answer; whether it is the one that ends a first round of healthy answers.
+
+        Before, it is not known how long billing takes. Where a tick has no such round, one worker
+        is enough, or billing is not well.
+        """
+        if answer.outcome.is_error or answer.seconds is None:
+            return False
+        self._healthy += 1
+        self._healthy_seconds += answer.seconds
+        return self._healthy == self._settings.max_concurrency
+
+    @property
+    def most_due(self) -> int:
+        """So many sessions keep as many workers busy as there may be."""
+        return self._share * self._settings.max_workers
+
+    async def start(self, due: int, tick: datetime) -> int:
+        """Start the workers that are missing, where `due` sessions are; returns how many were.
+
+        A start that fails is said once, and loses nothing: what is due stays due.
+        """
+        wanted = min(math.ceil(due / self._share), self._settings.max_workers)
+        starts = [
+            asyncio.to_thread(self._start, tick) for _ in range(max(0, wanted - self._under_way))
+        ]
+        ends = await asyncio.gather(*starts, return_exceptions=True)
+        failures = [end for end in ends if isinstance(end, BaseException)]
+        if failures:
+            logger.error(
+                f"❌ {len(failures)} of {len(starts)} workers could not be started: {failures[0]}"
+            )
+        return len(starts) - len(failures)
+
+    @property
+    def _share(self) -> int:
+        """How many checks one worker begins within BEGIN_WITHIN_SHARE of the interval.
+
+        With all its requests in flight it begins one whenever an answer comes (Little's law). The
+        latency is the one that this worker sees: what its own processor takes is in it.
+        """
+        in_flight = self._settings.max_concurrency
+        latency = self._healthy_seconds / self._healthy
+        within = BEGIN_WITHIN_SHARE * self._settings.interval_seconds
+        return in_flight + int(in_flight * within / max(latency, SHORTEST_LATENCY_SECONDS))
+
+
+class LambdaWorkers:
+    """Starts a function once more, for the same tick. boto3 is imported when the first is needed.
+
+    The function is this very one: what it is given is what the loop gives it.
+    """
+
+    def __init__(self, function_name: str) -> None:
+        self._function_name = function_name
+        self._client: LambdaClient | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, tick: datetime) -> None:
+        """Start one worker; it comes back as soon as Lambda has queued the start.
+
+        Raises:
+            StartError: Lambda did not.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (a second)
+
+        try:
+            with self._lock:
+                self._client = self._client or _client()
+            self._client.invoke(
+                FunctionName=self._function_name,
+                InvocationType="Event",
+                Payload=json.dumps({"tick": iso(tick)}),
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise StartError(str(error)) from None
+
+
+def _client() -> "LambdaClient":
+    import boto3  # noqa: PLC0415 (it takes a second)
+    from botocore.config import Config  # noqa: PLC0415
+
+    return boto3.client(
+        "lambda",
+        config=Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"total_max_attempts": 1},
+        ),
+    )

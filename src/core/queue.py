@@ -1,0 +1,229 @@
+"""`checkout_session_check`, the queue: one row for each open session, handed out by claims.
+
+A session is due when its `next_check_at` has come and no claim on it is valid any more.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from itertools import batched
+
+from core.database import STATEMENT_ROWS, Database, Value, integer, marks, moment
+from core.model import Claim, Outcome, Result
+
+UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
+
+# Beside ids. As a bare `status = 'open'` it makes MariaDB read every open session by the index on
+# status instead of the few by their keys.
+STILL_OPEN = "COALESCE(status, '') = 'open'"
+
+# So long after its claim, at the least, a session counts as checked: a manual pass that begins in
+# the very millisecond of a check can tell the checks before it from its own.
+_AFTER_CLAIM = timedelta(milliseconds=1)
+
+
+class Queue:
+    """Claims out, results in. Every method raises StoreError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim_due(self, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
+        """Claim up to `limit` sessions due by now or by the tick, least recently due first."""
+        return self._claim("next_check_at <= %s", lambda now: (max(now, tick),), lease, limit)
+
+    def claim_unchecked(
+        self,
+        *,
+        since: datetime,
+        lease: timedelta,
+        limit: int,
+        session_ids: Sequence[str] | None = None,
+    ) -> list[Claim]:
+        """Claim up to `limit` open sessions not checked after that moment, due or not."""
+        condition = "(last_checked_at IS NULL OR last_checked_at <= %s)"
+        wanted: Sequence[str] = ()
+        if session_ids is not None:
+            wanted = [i for i in session_ids if self._database.comparable(i)]
+            if not wanted:
+                return []
+            condition += f" AND session_id IN {marks(wanted)}"
+        return self._claim(condition, lambda _now: (since, *wanted), lease, limit)
+
+    def record(self, results: Iterable[Result]) -> None:
+        """Keep what the checks found, free the claims, and set when each session is due again.
+
+        A claim that has lapsed and was taken over is left to whoever has it now.
+        """
+        if results := list(results):
+            self._database.transaction(lambda: self.record_as(_by_outcome(results)))
+
+    def record_as(self, results: Mapping[Outcome, Iterable[Result]]) -> None:
+        """The same by outcome, within a transaction of the caller's."""
+        now = self._database.now()
+        for outcome, those in results.items():
+            for alike, session_ids in _alike(those).items():
+                status_code, next_check_at, claimed_at, claimed_until = alike
+                checked_at = max(now, claimed_at + _AFTER_CLAIM)
+                failing = "consecutive_failures = 0, failing_since = NULL"
+                parameters: tuple[Value, ...] = ()
+                if outcome.is_error:
+                    failing = (
+                        "consecutive_failures = consecutive_failures + 1,"
+                        " failing_since = COALESCE(failing_since, %s)"
+                    )
+                    parameters = (checked_at,)
+                for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+                    self._database.execute(
+                        "UPDATE checkout_session_check SET last_checked_at = %s,"
+                        " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
+                        f" attempts = attempts + 1, {failing}, claimed_until = NULL"
+                        f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
+                        (
+                            checked_at,
+                            outcome.value,
+                            status_code,
+                            next_check_at,
+                            *parameters,
+                            claimed_until,
+                            *some,
+                        ),
+                    )
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Give back sessions that were claimed and not checked: they stay as due as they were."""
+        by_claim = _by_token(claims)
+
+        def work() -> None:
+            for claimed_until, session_ids in by_claim.items():
+                for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+                    self._database.execute(
+                        "UPDATE checkout_session_check SET claimed_until = NULL"
+                        f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
+                        (claimed_until, *some),
+                    )
+
+        if by_claim:
+            self._database.transaction(work)
+
+    def count_due(self, *, tick: datetime, most: int) -> int:
+        """How many sessions are due, those included whose check is under way; `most` at most."""
+
+        def work() -> int:
+            due_by = max(self._database.now(), tick)
+            [(due,)] = self._database.query(
+                "SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_check"
+                f" WHERE next_check_at <= %s LIMIT {most:d}) AS due",
+                (due_by,),
+            )
+            return integer(due)
+
+        return self._database.run(work)
+
+    def adopt(self, session_ids: Iterable[Value], now: datetime) -> None:
+        """Queue sessions that are new, due at once. Within `Database.run`."""
+        for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+            values = [value for session_id in some for value in (session_id, now, now)]
+            self._database.execute(
+                f"{self._database.insert_or_ignore} INTO checkout_session_check"
+                " (session_id, next_check_at, first_seen_at) VALUES "
+                + ", ".join(["(%s, %s, %s)"] * len(some)),
+                values,
+            )
+
+    def forget(self, session_ids: Iterable[Value]) -> None:
+        """Take sessions that are not open any more off the queue. Within `Database.run`."""
+        for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+            self._database.execute(
+                f"DELETE FROM checkout_session_check WHERE session_id IN {marks(some)}", some
+            )
+
+    def _claim(
+        self,
+        condition: str,
+        parameters: Callable[[datetime], Sequence[Value]],
+        lease: timedelta,
+        limit: int,
+    ) -> list[Claim]:
+        claims = self._database.transaction(
+            lambda: self._claim_rows(condition, parameters, lease, limit)
+        )
+        return self._database.run(lambda: self._with_checkout_ids(claims)) if claims else []
+
+    def _claim_rows(
+        self,
+        condition: str,
+        parameters: Callable[[datetime], Sequence[Value]],
+        lease: timedelta,
+        limit: int,
+    ) -> list[Claim]:
+        # Only the monitor's own rows are locked: MariaDB has no FOR UPDATE OF, and a join here
+        # would hold up the shop.
+        now = self._database.now()
+        rows = self._database.query(
+            "SELECT session_id, first_seen_at, consecutive_failures FROM checkout_session_check"
+            f" {self._database.in_due_order} WHERE {condition} AND {UNCLAIMED}"
+            f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
+            (*parameters(now), now),
+        )
+        claims = [
+            Claim(str(session_id), None, moment(seen), integer(failures), now, now + lease)
+            for session_id, seen, failures in rows
+        ]
+        for some in batched(claims, STATEMENT_ROWS, strict=False):
+            self._database.execute(
+                "UPDATE checkout_session_check SET claimed_until = %s"
+                f" WHERE session_id IN {marks(some)}",
+                (now + lease, *(claim.session_id for claim in some)),
+            )
+        return claims
+
+    def _with_checkout_ids(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Add the billing ids; a session that was closed since its last check is forgotten."""
+        found: dict[str, str | None] = {}
+        for some in batched(claims, STATEMENT_ROWS, strict=False):
+            rows = self._database.query(
+                "SELECT id, billing_checkout_id FROM checkout_session"
+                f" WHERE {STILL_OPEN} AND id IN {marks(some)}",
+                tuple(claim.session_id for claim in some),
+            )
+            found |= {str(i): None if billing is None else str(billing) for i, billing in rows}
+        self.forget(claim.session_id for claim in claims if claim.session_id not in found)
+        return [
+            replace(claim, billing_checkout_id=found[claim.session_id])
+            for claim in claims
+            if claim.session_id in found
+        ]
+
+
+def _by_outcome(results: Iterable[Result]) -> dict[Outcome, list[Result]]:
+    groups: defaultdict[Outcome, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.answer.outcome].append(result)
+    return groups
+
+
+type _Alike = tuple[int | None, datetime, datetime, datetime]
+
+
+def _alike(results: Iterable[Result]) -> dict[_Alike, list[str]]:
+    """Session ids by what is recorded of them: most of a batch is one group, one statement."""
+    groups: defaultdict[_Alike, list[str]] = defaultdict(list)
+    for result in results:
+        claim = result.claim
+        alike = (
+            result.answer.status_code,
+            result.next_check_at,
+            claim.claimed_at,
+            claim.claimed_until,
+        )
+        groups[alike].append(claim.session_id)
+    return groups
+
+
+def _by_token(claims: Iterable[Claim]) -> dict[datetime, list[str]]:
+    groups: defaultdict[datetime, list[str]] = defaultdict(list)
+    for claim in claims:
+        groups[claim.claimed_until].append(claim.session_id)
+    return groups
