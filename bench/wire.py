@@ -1,6 +1,6 @@
 """A billing service over TLS in a process of its own, which counts what reaches and leaves it.
 
-It answers every request after a while, by HTTP/1.1. What a check costs on the wire are IP packets,
+It answers every request after a while, by HTTP/1.1 or HTTP/2. What a check costs on the wire are IP packets,
 so the kernel's own counts of its connections are read: segments with their headers, TLS records,
 and the acknowledgements without data.
 """
@@ -13,11 +13,16 @@ import ssl
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import override
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
+from h2.exceptions import ProtocolError
 
 # IPv4's and TCP's headers of a segment, with the timestamps that Linux adds.
 SEGMENT_HEADERS = 20 + 20 + 12
@@ -25,7 +30,14 @@ SEGMENT_HEADERS = 20 + 20 + 12
 # and tcpi_segs_in (32 bits): include/uapi/linux/tcp.h.
 TCP_INFO = struct.Struct("120x 2Q 2I")
 
+MOST_STREAMS = 128  # of an HTTP/2 connection, as nginx has it
 BODY = b'{"status":"active"}'
+HEADERS = [
+    (":status", "200"),
+    ("date", "Thu, 15 Jan 2026 12:00:00 GMT"),
+    ("content-type", "application/json"),
+    ("content-length", str(len(BODY))),
+]
 ANSWER = (
     b"HTTP/1.1 200 OK\r\ndate: Thu, 15 Jan 2026 12:00:00 GMT\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\nconnection: keep-alive\r\n\r\n" % len(BODY)
@@ -72,15 +84,23 @@ class Service:
 
 
 @contextmanager
-def service(directory: Path, latency_seconds: float) -> Iterator[Service]:
-    """Run it with a certificate for localhost, its own authority, made in the directory."""
+def service(
+    directory: Path, latency_seconds: float, *, http2: bool = False, most_requests: int = 1_000
+) -> Iterator[Service]:
+    """Run it with a certificate for localhost, its own authority, made in the directory.
+
+    It ends an HTTP/2 connection after `most_requests`, as nginx does.
+    """
     certificate, key = directory / "server.pem", directory / "server.key"
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     new += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     new += ["-addext", "basicConstraints=critical,CA:FALSE"]
     subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     with subprocess.Popen(
-        [sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)],
+        [
+            *(sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)),
+            *("h2" if http2 else "http/1.1", str(most_requests)),
+        ],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -111,9 +131,50 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         *requests, self._received = (self._received + data).split(b"\r\n\r\n")
         for _ in requests:
-            _Connection.requests += 1
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._latency_seconds, self._transport.write, ANSWER)
+            self._answer_later(self._transport.write, ANSWER)
+
+    def _answer_later[*T](self, answer: Callable[[*T], object], *given: *T) -> None:
+        _Connection.requests += 1
+        asyncio.get_running_loop().call_later(self._latency_seconds, answer, *given)
+
+
+class _Http2Connection(_Connection):
+    def __init__(self, latency_seconds: float, most_requests: int) -> None:
+        super().__init__(latency_seconds)
+        self._left = most_requests
+        self._streams = 0
+        self._http2 = H2Connection(H2Configuration(client_side=False))
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._http2.local_settings.max_concurrent_streams = MOST_STREAMS
+        self._http2.initiate_connection()
+        self._flush()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        for event in self._http2.receive_data(data):
+            if isinstance(event, RequestReceived):
+                assert event.stream_id is not None
+                self._streams += 1
+                self._left -= 1
+                self._answer_later(self._answer, event.stream_id)
+        self._flush()
+
+    def _answer(self, stream: int) -> None:
+        with suppress(ProtocolError):  # given up by the client
+            self._http2.send_headers(stream, HEADERS)
+            self._http2.send_data(stream, BODY, end_stream=True)
+        self._flush()
+        self._streams -= 1
+        if self._left <= 0 and not self._streams:
+            self._http2.close_connection()
+            self._flush()
+            self._transport.close()
+
+    def _flush(self) -> None:
+        self._transport.write(self._http2.data_to_send())
 
 
 def _counts() -> Counts:
@@ -127,14 +188,21 @@ def _counts() -> Counts:
     )
 
 
-async def _serve(certificate: str, key: str, latency_seconds: float) -> None:
+async def _serve(
+    certificate: str, key: str, latency: str, version: str, most_requests: str
+) -> None:
     _Connection.all = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols([version])
+
+    def connection() -> _Connection:
+        if version == "h2":
+            return _Http2Connection(float(latency), int(most_requests))
+        return _Connection(float(latency))
+
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: _Connection(latency_seconds), "127.0.0.1", 0, ssl=context, backlog=2048
-    )
+    server = await loop.create_server(connection, "127.0.0.1", 0, ssl=context, backlog=2048)
     print(server.sockets[0].getsockname()[1], flush=True)
     ended = asyncio.Event()
 
@@ -150,4 +218,4 @@ async def _serve(certificate: str, key: str, latency_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], sys.argv[2], float(sys.argv[3])))
+    asyncio.run(_serve(*sys.argv[1:]))
