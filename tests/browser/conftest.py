@@ -161,11 +161,15 @@ class Seen:
         expect(self.page.locator("#verdict")).to_have_class(f"panel {level}")
 
     def keep(self, name: str) -> None:
-        """A screenshot, for people to look at; and what axe finds, for them to mend."""
-        SCREENSHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
-        found = Axe().run(self.page)
-        assert found.violations_count == 0, found.generate_report()
+        keep(self.page, name)
+
+
+def keep(page: Page, name: str) -> None:
+    """A screenshot, for people to look at; and what axe finds, for them to mend."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.fixture(scope="session")
