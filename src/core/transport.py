@@ -124,7 +124,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         address = request.address if isinstance(request, Get) else str(request.url)
         sending = (
             client.client.request(request.method, address)
-            # HTTP/2 has another form of `host`, and services refuse both; either is made of the URL.
+            # HTTP/2 has another form of it, and services refuse both; either is made of the URL.
             .headers([item for item in request.headers.multi_items() if item[0] != "host"])
             .build_streamed()
         )
