@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test browser build deploy-local e2e bench cost simulate check format requirements
+.PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -25,6 +25,9 @@ test: .venv/ready $(NPM) ## Run the test suite
 
 browser: .venv/ready ## Look at the operator's page in every state; screenshots in .screenshots (needs chromium)
 	pytest tests/browser
+
+screenshot: .venv/ready ## Take the README's picture of the page, in six minutes (needs chromium)
+	@exec python -m tests.browser.screenshot
 
 build: .venv/e2e ## Build the functions for a deployment, with bytecode, e.g. ARGS="--config-env prod"
 	@exec python -m local.package $(ARGS)

@@ -7,7 +7,6 @@ It enforces the policies of the functions' roles; what it cannot show, docs/depl
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -191,7 +190,3 @@ def leave_out_metric_math(template: Template) -> list[str]:
     for name in names:
         del resources[name]
     return names
-
-
-def is_installed() -> bool:
-    return shutil.which("ministack", path=EMULATOR) is not None

@@ -20,8 +20,10 @@ def is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def mariadb_server(directory: Path) -> Iterator[str]:
+def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
     """Run a server on 127.0.0.1 until the block ends; yields the URL of its root.
+
+    `options` are more of the server's own, e.g. `--ssl-cert=…`.
 
     Raises:
         RuntimeError: it does not start; with what it says.
@@ -54,6 +56,7 @@ def mariadb_server(directory: Path) -> Iterator[str]:
                 f"--socket={directory}/s",
                 f"--pid-file={directory}/pid",
                 *user,
+                *options,
             ],
             stdout=output,
             stderr=output,

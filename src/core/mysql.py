@@ -4,27 +4,28 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import pymysql
-from pymysql import converters
 from pymysql.charset import charset_by_name
 from pymysql.connections import Connection
-from pymysql.constants import CR, ER, FIELD_TYPE
+from pymysql.constants import CR, ER
 
 from core.database import RefusedError, Row, StoreError, Value
+from core.mysql_connection import connect, where
 from core.settings import MySQLAddress, SettingsError
 
-CONNECT_SECONDS = 5
-STATEMENT_SECONDS = 10
-LOCK_WAIT_SECONDS = 5
 ATTEMPTS = 5
 
 # A connection that the server, a proxy or a firewall has ended since it was last used. 0 is
-# PyMySQL's InterfaceError for a socket already closed; 4031 is MySQL's idle disconnect.
-_STALE = frozenset((0, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, ER.SERVER_SHUTDOWN, 4031))
+# PyMySQL's InterfaceError for a socket already closed; 4031 is MySQL's idle disconnect, 1927
+# MariaDB's word for a connection that was killed.
+_STALE = frozenset((0, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, ER.SERVER_SHUTDOWN, 4031, 1927))
+# A server that takes no writes, because another one does since a failover: read-only by option
+# (1290), by transaction (1792), by mode (1836), or a Galera node that is out of its cluster (1047).
+_STANDBY = frozenset((1290, 1792, 1836, 1047))
 _LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT))
 _MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR))
 # A column or a key that another worker has just added.
@@ -213,26 +214,26 @@ class MySQLDatabase:
 
     def run[T](self, work: Callable[[], T]) -> T:
         for attempt in range(1, ATTEMPTS + 1):
-            used = self._connection is not None
+            kept = self._connection is not None
+            last = attempt == ATTEMPTS
             try:
                 self._connect()
                 return work()
             except pymysql.MySQLError as error:
                 code = error.args[0] if error.args else None
-                self._drop_or_roll_back(code)
-                last = attempt == ATTEMPTS
-                if code in _STALE and used and not last:
-                    continue
-                if code in _LOCKED and not last:
+                if code in _LOCKED and self._rolled_back() and not last:
                     # Both sides of a deadlock come back at different moments.
                     self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
                     continue
+                if _refuses_values(error, code) and self._rolled_back():
+                    raise RefusedError(f"{_said(error)} ({code})") from error
+                # Whatever this connection has met, the next one may be without: after a failover it
+                # leads to another server.
+                self._drop()
+                if kept and not last and (code in _STALE or code in _STANDBY):
+                    continue
                 if code in (ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR):
                     self.prepared = False
-                if code in _REFUSED or isinstance(
-                    error, pymysql.IntegrityError | pymysql.DataError
-                ):
-                    raise RefusedError(f"{_said(error)} ({code})") from error
                 raise StoreError(self._explained(error)) from error
             except SettingsError as error:  # the address is in a secret that cannot be read
                 raise StoreError(str(error)) from error
@@ -261,25 +262,25 @@ class MySQLDatabase:
         if self._connection is not None:
             return
         address = self._address(refresh=False)
-        self._where = f"{address.host}:{address.port}/{address.database}"
+        self._where = where(address)
         try:
-            self._connection = _connection(address)
+            self._connection = connect(address)
         except pymysql.OperationalError as error:
             if error.args[0] != ER.ACCESS_DENIED_ERROR:
                 raise
             rotated = self._address(refresh=True)
             if rotated == address:
                 raise
-            self._connection = _connection(rotated)
+            self._connection = connect(rotated)
 
-    def _drop_or_roll_back(self, code: object) -> None:
-        if code in _STALE or self._connection is None:
-            self._drop()
-            return
+    def _rolled_back(self) -> bool:
+        if self._connection is None:
+            return False
         try:
             self._connection.rollback()
         except pymysql.MySQLError:
-            self._drop()
+            return False
+        return True
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -369,41 +370,9 @@ class MySQLDatabase:
         )
 
 
-def _connection(address: MySQLAddress) -> Connection:
-    connection = pymysql.connect(
-        host=address.host,
-        port=address.port,
-        user=address.user,
-        password=address.password,
-        database=address.database,
-        charset="utf8mb4",
-        autocommit=True,
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=STATEMENT_SECONDS,
-        write_timeout=STATEMENT_SECONDS,
-        conv=_CONVERSIONS,
-        # A statement sees what is committed, and locks rows, not the gaps between them: with the
-        # default, two passes that claim and adopt at once run into each other's gap locks.
-        init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-        **_tls(address),
-    )
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}")
-    return connection
-
-
-def _tls(address: MySQLAddress) -> dict[str, Any]:
-    if not address.ssl:
-        return {}  # PyMySQL uses TLS where the server offers it, without verifying
-    return {"ssl_ca": address.ssl_ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
+def _refuses_values(error: pymysql.MySQLError, code: object) -> bool:
+    return code in _REFUSED or isinstance(error, pymysql.IntegrityError | pymysql.DataError)
 
 
 def _said(error: pymysql.MySQLError) -> str:
     return str(error.args[1]) if len(error.args) > 1 else type(error).__name__
-
-
-def _utc(text: str) -> datetime:
-    return datetime.fromisoformat(text).replace(tzinfo=UTC)
-
-
-_CONVERSIONS: dict[Any, Any] = {**converters.conversions, FIELD_TYPE.DATETIME: _utc}

@@ -7,7 +7,7 @@ many sessions are open is read where the last whole count left it.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from core.cadence import slot_at
@@ -21,7 +21,7 @@ PASSES = 60  # of ticks
 BY_HAND = 20  # passes since then that somebody triggered
 FAILING = CHANGES = 10
 MISSED = 60  # missed ticks that are named; all are counted
-HISTORY = timedelta(hours=1)  # for missed ticks
+HISTORY = timedelta(hours=1)  # that passes are looked through for missed ticks and failures
 # A cold start takes seconds: a slot is missed when it had this long, and an interval, for a pass.
 START_SECONDS = 5
 # "Most checks fail" begins after the last pass of which this does not hold.
@@ -79,11 +79,11 @@ class Overview:
         )
         if facts.most_fail:
             worst = next(iter(facts.failed))
-            codes = [f["status_code"] for f in failing if f["outcome"] == worst.value]
+            alike = [one for one in failing if one["outcome"] == worst.value]
             facts = replace(
                 facts,
-                failing_since=self._failing_since(),
-                failing_code=codes[0] if codes else None,
+                failing_since=self._failing_since(alike, now),
+                failing_code=alike[0]["status_code"] if alike else None,
             )
         return {
             "timestamp": iso(now),
@@ -240,19 +240,31 @@ class Overview:
             ) in rows
         ]
 
-    def _failing_since(self) -> datetime | None:
-        """When the first pass began of those, up to now, in which most checks failed."""
+    def _failing_since(
+        self, failing: Sequence[Mapping[str, Any]], now: datetime
+    ) -> datetime | None:
+        """Since when every pass in which something was checked has failed in most of its checks.
+
+        None: the newest has not. For longer than HISTORY, the session that has failed since the
+        earliest of `failing` tells.
+        """
+        since = now - HISTORY
         well = self._database.query(
-            "SELECT tick FROM checkout_session_run WHERE tick IS NOT NULL AND checked > 0"
-            f" AND NOT {MOST_FAIL} ORDER BY tick DESC LIMIT 1"
+            "SELECT tick FROM checkout_session_run"
+            f" WHERE tick > %s AND checked > 0 AND NOT {MOST_FAIL} ORDER BY tick DESC LIMIT 1",
+            (since,),
         )
-        after = moment(well[0][0]) if well else datetime.min.replace(tzinfo=UTC)
-        rows = self._database.query(
-            "SELECT started_at FROM checkout_session_run"
-            f" WHERE tick > %s AND {MOST_FAIL} ORDER BY tick LIMIT 1",
-            (after,),
+        first = self._database.query(
+            f"SELECT started_at FROM checkout_session_run WHERE tick > %s AND {MOST_FAIL}"
+            " ORDER BY tick LIMIT 1",
+            (moment(well[0][0]) if well else since,),
         )
-        return moment(rows[0][0]) if rows else None
+        if not first:
+            return None
+        if well:
+            return moment(first[0][0])
+        earlier = [one["failing_since"] for one in failing if one["failing_since"]]
+        return min([moment(first[0][0]), *map(datetime.fromisoformat, earlier)])
 
     def _changes(self) -> list[JsonObject]:
         rows = self._database.query(
@@ -319,6 +331,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
         "EVENT_BUS_NAME": settings.event_bus_name,
+        "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
     }
 

@@ -5,7 +5,9 @@ boto3 takes a second to import, so nothing here is imported before a secret is n
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Never
 
 from core.settings import MySQLAddress, SettingsError, checked_api_key
 
@@ -21,6 +23,7 @@ CONNECT_SECONDS = 2.0
 READ_SECONDS = 3.0
 ATTEMPTS = 2
 
+MOST_PORT = 65_535
 DATABASE_KEYS = ("username", "password", "host", "dbname")
 
 
@@ -42,7 +45,7 @@ def read_api_key(arn: str, *, refresh: bool = False) -> str:
 
 
 def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
-    """The database in a secret of the form that RDS makes; `port` and `ssl_ca` are optional.
+    """The database in a secret of the form that RDS makes; `port`, `ssl` and `ssl_ca` are optional.
 
     Raises:
         SettingsError: the secret cannot be read, or is of another form.
@@ -50,23 +53,33 @@ def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
     parsed = _parsed(_read("DATABASE_SECRET_ARN", arn, refresh=refresh))
     if not isinstance(parsed, dict):
         parsed = {}
-    missing = [key for key in DATABASE_KEYS if not parsed.get(key)]
-    port = str(parsed.get("port", 3306))
-    if missing or not port.isdigit():
-        what = f"lacks {', '.join(missing)}" if missing else f"has the port {port!r}"
+
+    def refuse(what: str) -> Never:
         raise SettingsError(
             f"DATABASE_SECRET_ARN names the secret {arn}, which {what}; it must be a JSON object "
-            f"with {', '.join(DATABASE_KEYS)} and, where it is not 3306, port."
+            f"with {', '.join(DATABASE_KEYS)} and, where it is not 3306, port; for TLS that is "
+            "verified, ssl_ca, a CA's file, or ssl, true for the system's CAs."
         )
-    ssl_ca = parsed.get("ssl_ca")
+
+    if missing := [key for key in DATABASE_KEYS if not parsed.get(key)]:
+        refuse(f"lacks {', '.join(missing)}")
+    port = str(parsed.get("port", 3306))
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
+        refuse(f"has the port {port!r}")
+    ssl_ca = parsed.get("ssl_ca") or None
+    if ssl_ca is not None and not (isinstance(ssl_ca, str) and Path(ssl_ca).is_file()):
+        refuse(f"has the ssl_ca {ssl_ca!r}, which is no file here")
+    ssl = str(parsed.get("ssl", ssl_ca is not None)).lower()
+    if ssl not in ("true", "false") or (ssl == "false" and ssl_ca is not None):
+        refuse(f"has {ssl!r} for ssl")
     return MySQLAddress(
         host=str(parsed["host"]),
         port=int(port),
         user=str(parsed["username"]),
         password=str(parsed["password"]),
         database=str(parsed["dbname"]),
-        ssl_ca=str(ssl_ca) if ssl_ca else None,
-        ssl=bool(ssl_ca),
+        ssl_ca=ssl_ca,
+        ssl=ssl == "true",
     )
 
 

@@ -22,6 +22,8 @@ BILLING_TROUBLE = {
     Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
     Outcome.RATE_LIMITED: "Billing limits the rate",
     Outcome.UNKNOWN_STATUS: "Billing's answers are not understood (see BILLING_STATUS_MAP)",
+    Outcome.DEFERRED: "Billing has closed sessions whose status cannot follow yet",
+    Outcome.REFUSED: "The shop's database refuses what billing says",
     Outcome.INVALID_SESSION: "Most sessions have no checkout id to ask billing about",
 }
 

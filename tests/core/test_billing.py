@@ -5,7 +5,9 @@ import ipaddress
 import re
 import socket
 import ssl
+import struct
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -20,7 +22,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from core.billing import KEY_READ_AGAIN_SECONDS, BillingClient, path_segment
+from core.billing import (
+    KEY_READ_AGAIN_SECONDS,
+    MAX_RETRY_AFTER_SECONDS,
+    BillingClient,
+    parse_retry_after,
+    path_segment,
+)
 from core.model import Answer, Outcome
 from local.billing import SimulatedBilling, running_billing
 from tests.support import until
@@ -469,6 +477,68 @@ def test_a_header_that_is_not_ascii_does_no_harm(header: str) -> None:
             return await ask(url)
 
     assert asyncio.run(scenario()).outcome is Outcome.ACTIVE
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text()
+    | st.integers().map(str)
+    | st.builds("Mon, 01 Jan {} {}:00:00 {}".format, st.integers(), st.integers(), st.integers())
+)
+@example("Mon, 01 Jan 99999999999 00:00:00 GMT")
+@example("Mon, 01 Jan 2026 00:00:00 +99999999999999")
+@example("9" * 5000)
+def test_whatever_retry_after_says_the_pause_is_bounded(text: str) -> None:
+    seconds = parse_retry_after(text, datetime.now(UTC))
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_SECONDS
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as the network does to one that it has forgotten (RST)."""
+    peer = writer.get_extra_info("socket")
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def test_connections_that_were_reset_while_the_environment_was_frozen_cost_no_check() -> None:
+    """All at once: a retry on another kept connection would meet a reset one as well."""
+    connections: list[asyncio.StreamWriter] = []
+
+    async def keeping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async def scenario() -> Counter[Outcome]:
+        outcomes: Counter[Outcome] = Counter()
+        async with serving(keeping) as url, client_of(url) as client:
+            for _ in range(5):
+                answers = await asyncio.gather(*(client.check("checkout_1") for _ in range(100)))
+                outcomes.update(answer.outcome for answer in answers)
+                while connections:
+                    reset(connections.pop())
+        return outcomes
+
+    assert asyncio.run(scenario()) == {Outcome.ACTIVE: 500}
+
+
+def test_a_service_that_resets_every_request_is_asked_twice_and_no_more() -> None:
+    requests = 0
+
+    async def resetting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        await reader.readuntil(b"\r\n\r\n")
+        requests += 1
+        reset(writer)
+
+    async def scenario() -> Answer:
+        async with serving(resetting) as url:
+            return await ask(url)
+
+    answer = asyncio.run(scenario())
+    assert (answer.outcome, answer.detail) == (Outcome.NETWORK_ERROR, "Connection reset by peer")
+    assert requests == 2
 
 
 def test_a_kept_connection_that_billing_closes_just_then_is_not_an_error() -> None:

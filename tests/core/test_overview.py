@@ -168,6 +168,31 @@ def test_a_refused_key_is_told_with_since_when(history: History) -> None:
     assert verdict["notes"] == ["128 of 128 failed their last check: 128 unauthorized."]
 
 
+def test_a_failure_of_more_than_an_hour_is_told_with_since_when(history: History) -> None:
+    history.passes(721, row=lambda _: {"errors": 10})
+    history.counted({"network_error": 10})
+    for hours in (3, 5):
+        since = history.now - timedelta(hours=hours)
+        history.failing(
+            f"s{hours}",
+            "c",
+            last_outcome="network_error",
+            last_status_code=None,
+            failing_since=since,
+        )
+    history.failing("odd", "c", failing_since=history.now - timedelta(hours=9))
+    text = overview(history)["verdict"]["text"]
+    assert text == "Billing cannot be reached since 07:00 UTC"
+
+
+def test_billing_that_answers_again_is_told_from_billing_that_does_not(history: History) -> None:
+    history.passes(60, row=lambda ago: {"errors": 10 if ago else 0})
+    history.counted({"timeout": 100, "active": 10})
+    verdict = overview(history)["verdict"]
+    assert verdict["level"] == "warning"
+    assert verdict["text"] == "Billing answers, but 100 of 110 failed their last check"
+
+
 def test_the_ten_that_fail_most_are_told_the_worst_first(history: History) -> None:
     history.session("fine", "checkout_active_1")
     for n in range(1, 15):

@@ -87,6 +87,44 @@ def test_a_database_secret_that_lacks_something_says_what(manager: Manager, miss
     assert "p@ss" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "ssl"),
+    [({"ssl": True}, True), ({"ssl": "true"}, True), ({"ssl": False}, False), ({}, False)],
+)
+def test_a_database_secret_can_ask_for_the_systems_certificates(
+    manager: Manager, more: dict[str, object], ssl: bool
+) -> None:
+    found = secrets.read_database(manager.put(json.dumps(RDS | more)))
+    assert (found.ssl, found.ssl_ca) == (ssl, None)
+
+
+def test_a_database_secret_can_name_a_ca_of_ones_own(manager: Manager, tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_text("a certificate")
+    found = secrets.read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
+    assert (found.ssl, found.ssl_ca) == (True, str(ca_file))
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"ssl_ca": "/nowhere/ca.pem"}, "has the ssl_ca '/nowhere/ca.pem', which is no file here"),
+        ({"ssl_ca": ["a"]}, "has the ssl_ca"),
+        ({"ssl": "perhaps"}, "has 'perhaps' for ssl"),
+        ({"port": 0}, "has the port '0'"),
+        ({"port": 65_536}, "has the port '65536'"),
+        ({"port": "²"}, "has the port '²'"),
+    ],
+)
+def test_a_database_secret_that_cannot_be_used_says_why(
+    manager: Manager, more: dict[str, object], what: str
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        secrets.read_database(manager.put(json.dumps(RDS | more)))
+    assert f"which {what}" in str(refused.value)
+    assert "p@ss" not in str(refused.value)
+
+
 def test_secrets_are_read_once_and_again_when_asked(manager: Manager) -> None:
     arn = manager.put("old")
     assert secrets.read_api_key(arn) == "old"

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 
+from core.model import Outcome
 from core.verdict import Facts, Level, clock, duration, judge
 from tests.support import NOON
 
@@ -82,6 +83,14 @@ def test_the_worst_that_holds_is_the_verdict(
 ) -> None:
     verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
     assert (verdict.level, verdict.text) == (level, text)
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome.is_error])
+def test_whatever_most_checks_fail_with_is_told_in_words(outcome: Outcome) -> None:
+    facts = {"outcomes": {outcome.value: 128}, "failing_since": FAILING_SINCE}
+    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    assert verdict.level is Level.CRITICAL
+    assert verdict.text.endswith(" since 10:31 UTC")
 
 
 def test_what_else_is_wrong_is_told_below() -> None:

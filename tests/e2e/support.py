@@ -255,9 +255,9 @@ def listens(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
-            pytest.fail(f"Not ready after {START_SECONDS:.0f} seconds: {what}")
+            pytest.fail(f"Not ready after {seconds:.0f} seconds: {what}")
         time.sleep(0.2)

@@ -1,0 +1,127 @@
+"""The worlds that chaos happens in, and the table of what was tried."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.billing import Misbehaving
+from tests.chaos.bus import Bus, running_bus
+from tests.chaos.world import World
+from tests.conftest import a_shop
+from tests.support import FakeClock
+
+REPORT = os.environ.get("CHAOS_REPORT")
+TABLE = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
+
+# Cases by group (a module's) and by whether they were survived. A test is a case, unless it counts
+# its own.
+_cases: dict[str, Counter[bool]] = {}
+_counted: set[str] = set()
+
+
+def count(group: str, *, survived: bool) -> None:
+    _cases.setdefault(group, Counter())[survived] += 1
+
+
+def _group(nodeid: str) -> str:
+    return Path(nodeid.partition("::")[0]).stem.removeprefix("test_").replace("_", " ")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and "tests/chaos/" in item.nodeid and item.nodeid not in _counted:  # type: ignore[attr-defined]
+        count(_group(item.nodeid), survived=report.passed)  # type: ignore[attr-defined]
+    return report
+
+
+def table() -> str:
+    rows = ["| group | cases tried | survived |", "|---|---|---|"]
+    rows += [
+        f"| {group} | {found.total():,} | {found[True]:,} |"
+        for group, found in sorted(_cases.items())
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _cases:
+        return
+    terminalreporter.section("chaos")
+    terminalreporter.write(table())
+    if REPORT:
+        path = Path(REPORT)
+        path.write_text(TABLE.sub(lambda _: table(), path.read_text()), encoding="utf-8")
+
+
+class Cases:
+    """Counts the cases within one test; all are tried, and the test fails with those that failed."""
+
+    def __init__(self, group: str) -> None:
+        self._group = group
+        self._failed: list[str] = []
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (every other case is tried all the same)
+            self._failed.append(f"{name}: {type(error).__name__}: {error}")
+            count(self._group, survived=False)
+        else:
+            count(self._group, survived=True)
+
+    def check(self) -> None:
+        assert not self._failed, "\n".join([f"{len(self._failed)} failed:", *self._failed])
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Iterator[Cases]:
+    _counted.add(request.node.nodeid)
+    cases = Cases(_group(request.node.nodeid))
+    yield cases
+    cases.check()
+
+
+@pytest.fixture
+def misbehaving(clock: FakeClock) -> Iterator[Misbehaving]:
+    with Misbehaving(clock) as billing:
+        yield billing
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
+    with running_bus() as bus:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_EVENTS", bus.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+        yield bus
+
+
+@pytest.fixture(params=["sqlite"])
+def world(  # noqa: PLR0917 (fixtures)
+    request: pytest.FixtureRequest,
+    mariadb: str | None,
+    tmp_path: Path,
+    clock: FakeClock,
+    misbehaving: Misbehaving,
+    bus: Bus,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[World]:
+    """On SQLite, or where a test says so (`indirect`) on another engine."""
+
+    def printed() -> str:
+        return "".join(capfd.readouterr())
+
+    with a_shop(request.param, mariadb, tmp_path) as shop:
+        world = World(shop, clock, misbehaving, bus, printed)
+        try:
+            yield world
+        finally:
+            world.close()

@@ -1,0 +1,49 @@
+"""A thousand requests that all time out, in a process that may hold Lambda's 1,024 descriptors."""
+
+import asyncio
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+SRC = Path(__file__).parents[2] / "src"
+
+PROGRAM = """
+import asyncio, resource, sys
+from collections import Counter
+from core.billing import BillingClient
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+
+async def main():
+    client = BillingClient(api_url=sys.argv[1], api_key="key", timeout_seconds=1)
+    for _ in range(3):  # the next thousand begin while the sockets of the last are being closed
+        answers = await asyncio.gather(*(client.check(f"c{n}") for n in range(1000)))
+        print(sorted(Counter((a.outcome.value, a.detail) for a in answers).items()))
+        open("/proc/self/stat").close()  # there is one for the database, too
+
+asyncio.run(main())
+"""
+
+
+def test_a_thousand_requests_in_flight_that_all_time_out_never_run_out_of_descriptors() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async def scenario() -> str:
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # for the service's side
+        server = await asyncio.start_server(silent, "127.0.0.1", 0, backlog=2000)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", PROGRAM, url, cwd=SRC, stdout=subprocess.PIPE
+        )
+        said, _ = await process.communicate()
+        server.close()
+        server.abort_clients()
+        return said.decode()
+
+    assert asyncio.run(scenario()).splitlines() == ["[(('timeout', ''), 1000)]"] * 3

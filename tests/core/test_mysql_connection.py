@@ -1,0 +1,279 @@
+"""The way to a MySQL or MariaDB server: failover, TLS, and what can go wrong before a statement."""
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pymysql
+import pytest
+import trustme
+
+from core.database import StoreError
+from core.mysql import ATTEMPTS, MySQLDatabase
+from core.settings import MySQLAddress
+from core.worker import Worker
+from tests.conftest import PLACES, without_a_server
+from tests.support import MySQLShop, mariadb_server, settings_for
+
+
+def address_of(shop: MySQLShop) -> MySQLAddress:
+    address = settings_for(shop).database
+    assert isinstance(address, MySQLAddress)
+    return address
+
+
+@pytest.fixture
+def address(mariadb_shop: MySQLShop) -> MySQLAddress:
+    return address_of(mariadb_shop)
+
+
+@pytest.fixture
+def database(address: MySQLAddress) -> Iterator[MySQLDatabase]:
+    database = MySQLDatabase(lambda *, refresh: address)
+    yield database
+    database.close()
+
+
+def number(database: MySQLDatabase) -> object:
+    """Which connection it is on."""
+    return database.run(lambda: database.query("SELECT CONNECTION_ID()"))
+
+
+def test_a_write_that_a_read_only_server_refuses_is_made_on_a_fresh_connection(
+    database: MySQLDatabase, mariadb_shop: MySQLShop
+) -> None:
+    database.run(lambda: database.execute("SET SESSION TRANSACTION READ ONLY"))  # error 1792
+    sql = "INSERT INTO checkout_session (id, status) VALUES ('a', 'open')"
+    database.transaction(lambda: database.execute(sql))
+    assert mariadb_shop.run("SELECT id FROM checkout_session") == [("a",)]
+
+
+@pytest.mark.parametrize("code", [1290, 1792, 1836, 1047, 2006, 2013, 1927, 1053])
+def test_after_a_failover_a_fresh_connection_is_tried_once(
+    database: MySQLDatabase, code: int
+) -> None:
+    on: list[object] = []
+
+    def work() -> None:
+        on.append(database.query("SELECT CONNECTION_ID()"))
+        raise pymysql.OperationalError(code, "as after a failover")
+
+    kept = number(database)
+    with pytest.raises(StoreError, match="as after a failover"):
+        database.transaction(work)
+    assert on[0] == kept
+    assert len(on) == 2
+    assert on[1] != kept
+    assert number(database) not in on  # nor is the second one kept
+
+
+def test_a_connection_that_has_met_an_error_is_not_used_again(database: MySQLDatabase) -> None:
+    kept = number(database)
+    with pytest.raises(StoreError, match=r"\(1064\)"):
+        database.run(lambda: database.query("SELECT FROM"))
+    assert number(database) != kept
+
+
+def test_a_deadlock_is_tried_again_on_the_same_connection(database: MySQLDatabase) -> None:
+    on: list[object] = []
+
+    def work() -> None:
+        on.append(database.query("SELECT CONNECTION_ID()"))
+        raise pymysql.OperationalError(1213, "Deadlock found")
+
+    with pytest.raises(StoreError, match="Deadlock"):
+        database.transaction(work)
+    assert len(on) == ATTEMPTS
+    assert on == [on[0]] * ATTEMPTS
+
+
+def test_a_session_reads_what_is_committed_and_waits_five_seconds_for_a_lock(
+    database: MySQLDatabase,
+) -> None:
+    isolation, wait = (
+        database.run(lambda name=name: database.query(f"SELECT @@SESSION.{name}"))  # type: ignore[misc]
+        for name in ("tx_isolation", "innodb_lock_wait_timeout")
+    )
+    assert (isolation, wait) == ((("READ-COMMITTED",),), ((5,),))
+
+
+def failure(address: MySQLAddress) -> str:
+    database = MySQLDatabase(lambda *, refresh: address)
+    with pytest.raises(StoreError) as failed:
+        database.prepare()
+    said = str(failed.value)
+    assert said.endswith(".")
+    assert address.password not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    "host", ["x" * 64, "a..b", "a\0b", ".", "ä" * 63, "-", "no such host", "nowhere.invalid"]
+)
+def test_an_impossible_host_is_one_sentence(address: MySQLAddress, host: str) -> None:
+    failure(replace(address, host=host, password="hidden-pass"))
+
+
+@pytest.mark.parametrize("port", [0, 65_536, 2**40])
+def test_an_impossible_port_is_one_sentence(address: MySQLAddress, port: int) -> None:
+    failure(replace(address, port=port, password="hidden-pass"))
+
+
+@pytest.mark.parametrize("text", [None, "no certificate", "-----BEGIN CERTIFICATE-----\nx\n"])
+def test_a_ca_file_that_cannot_be_used_is_one_sentence(
+    address: MySQLAddress, text: str | None, tmp_path: Path
+) -> None:
+    ca_file = tmp_path / "ca.pem"
+    if text is not None:
+        ca_file.write_text(text)
+    failure(replace(address, ssl=True, ssl_ca=str(ca_file), password="hidden-pass"))
+
+
+def test_a_password_that_no_server_can_be_sent_is_not_shown(address: MySQLAddress) -> None:
+    said = failure(replace(address, password="hidden-\ud83d"))
+    assert "half of a surrogate pair" in said
+    assert "hidden" not in said
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0", b"\1\0\0\0\x0a", b"\xff" * 500]
+)
+def test_a_server_that_is_none_of_mysqls_is_one_sentence(
+    address: MySQLAddress, said: bytes
+) -> None:
+    def answer() -> None:
+        connection, _ = listening.accept()
+        connection.sendall(said)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = listening.getsockname()[1]
+        failure(replace(address, port=port, password="hidden-pass"))
+        thread.join()
+
+
+@pytest.mark.parametrize("password", ["größe", "€uro", "😀", "% '\"\\"])
+def test_a_password_may_hold_any_characters(
+    mariadb_shop: MySQLShop, address: MySQLAddress, password: str
+) -> None:
+    user = f"u{mariadb_shop.database[-12:]}"
+    for place in PLACES:
+        mariadb_shop.run(
+            f"CREATE USER {user}@{place.replace('%', '%%')} IDENTIFIED BY %s", (password,)
+        )
+        mariadb_shop.run(f"GRANT ALL ON {mariadb_shop.database}.* TO {user}@{place}")
+    theirs = replace(address, user=user, password=password)
+    database = MySQLDatabase(lambda *, refresh: theirs)
+    try:
+        number(database)
+    finally:
+        database.close()
+        for place in PLACES:
+            mariadb_shop.run(f"DROP USER {user}@{place}")
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def tls_server(
+    ca: trustme.CA, mariadb: str | None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MySQLAddress]:
+    """A MariaDB whose certificate is for localhost, and not for 127.0.0.1."""
+    if mariadb is None:
+        without_a_server()
+    directory = tmp_path_factory.mktemp("tls")
+    certificate = ca.issue_cert("localhost")
+    key, chain = directory / "key.pem", directory / "chain.pem"
+    certificate.private_key_pem.write_to_path(key)
+    for pem in certificate.cert_chain_pems:
+        pem.write_to_path(chain, append=True)
+    key.chmod(0o644)
+    with mariadb_server(directory, f"--ssl-cert={chain}", f"--ssl-key={key}") as url:
+        shop = MySQLShop(url, "mysql")
+        yield replace(address_of(shop), host="localhost", database="mysql", ssl=True)
+
+
+@pytest.fixture
+def ca_file(ca: trustme.CA, tmp_path: Path) -> str:
+    path = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(path)
+    return str(path)
+
+
+def cipher(address: MySQLAddress) -> object:
+    database = MySQLDatabase(lambda *, refresh: address)
+    [(_, name)] = database.run(lambda: database.query("SHOW STATUS LIKE 'Ssl_cipher'"))
+    database.close()
+    return name
+
+
+def test_tls_is_verified_by_a_ca_of_ones_own(tls_server: MySQLAddress, ca_file: str) -> None:
+    assert cipher(replace(tls_server, ssl_ca=ca_file))
+
+
+def test_tls_is_verified_by_the_systems_cas(
+    tls_server: MySQLAddress, ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
+        cipher(tls_server)
+    monkeypatch.setenv(ssl.get_default_verify_paths().openssl_cafile_env, ca_file)
+    assert cipher(tls_server)
+
+
+@pytest.mark.parametrize("by", ["a CA of one's own", "the system's CAs"])
+def test_a_certificate_for_another_host_is_refused(
+    tls_server: MySQLAddress, ca_file: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = by == "a CA of one's own"
+    if not own:
+        monkeypatch.setenv(ssl.get_default_verify_paths().openssl_cafile_env, ca_file)
+    elsewhere = replace(tls_server, host="127.0.0.1", ssl_ca=ca_file if own else None)
+    with pytest.raises(StoreError, match="IP address mismatch"):
+        cipher(elsewhere)
+
+
+def test_a_ca_that_is_not_the_servers_is_refused(tls_server: MySQLAddress, tmp_path: Path) -> None:
+    another = tmp_path / "another.pem"
+    trustme.CA().cert_pem.write_to_path(another)
+    with pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
+        cipher(replace(tls_server, ssl_ca=str(another)))
+
+
+def test_a_server_without_tls_is_refused_where_tls_is_asked_for(address: MySQLAddress) -> None:
+    with pytest.raises(StoreError, match="SSL is required but the server doesn't support it"):
+        cipher(replace(address, ssl=True))
+
+
+def test_health_is_honest_and_not_an_exception_whatever_keeps_the_database_away(
+    mariadb_shop: MySQLShop, tmp_path: Path
+) -> None:
+    settings = settings_for(mariadb_shop)
+    assert isinstance(settings.database, MySQLAddress)
+    gone = replace(settings.database, ssl=True, ssl_ca=str(tmp_path / "deleted.pem"))
+    worker = Worker(replace(settings, database=gone))
+    health = worker.health()
+    worker.close()
+    assert health.checks == {"database": False, "last_pass": False, "api_key": True}
+
+
+def test_caching_sha2_without_tls_is_one_sentence_that_says_what_to_do(
+    address: MySQLAddress,
+) -> None:
+    """The package leaves out cryptography: 17 MB, for servers that send passwords without TLS."""
+    refused = RuntimeError("'cryptography' package is required")
+
+    def connect(**_: object) -> None:
+        raise refused
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pymysql, "connect", connect)
+        said = failure(replace(address, password="hidden-pass"))
+    assert "offers no TLS to encrypt it with; turn on TLS there" in said
