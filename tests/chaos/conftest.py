@@ -97,7 +97,7 @@ def misbehaving(clock: FakeClock) -> Iterator[Misbehaving]:
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     with running_bus() as bus:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_EVENTS", bus.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_EVENTBRIDGE", bus.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
