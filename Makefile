@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test e2e bench simulate check format requirements
+.PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -23,21 +23,40 @@ billing: .venv/ready ## Run the simulated billing service alone, e.g. ARGS="--ho
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest
 
-e2e: .venv/ready ## Build with SAM and run the functions in its containers (needs root's Docker and a MariaDB)
-	$(UV) sync --frozen --quiet --group e2e
+browser: .venv/ready ## Look at the operator's page in every state; screenshots in .screenshots (needs chromium)
+	pytest tests/browser
+
+screenshot: .venv/ready ## Take the README's picture of the page, in six minutes (needs chromium)
+	@exec python -m tests.browser.screenshot
+
+build: .venv/e2e ## Build the functions for a deployment, with bytecode, e.g. ARGS="--config-env prod"
+	@exec python -m local.package $(ARGS)
+
+deploy-local: .venv/e2e .emulator/ready ## Deploy onto an emulated AWS on this machine (needs a MariaDB), until Ctrl-C
+	@exec python -m local.deploy $(ARGS)
+
+e2e: .venv/e2e .emulator/ready ## Build with SAM, deploy onto an emulated AWS, run in SAM's containers (needs root's Docker and a MariaDB)
+	.ci/lambda-image
 	pytest --capture=no tests/e2e
 
 bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
 	@exec python -m bench $(ARGS)
 
+cost: .venv/ready ## What a month costs, computed from the template, list prices and measured passes
+	@exec python -m bench.cost $(ARGS)
+
 simulate: .venv/ready ## A million open sessions for an hour, on a virtual clock: how late, how many workers, what it costs
 	@exec python -m bench.simulate $(ARGS)
 
-check: .venv/ready ## Lint, format, types, template
+# Not checkov: of its twelve findings here one is wrong (the queue is encrypted, by SQS's own key), and
+# the others are KMS keys for what holds no secret, a second dead-letter queue, and a cache for health.
+check: .venv/ready ## Lint, format, types, template, workflow, scripts
 	ruff check
 	ruff format --check
 	mypy
 	cfn-lint template.yaml
+	zizmor --offline --quiet --persona=auditor .github
+	shellcheck .ci/*
 
 format: .venv/ready ## Format and mend what can be mended
 	ruff check --fix
@@ -48,6 +67,15 @@ requirements: .venv/ready ## Write src/requirements.txt, what goes into the Lamb
 
 .venv/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
 	$(UV) sync --frozen --quiet
+	@touch $@
+
+# SAM, beside the rest; it takes what `uv sync` of another target removes.
+.venv/e2e: .venv/ready
+	$(UV) sync --frozen --quiet --group e2e
+	@touch $@
+
+.emulator/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
+	UV_PROJECT_ENVIRONMENT=.emulator $(UV) sync --frozen --quiet --only-group emulator
 	@touch $@
 
 .uv/bin/uv:

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
 NGINX_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
-SLOW_SECONDS = 0.05
-HANG_SECONDS = 10
+# How long billing takes, by the first part of its path. What hangs does so for as long as a request
+# may take, so that the log tells when its end was.
+DELAYS = {"at-once": 0.0, "50ms": 0.05, "100ms": 0.1, "800ms": 0.8, "hang": 10.0}
+ANSWER = '{"status":"active"}'
 # Ports of our own; `make run` has 3001 and 4000.
 PORT, TLS_PORT, LOGGED_PORT = 4180, 4143, 4181
 
@@ -37,25 +40,31 @@ http {{
   fastcgi_temp_path {directory}/3;
   uwsgi_temp_path {directory}/4;
   scgi_temp_path {directory}/5;
-  log_format checks '$msec $request_uri';
+  log_format checks '$msec $request_time $request_uri';
   ssl_certificate {directory}/server.pem;
   ssl_certificate_key {directory}/server.key;
   server {{
     listen 127.0.0.1:{port} backlog=65535 reuseport;
     listen 127.0.0.1:{tls_port} ssl backlog=65535 reuseport;
     location = /counters {{ stub_status; }}
-    location /at-once/ {{ return 200 '{answer}'; }}
-    location /slow/ {{ echo_sleep {slow}; echo '{answer}'; }}
+    {locations}
   }}
   server {{
     listen 127.0.0.1:{logged_port} backlog=65535;
     access_log {directory}/checks.log checks buffer=64k flush=1s;
-    location /at-once/ {{ return 200 '{answer}'; }}
-    location /slow/ {{ echo_sleep {slow}; echo '{answer}'; }}
+    {locations}
     location ~ _hang_ {{ echo_sleep {hang}; echo '{answer}'; }}
   }}
 }}
 """
+
+
+class Request(NamedTuple):
+    """One request as billing saw it; times are seconds since 1970, to the millisecond."""
+
+    began: float
+    ended: float
+    checkout_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +73,9 @@ class Billing:
 
     directory: Path
 
-    def url(self, *, slow: bool = False, tls: bool = False, logged: bool = False) -> str:
+    def url(self, delay: str = "at-once", *, tls: bool = False, logged: bool = False) -> str:
         port = TLS_PORT if tls else LOGGED_PORT if logged else PORT
-        scheme = "https" if tls else "http"
-        return f"{scheme}://localhost:{port}/{'slow' if slow else 'at-once'}"
+        return f"{'https' if tls else 'http'}://localhost:{port}/{delay}"
 
     @property
     def authority(self) -> Path:
@@ -81,14 +89,17 @@ class Billing:
         accepted, _handled, requests = map(int, lines[2].split())
         return accepted, requests
 
-    def checks(self) -> list[tuple[float, str]]:
-        """When (seconds since 1970) each request to the logged port was answered, and its id."""
+    def requests(self) -> list[Request]:
+        """The requests to the logged port that have ended, in the order in which they began."""
         self._await_log()
         lines = (self.directory / "checks.log").read_text(encoding="utf-8").splitlines()
         split = (line.split() for line in lines)
-        return [(float(at), uri.rpartition("/")[2]) for at, uri in split]
+        return sorted(
+            Request(float(ended) - float(took), float(ended), uri.rpartition("/")[2])
+            for ended, took, uri in split
+        )
 
-    def forget_checks(self) -> None:
+    def forget_requests(self) -> None:
         self._await_log()
         (self.directory / "checks.log").write_text("", encoding="utf-8")
 
@@ -110,9 +121,9 @@ def billing_stub(directory: Path, connections: int) -> Iterator[Billing]:
             port=PORT,
             tls_port=TLS_PORT,
             logged_port=LOGGED_PORT,
-            slow=SLOW_SECONDS,
-            hang=HANG_SECONDS,
-            answer='{"status":"active"}',
+            locations="\n    ".join(_location(*delay) for delay in DELAYS.items()),
+            hang=DELAYS["hang"],
+            answer=ANSWER,
         ),
         encoding="utf-8",
     )
@@ -133,6 +144,11 @@ def billing_stub(directory: Path, connections: int) -> Iterator[Billing]:
     finally:
         nginx.terminate()
         nginx.wait()
+
+
+def _location(name: str, seconds: float) -> str:
+    how = f"echo_sleep {seconds}; echo '{ANSWER}';" if seconds else f"return 200 '{ANSWER}';"
+    return f"location /{name}/ {{ {how} }}"
 
 
 def _certificates(directory: Path) -> None:

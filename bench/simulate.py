@@ -1,95 +1,150 @@
-"""`make simulate`: an hour with a million open sessions, on a virtual clock.
+"""`make simulate`: a million open sessions, on a virtual clock.
 
-The store's claims and records, and the cadence, are the real ones, on an SQLite database in memory.
-What is modelled: the loop starts a worker every interval; a worker first counts the open sessions,
-then takes a batch at a time until nothing is due or its time is over, at the pace that its share of
-a processor and its requests in flight allow. Billing answers every time.
+Everything that a pass does is the real code: leaders, helpers, claims, the count, deadlines, on an
+SQLite database in memory. What is modelled is around it: the loop, which starts a worker at every
+tick; Lambda, which gives each worker a share of a processor and takes a while to start a new one;
+billing, which always answers after the same time; and how long a step on the database takes.
 """
 
 import argparse
-import heapq
+import asyncio
 import itertools
+import logging
 import math
 import random
+import selectors
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, override
 
-from core.cadence import slot_at
-from core.model import Answer, Claim, Outcome
-from core.monitor import (
-    CLAIMS_PER_REQUEST,
-    RECORD_WITHIN_SECONDS,
-    START_WITHIN_SECONDS,
-    decide,
-)
+from core.model import Answer, Outcome, Reason, Recorded, Result
+from core.monitor import PassOptions, check_open_checkout_sessions
+from core.observability import logger
 from core.settings import Settings
 from core.sqlite import SQLiteDatabase
 from core.store import Store
 from core.worker import FINISH_SECONDS
-from tests.support import FakeClock, statements
+from tests.support import statements
 
 if TYPE_CHECKING:
     from core.database import Value
 
 OPEN = 1_000_000
 LIVES_SECONDS = 24 * 3600  # every session is abandoned, and expires after a day
-HOUR_SECONDS = 3600
+MINUTES = 10
 CADENCE = "5s until 10m, 30s until 1h, 5m"
 LATENCY_SECONDS = 0.1
-MEMORY_MB, IN_FLIGHT = 512, 100  # the stack's defaults
+MEMORY_MB, IN_FLIGHT, WORKERS = 512, 100, 10  # the stack's defaults
 FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
-# Measured by make bench: a check's processor time in a full pass, and what an idle pass takes for
-# each open session, which is the count.
-CHECK_CPU_SECONDS = 0.000_2
-COUNT_SECONDS = 0.000_001_6
+# Measured by make bench on MariaDB: a check's processor time in a full pass, and the longest of the
+# usual steps, a claim of 500.
+CHECK_CPU_SECONDS = 0.000_1
+STEP_SECONDS = 0.02
+# An asynchronous Invoke until its handler runs, in a warm environment and in a new one.
+WARM_START_SECONDS = 0.05
 COLD_START_SECONDS = 0.6
-LAMBDA_TIMEOUT_SECONDS = 60
+LAMBDA_SECONDS = 60
 
-# US$ in us-east-1, x86_64.
-GB_SECOND = 0.000_016_666_7
+# US$ in us-east-1, arm64.
+GB_SECOND = 0.000_013_333_4
 INVOCATION = 0.20 / 1_000_000
-BESIDES = 21.00  # the loop, logs, metrics, alarms, traces, secrets: see the README's table
 MONTH_SECONDS = 30 * 24 * 3600
 
 START = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
 
-@dataclass
-class Worker:
-    """One Lambda invocation."""
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on which waiting takes no time: where nothing is ready, the clock goes on."""
 
-    tick: datetime
-    started: float  # seconds since the beginning, as every time here
-    claims: list[Claim] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_NoWait(self))
+        self.set_default_executor(_Inline())
+
+    @override
+    def time(self) -> float:
+        return self.now
+
+
+class _NoWait(selectors.SelectSelector):
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    @override
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("everything waits, and nothing will ever come")
+        self._loop.now += timeout
+        return super().select(0)
+
+
+class _Inline(ThreadPoolExecutor):
+    """Runs what it is given at once, on the loop's own thread."""
+
+    @override
+    def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class _DatabaseThread(ThreadPoolExecutor):
+    """A worker's database thread, on which every step takes STEP_SECONDS, one after the other."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__(1)
+        self._loop = loop
+        self._free = 0.0
+
+    @override
+    def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        self._free = max(self._free, self._loop.now) + STEP_SECONDS
+
+        def step() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 (it is the caller's)
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._loop.call_at(self._free, step)
+        return future
 
 
 @dataclass
 class Outcomes:
-    """What an hour showed."""
+    """What a simulation has shown; lateness is counted in tenths of a second."""
 
     checks: int = 0
-    lateness: Counter[int] = field(default_factory=Counter)  # checks by tenths of a second
+    late: Counter[int] = field(default_factory=Counter)  # of checks that were due
+    first_late: Counter[int] = field(default_factory=Counter)  # of first ones, since it opened
     worker_seconds: float = 0.0
     workers_started: int = 0
+    under_way: int = 0
     most_at_once: int = 0
 
 
 class Simulation:
-    """Events in the order of their virtual time: ticks, and the batches of each worker."""
+    """A shop, and the workers that check its sessions. Seconds are of the virtual clock."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (as on the command line)
         self,
         open_sessions: int = OPEN,
-        seconds: int = HOUR_SECONDS,
+        seconds: int = MINUTES * 60,
         memory_mb: int = MEMORY_MB,
         in_flight: int = IN_FLIGHT,
+        workers: int = WORKERS,
+        latency: float = LATENCY_SECONDS,
     ) -> None:
         self.open = open_sessions
         self.seconds = seconds
@@ -99,164 +154,175 @@ class Simulation:
                 "APIKEY": "none",
                 "CHECK_CADENCE": CADENCE,
                 "MAX_CONCURRENCY": str(in_flight),
+                "MAX_WORKERS": str(workers),
             }
         )
         self.interval = self.settings.interval_seconds
-        self.clock = FakeClock(START)
-        self.database = SQLiteDatabase(Path(":memory:"), clock=self.clock)
-        self.store = Store(self.database)
+        self.latency = latency
+        self.check_seconds = CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB)
+        self.loop = VirtualLoop()
+        self.database = SQLiteDatabase(Path(":memory:"), clock=self.now)
         self.random = random.Random(1)
-        self.batch = CLAIMS_PER_REQUEST * self.settings.max_concurrency
-        # Seconds a check takes of a worker: of its share of a processor, or of its free hands.
-        self.pace = max(
-            CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB),
-            LATENCY_SECONDS / self.settings.max_concurrency,
-        )
-        self.lease = timedelta(
-            seconds=START_WITHIN_SECONDS
-            + self.settings.request_timeout_seconds
-            + RECORD_WITHIN_SECONDS
-        )
-        self.start_within = (
-            LAMBDA_TIMEOUT_SECONDS - FINISH_SECONDS - self.settings.request_timeout_seconds
-        )
         self.due: dict[str, datetime] = {}
+        self.opened: dict[str, datetime] = {}  # not checked yet
         self.numbers = itertools.count()
         self.oldest = itertools.count()
-        self.workers = 0
         self.warm = 0
+        self.invocations: set[asyncio.Task[None]] = set()
         self.seen = Outcomes()
+
+    def now(self) -> datetime:
+        """The database's clock."""
+        return START + timedelta(milliseconds=round(self.loop.now * 1000))
 
     def prepare(self) -> None:
         """A day's sessions, each somewhere in its own interval."""
+        logger.setLevel(logging.CRITICAL)
         for statement in statements("sqlite"):
             self.database.run(partial(self.database.execute, statement))
-        self.store.prepare()
+        Store(self.database).prepare()
         ages = (LIVES_SECONDS * (1 - n / self.open) for n in range(self.open))
         for some in itertools.batched(ages, 1000, strict=False):
-            self._add([(age, self._slot_within(self._every(age))) for age in some])
+            self._queue([(age, self._slot_within(self._every(age))) for age in some])
 
-    def run(self) -> Iterator[float]:
-        """Yields the virtual seconds that have passed, at each tick."""
-        events: list[tuple[float, int, Worker | None]] = []
-        order = itertools.count()
-        for tick in range(0, self.seconds, self.interval):
-            heapq.heappush(events, (tick, next(order), None))
-        while events:
-            at, _, worker = heapq.heappop(events)
-            self.clock.now = START + timedelta(seconds=at)
-            if worker is None:
-                self._turn_over(at)
-                worker, ready = self._start(at)
-                heapq.heappush(events, (ready, next(order), worker))
-                yield at
-                continue
-            self._record(worker)
-            again = self._claim(worker, at)
-            if again is not None:
-                heapq.heappush(events, (again, next(order), worker))
+    def run(self, each_tick: Callable[[float], None] = lambda _at: None) -> Outcomes:
+        """Tick for the simulation's time, and let the last passes end."""
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._tick(each_tick))
+        return self.seen
 
     def close(self) -> None:
-        self.store.close()
+        self.database.close()
 
     def left(self) -> int:
         """Sessions that were due over a minute ago: lost, or too many."""
-        now = self.clock.now
-        return sum(1 for due in self.due.values() if (now - due).total_seconds() > 60)
+        minute_ago = self.now() - timedelta(seconds=60)
+        return sum(1 for due in self.due.values() if due < minute_ago)
 
-    def _start(self, at: float) -> tuple[Worker, float]:
-        self.workers += 1
-        self.seen.workers_started += 1
-        self.seen.most_at_once = max(self.seen.most_at_once, self.workers)
-        cold = COLD_START_SECONDS if self.workers > self.warm else 0.0
-        self.warm = max(self.warm, self.workers)
-        counting = COUNT_SECONDS * len(self.due)
-        return Worker(slot_at(self.clock.now, self.interval), at), at + cold + counting
+    async def _tick(self, each_tick: Callable[[float], None]) -> None:
+        for at in range(0, self.seconds, self.interval):
+            await asyncio.sleep(at - self.loop.now)
+            self._turn_over(at)
+            self.start(self.now())
+            each_tick(at)
+        while self.invocations:
+            await asyncio.wait(self.invocations)
 
-    def _claim(self, worker: Worker, at: float) -> float | None:
-        """When the batch is done; None: this worker has ended."""
-        if at - worker.started < self.start_within:
-            worker.claims = self.store.queue.claim_due(
-                tick=worker.tick, lease=self.lease, limit=self.batch
-            )
-        if not worker.claims:
-            self.workers -= 1
-            self.seen.worker_seconds += at - worker.started
-            return None
-        for nth, claim in enumerate(worker.claims):
-            late = (claim.claimed_at - self.due[claim.session_id]).total_seconds()
-            self.seen.lateness[round((late + nth * self.pace) * 10)] += 1
-        return at + max(LATENCY_SECONDS, len(worker.claims) * self.pace)
+    def start(self, tick: datetime) -> None:
+        """Lambda's asynchronous Invoke."""
+        task = self.loop.create_task(self._invocation(tick))
+        self.invocations.add(task)
+        task.add_done_callback(self.invocations.discard)
 
-    def _record(self, worker: Worker) -> None:
-        claims, worker.claims = worker.claims, []
-        answer = Answer(Outcome.ACTIVE, 200, LATENCY_SECONDS)
-        results = [
-            decide(
-                claim,
-                answer,
-                tick=worker.tick,
-                answered_at=self.clock.now,
-                settings=self.settings,
+    async def _invocation(self, tick: datetime) -> None:
+        seen = self.seen
+        seen.workers_started += 1
+        seen.under_way += 1
+        seen.most_at_once = max(seen.most_at_once, seen.under_way)
+        cold = seen.under_way > self.warm
+        self.warm = max(self.warm, seen.under_way)
+        await asyncio.sleep(COLD_START_SECONDS if cold else WARM_START_SECONDS)
+        began = self.loop.now
+        try:
+            await check_open_checkout_sessions(
+                _WatchedStore(self.database, self.due),
+                _Billing(self),
+                self.settings,
+                PassOptions(
+                    Reason.TICK,
+                    tick,
+                    start_seconds=LAMBDA_SECONDS
+                    - FINISH_SECONDS
+                    - self.settings.request_timeout_seconds,
+                    total_seconds=LAMBDA_SECONDS - FINISH_SECONDS,
+                ),
+                database_thread=_DatabaseThread(self.loop),
+                start_worker=self.start,
                 choose=self.random.randint,
             )
-            for claim in claims
-        ]
-        if results:
-            self.store.record(results)
-        self.seen.checks += len(results)
-        for result in results:
-            if result.claim.session_id in self.due:  # not expired meanwhile
-                self.due[result.claim.session_id] = result.next_check_at
+        finally:
+            seen.under_way -= 1
+            seen.worker_seconds += self.loop.now - began
 
     def _turn_over(self, at: float) -> None:
-        """As many sessions begin as expire; the worker's count would adopt and forget them."""
+        """As many sessions begin as expire."""
         a_second = self.open / LIVES_SECONDS
         count = math.floor((at + self.interval) * a_second) - math.floor(at * a_second)
-        if not count:
-            return
-        expired = [f"s{next(self.oldest)}" for _ in range(count)]
-        marks = ", ".join(["%s"] * count)
+        for some in itertools.batched(range(count), 500, strict=False):
+            expired = [f"s{next(self.oldest)}" for _ in some]
+            for session_id in expired:
+                self.due.pop(session_id, None)
+                self.opened.pop(session_id, None)
+            marks = ", ".join(["%s"] * len(expired))
+            close = f"UPDATE checkout_session SET status = 'timeout' WHERE id IN ({marks})"
+            self.database.run(partial(self.database.execute, close, expired))
+            opened = [f"s{next(self.numbers)}" for _ in some]
+            self.opened |= dict.fromkeys(opened, self.now())
+            self._open(opened)
 
-        def forget() -> None:
-            for column in ("checkout_session_check WHERE session_id", "checkout_session WHERE id"):
-                self.database.execute(f"DELETE FROM {column} IN ({marks})", expired)
-
-        self.database.transaction(forget)
-        for session_id in expired:
-            del self.due[session_id]
-        self._add([(0.0, self.clock.now)] * count)
-
-    def _add(self, sessions: list[tuple[float, datetime]]) -> None:
-        """Open sessions, by age in seconds and when they are due."""
+    def _queue(self, sessions: list[tuple[float, datetime]]) -> None:
+        """Sessions that the monitor knows, by age in seconds and when they are due."""
         rows: list[Value] = []
         for age, due in sessions:
             session_id = f"s{next(self.numbers)}"
             self.due[session_id] = due
-            rows += [session_id, due, self.clock.now - timedelta(seconds=age)]
-        ids = rows[::3]
-        check = ", ".join(["(%s, %s, %s)"] * len(ids))
-        shop = ", ".join(["(%s, %s, 'open')"] * len(ids))
+            rows += [session_id, due, self.now() - timedelta(seconds=age)]
+        insert = (
+            "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at) VALUES "
+            + ", ".join(["(%s, %s, %s)"] * len(sessions))
+        )
+        self.database.run(partial(self.database.execute, insert, rows))
+        self._open([str(session_id) for session_id in rows[::3]])
 
-        def work() -> None:
-            self.database.execute(
-                "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at)"
-                f" VALUES {check}",
-                rows,
-            )
-            self.database.execute(
-                f"INSERT INTO checkout_session (id, billing_checkout_id, status) VALUES {shop}",
-                [value for id_ in ids for value in (id_, id_)],
-            )
-
-        self.database.transaction(work)
+    def _open(self, session_ids: Sequence[str]) -> None:
+        insert = (
+            "INSERT INTO checkout_session (id, billing_checkout_id, status) VALUES "
+            + ", ".join(["(%s, %s, 'open')"] * len(session_ids))
+        )
+        values = [value for session_id in session_ids for value in (session_id, session_id)]
+        self.database.run(partial(self.database.execute, insert, values))
 
     def _every(self, age: float) -> float:
         return self.settings.cadence.every_seconds(age)
 
     def _slot_within(self, seconds: float) -> datetime:
         slots = self.random.randrange(max(1, round(seconds / self.interval)))
-        return self.clock.now + timedelta(seconds=slots * self.interval)
+        return START + timedelta(seconds=slots * self.interval)
+
+
+class _Billing:
+    """Billing, and the share of a processor of the worker that asks it."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self._processor_free = 0.0
+
+    async def check(self, billing_checkout_id: str | None) -> Answer:
+        assert billing_checkout_id is not None
+        simulation, seen = self._simulation, self._simulation.seen
+        asked = simulation.loop.now
+        leaves = self._processor_free = max(asked, self._processor_free) + simulation.check_seconds
+        at = START + timedelta(seconds=leaves)
+        if opened := simulation.opened.pop(billing_checkout_id, None):
+            seen.first_late[round((at - opened).total_seconds() * 10)] += 1
+        elif due := simulation.due.get(billing_checkout_id):
+            seen.late[round((at - due).total_seconds() * 10)] += 1
+        seen.checks += 1
+        await asyncio.sleep(leaves + simulation.latency - asked)
+        return Answer(Outcome.ACTIVE, 200, simulation.loop.now - asked)
+
+
+class _WatchedStore(Store):
+    """Tells when each session is due again."""
+
+    def __init__(self, database: SQLiteDatabase, due: dict[str, datetime]) -> None:
+        super().__init__(database)
+        self._due = due
+
+    @override
+    def record(self, results: Sequence[Result]) -> Recorded:
+        self._due |= {result.claim.session_id: result.next_check_at for result in results}
+        return super().record(results)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:
@@ -269,48 +335,63 @@ def not_later_than(lateness: Counter[int], share: float) -> float:
     raise ValueError("there were no checks")
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+@contextmanager
+def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa: ANN401 (Simulation's own)
+    simulation = Simulation(*arguments, **keywords)
+    try:
+        simulation.prepare()
+        yield simulation
+    finally:
+        simulation.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make simulate", description=__doc__)
-    parser.add_argument("--minutes", type=int, default=HOUR_SECONDS // 60)
+    parser.add_argument("--open", type=int, default=OPEN, help="open sessions")
+    parser.add_argument("--minutes", type=int, default=MINUTES)
     parser.add_argument("--memory", type=int, default=MEMORY_MB, help="WorkerMemory, MB")
     parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="MaxConcurrency")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="MaxWorkers")
+    parser.add_argument("--latency", type=float, default=LATENCY_SECONDS, help="billing's, seconds")
     given = parser.parse_args()
     seconds = given.minutes * 60
-    tell(f"Making {OPEN:,} open sessions …")
-    with closing(Simulation(OPEN, seconds, given.memory, given.in_flight)) as simulation:
-        simulation.prepare()
-        for at in simulation.run():
-            if at % 300 == 0:
-                tell(f"{at / 60:.0f} of {given.minutes} minutes, {simulation.seen.checks:,} checks")
-    seen = simulation.seen
+    tell(f"Making {given.open:,} open sessions …")
+    with simulated(
+        given.open, seconds, given.memory, given.in_flight, given.workers, given.latency
+    ) as simulation:
+
+        def progress(at: float) -> None:
+            if at % 60 == 0:
+                checks = simulation.seen.checks
+                tell(f"{at / 60:.0f} of {given.minutes} minutes, {checks:,} checks")
+
+        seen = simulation.run(progress)
+        left = simulation.left()
     gb_seconds = seen.worker_seconds * given.memory / 1024
-    a_month = MONTH_SECONDS / seconds
     workers = gb_seconds * GB_SECOND + seen.workers_started * INVOCATION
+    late = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999, "most": 1.0}
     print(
-        f"{OPEN:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={CADENCE!r}, "
-        f"{given.memory} MB, {given.in_flight} in flight, "
-        f"billing after {LATENCY_SECONDS * 1000:.0f} ms\n"
+        f"{given.open:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={CADENCE!r}, "
+        f"{given.memory} MB, {given.in_flight} in flight, {given.workers} workers at most, "
+        f"billing after {given.latency * 1000:.0f} ms\n"
         f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
-        f"sessions over a minute late at the end: {simulation.left():,}\n"
-        "lateness of a check, seconds: "
+        f"sessions over a minute late at the end: {left:,}\n"
+        "a request leaves so many seconds after its tick: "
         + ", ".join(
-            f"{name} {not_later_than(seen.lateness, share):.1f}"
-            for name, share in (
-                ("median", 0.5),
-                ("95 %", 0.95),
-                ("99 %", 0.99),
-                ("99.9 %", 0.999),
-                ("most", 1.0),
-            )
+            f"{name} {not_later_than(seen.late, share):.1f}" for name, share in late.items()
+        )
+        + "\na new session's first, so many after it opened: "
+        + ", ".join(
+            f"{name} {not_later_than(seen.first_late, share):.1f}" for name, share in late.items()
         )
         + f"\nworkers at once: {seen.worker_seconds / seconds:.1f} on average, "
         f"{seen.most_at_once} at the most\n"
-        f"a month: ${workers * a_month:,.0f} for workers, and ${BESIDES:,.0f} for the rest"
+        f"a month of workers: ${workers * MONTH_SECONDS / seconds:,.0f}"
     )
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

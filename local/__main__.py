@@ -14,14 +14,15 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dotenv import dotenv_values
 
 from core import observability
 from core.settings import Settings, SettingsError, SQLitePath
-from local import billing, loop
+from local import billing, loop, terminal
 from local.api import running_api
 from local.samples import SAMPLES, make_samples
 from local.workers import Workers
@@ -51,12 +52,17 @@ def main() -> int:
     dotenv = {name: value or "" for name, value in dotenv_values(".env").items()}
     try:
         with contextlib.ExitStack() as stack:
-            settings = prepared(dotenv | os.environ, arguments.billing_port, stack)
-            workers = stack.enter_context(contextlib.closing(Workers(settings, WORKERS)))
+            ready = prepared(dotenv | os.environ, arguments.billing_port, stack)
+            terminal.show_news_only(debug=ready.settings.debug)
+            workers = stack.enter_context(contextlib.closing(Workers(ready.settings, WORKERS)))
             with on_port(arguments.api_port, "--api-port"):
-                port = stack.enter_context(running_api(arguments.api_port, lambda: workers))
-            print(f"API: http://localhost:{port}/api/health", flush=True)
-            loop.run(workers.start_check, settings.interval_seconds, stopping)
+                port = stack.enter_context(
+                    running_api(arguments.api_port, lambda: workers, ready.simulated)
+                )
+            print(f"The monitor's page: http://localhost:{port}/")
+            print(*ready.told, f"API: http://localhost:{port}/api/health", sep="\n", flush=True)
+            loop.run(workers.start_check, ready.settings.interval_seconds, stopping)
+            terminal.end_newest_line()
             print("Stopping: open claims are given back.", flush=True)
     except (StartError, SettingsError) as error:
         print(f"❌ {error}", file=sys.stderr)
@@ -64,7 +70,16 @@ def main() -> int:
     return 0
 
 
-def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitStack) -> Settings:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the monitor runs on here, and the lines that say so."""
+
+    settings: Settings
+    simulated: billing.SimulatedBilling | None  # None: a billing service of the user's
+    told: Sequence[str]
+
+
+def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitStack) -> Prepared:
     """The settings, with what they leave open provided here: database, billing service, interval.
 
     Raises:
@@ -74,24 +89,24 @@ def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSt
     given = {name: value for name, value in env.items() if value.strip()}
     given.setdefault("DATABASE_URL", f"sqlite:///{DATABASE}")
     given.setdefault("CHECK_INTERVAL_SECONDS", str(loop.default_interval_seconds()))
-    if "BILLING_API_URL" in given:
-        billing_is = "Billing service"
-    else:
-        billing_is = "Simulated billing service"
+    given.setdefault("LOG_LINES_ACTIVE", str(observability.LINES_PER_OUTCOME))
+    simulated = None
+    if "BILLING_API_URL" not in given:
         with on_port(billing_port, "--billing-port"):
             simulated = stack.enter_context(billing.running_billing(port=billing_port))
         given["BILLING_API_URL"] = simulated.url
     settings = Settings.from_env(given)
     observability.set_level(debug=settings.debug)
-    print(f"{billing_is}: {settings.billing_api_url}")
+    told = [f"{'Simulated b' if simulated else 'B'}illing service: {settings.billing_api_url}"]
     if isinstance(settings.database, SQLitePath):
         path = settings.database.path
         try:
             made = make_samples(path)
         except (OSError, sqlite3.Error) as error:
             raise StartError(f"The database file {path} cannot be used: {error}.") from None
-        print(f"Database: {path}" + (f", made with {len(SAMPLES)} sample sessions" if made else ""))
-    return settings
+        samples = f", made with {len(SAMPLES)} sample sessions" if made else ""
+        told.append(f"Database: {path}{samples}")
+    return Prepared(settings, simulated, told)
 
 
 @contextlib.contextmanager

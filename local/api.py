@@ -1,16 +1,24 @@
-"""The API on this machine: the Lambda's own routes, served by uvicorn."""
+"""The API on this machine: the Lambda's own routes, served by uvicorn.
+
+Where the billing service is the simulated one, `simulate` beside them is its control, for the page.
+"""
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from aws_lambda_powertools.event_handler import HttpResolverLocal
+from aws_lambda_powertools.event_handler import HttpResolverLocal, Response, content_types
 
 from handlers.api import Monitor, add_routes
+from handlers.page import operators_page
+from local.billing import BY_ID, MODES, SimulatedBilling
 
 type Message = MutableMapping[str, Any]
 type Receive = Callable[[], Awaitable[Message]]
@@ -19,14 +27,18 @@ type Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 @contextlib.contextmanager
-def running_api(port: int, monitor: Callable[[], Monitor]) -> Iterator[int]:
+def running_api(
+    port: int, monitor: Callable[[], Monitor], simulated: SimulatedBilling | None = None
+) -> Iterator[int]:
     """Serve the API on 127.0.0.1 until the block ends; yields the port (0 asks for a free one).
 
     Raises:
         OSError: the port is in use, or may not be used.
     """
     resolver = HttpResolverLocal()
-    add_routes(resolver, monitor)
+    add_routes(resolver, monitor, partial(operators_page, simulated=simulated is not None))
+    if simulated is not None:
+        add_control(resolver, simulated)
     with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -45,6 +57,23 @@ def running_api(port: int, monitor: Callable[[], Monitor]) -> Iterator[int]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+def add_control(app: HttpResolverLocal, billing: SimulatedBilling) -> None:
+    """Make `app` serve what the simulated billing service serves as /simulate itself."""
+
+    @app.get("/simulate")
+    def current() -> Response[str]:
+        body = {"mode": billing.mode, "modes": [BY_ID, *MODES]}
+        return Response(HTTPStatus.OK.value, content_types.APPLICATION_JSON, json.dumps(body))
+
+    @app.post("/simulate")
+    def change() -> Response[str]:
+        try:
+            billing.simulate(app.current_event.decoded_body or "")
+        except ValueError as error:
+            return Response(HTTPStatus.BAD_REQUEST.value, content_types.TEXT_PLAIN, str(error))
+        return current()
 
 
 def in_threads(application: Application) -> Application:

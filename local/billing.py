@@ -22,6 +22,11 @@ optional.
 
 Without a key, or with a wrong one, it is 401. Another path is 404, another method 405, and what is
 not HTTP 400.
+
+`POST /simulate` makes it treat every id alike, until it is told otherwise:
+`curl -d failing http://localhost:4000/simulate`. The modes are `by id` (as above), `healthy`,
+`slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
+`paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` tells the mode.
 """  # noqa: E501 - a row of a table is one line
 
 import argparse
@@ -36,7 +41,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import NamedTuple, Self, cast
 from urllib.parse import unquote
@@ -44,7 +49,19 @@ from urllib.parse import unquote
 HOST = "127.0.0.1"
 PORT = 4000
 _SESSIONS = "/billing/api/v1/paysession/"
+_SIMULATE = "/simulate"
 _REDIRECTED = "/billing/api/v1/redirected"
+
+BY_ID = "by id"
+# What every checkout id is taken for in a mode.
+MODES: Mapping[str, str] = {
+    "healthy": "active",
+    "slow": "slow",
+    "failing": "500",
+    "rate-limiting": "429",
+    "paying": "paid_0",
+    "down": "reset",
+}
 
 _MAX_REQUEST_BYTES = 64 * 1024
 _HUGE_BYTES = 1024 * 1024
@@ -70,6 +87,7 @@ class _Request(NamedTuple):
     checkout_id: str  # decoded; empty: the path is not a session's
     api_key: str
     keep_alive: bool
+    body: str
 
 
 class _Answer(NamedTuple):
@@ -103,6 +121,7 @@ class SimulatedBilling:
         self.max_in_flight = 0
         self.redirects_followed = 0
         self.pause_seconds = pause_seconds
+        self.mode = BY_ID
         self._clock = clock
         self._api_key = api_key
         self._first_asked: dict[str, float] = {}
@@ -151,8 +170,24 @@ class SimulatedBilling:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
 
+    def simulate(self, mode: str) -> None:
+        """Do to every id what the mode says.
+
+        Raises:
+            ValueError: there is no such mode.
+        """
+        if mode != BY_ID and mode not in MODES:
+            raise ValueError(f"There is no mode {mode!r}; there are {', '.join((BY_ID, *MODES))}.")
+        self.mode = mode
+
+    def words(self, checkout_id: str) -> list[str]:
+        """What is to be done for an id, the first word above all."""
+        return MODES.get(self.mode, checkout_id.removeprefix("checkout_")).split("_")
+
     def take(self, request: _Request) -> _Answer | None:
         """Count a request, and answer it when that is not for its checkout id to say."""
+        if request.path == _SIMULATE:
+            return self._control(request)
         if request.path == _REDIRECTED:
             self.redirects_followed += 1
             return _session("redirected")
@@ -168,7 +203,7 @@ class SimulatedBilling:
     def answer(self, checkout_id: str) -> _Answer:
         """Answer as the id's word says, where that asks for no trouble on the connection itself."""
         answer = _session(checkout_id)
-        match _words(checkout_id):
+        match self.words(checkout_id):
             case ["huge", *_]:  # space after JSON is still JSON
                 answer = answer._replace(body=answer.body.ljust(_HUGE_BYTES))
             case ["text", *_]:
@@ -187,6 +222,16 @@ class SimulatedBilling:
             case [code, *_] if _STATUS_CODE.fullmatch(code) and code != "200":
                 answer = _error(int(code))
         return answer
+
+    def _control(self, request: _Request) -> _Answer:
+        if request.method not in ("GET", "POST"):
+            return _error(405, "Allow: GET, POST")
+        try:
+            if request.method == "POST":
+                self.simulate(request.body.strip())
+        except ValueError as error:
+            return _Answer(400, json.dumps({"error": str(error)}).encode())
+        return _Answer(200, json.dumps({"mode": self.mode, "modes": [BY_ID, *MODES]}).encode())
 
 
 class _Connection(asyncio.Protocol):
@@ -236,7 +281,7 @@ class _Connection(asyncio.Protocol):
             self._billing.in_flight -= 1
 
     def _behave(self, checkout_id: str) -> None:
-        match _words(checkout_id)[0]:
+        match self._billing.words(checkout_id)[0]:
             case "hang":
                 pass  # in flight until the client has had enough
             case "slow":
@@ -309,6 +354,7 @@ def _take(received: bytearray) -> _Request | None:
         raise ValueError
     if len(received) < end + int(length):
         return None
+    body = received[end : end + int(length)].decode(errors="replace")
     del received[: end + int(length)]
     path = target.partition("?")[0]
     before, sessions, segment = path.partition(_SESSIONS)
@@ -319,11 +365,8 @@ def _take(received: bytearray) -> _Request | None:
         unquote(segment, errors="strict") if is_session else "",
         headers.get("x-api-key", ""),
         minor == "1" and "close" not in headers.get("connection", "").lower(),
+        body,
     )
-
-
-def _words(checkout_id: str) -> list[str]:
-    return checkout_id.removeprefix("checkout_").split("_")
 
 
 def _session(checkout_id: str, state: str = "open") -> _Answer:

@@ -70,7 +70,7 @@ def execute(
     now: Callable[[], float],
     wait_until: Callable[[float], None],
 ) -> None:
-    """Run one execution, a little over a minute by the clock that `now` and `wait_until` share.
+    """Run one execution, some three minutes by the clock that `now` and `wait_until` share.
 
     Both count seconds since 1970. `invoke` may raise StartError, which meets the definition's Retry
     (at once: sfnx does not wait between attempts) and Catch.
@@ -98,8 +98,9 @@ def execute(
 def definition(interval_seconds: int) -> Definition:
     """CheckLoop's definition, filled in as CloudFormation does it at a deployment."""
     loop = _template()["Resources"]["CheckLoop"]["Properties"]
+    given = {INTERVAL: interval_seconds, "AWS::Partition": "aws"}
     values = {
-        name: interval_seconds if value == {"Ref": INTERVAL} else name
+        name: given.get(value.get("Ref"), name)
         for name, value in loop["DefinitionSubstitutions"].items()
     }
     text = Template(json.dumps(loop["Definition"])).safe_substitute(values)

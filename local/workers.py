@@ -8,7 +8,7 @@ from datetime import datetime
 
 from core.crew import StartError
 from core.database import StoreError
-from core.model import Summary
+from core.model import JsonObject, Summary
 from core.observability import logger
 from core.settings import Settings
 from core.worker import Health, Worker
@@ -40,6 +40,9 @@ class Workers:
 
     def health(self) -> Health:
         return self._pool.submit(lambda: self._worker().health()).result()
+
+    def status(self) -> JsonObject:
+        return self._pool.submit(lambda: self._worker().status()).result()
 
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         try:

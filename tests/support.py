@@ -3,11 +3,7 @@
 import asyncio
 import json
 import re
-import shutil
-import socket
 import sqlite3
-import subprocess
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +23,11 @@ from core.monitor import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store import Store
 from core.worker import open_database
+from local.mariadb import mariadb_server as mariadb_server  # noqa: PLC0414 (tests and bench use it)
 
 if TYPE_CHECKING:
     from core.changes import Publisher
+    from core.crew import StartWorker
 
 EVENTS = Path(__file__).parents[1] / "events"
 SCHEMA = Path(__file__).parents[1] / "local" / "schema"
@@ -136,58 +134,6 @@ def mysql_shop(server: str, schema: Iterable[str] | None = None) -> Iterator[MyS
             cursor.execute(f"DROP DATABASE {shop.database}")
 
 
-@contextmanager
-def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
-    """A MariaDB server of one's own, from the binaries of this machine; yields its URL."""
-    data = directory / "data"
-    log = directory / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    user = ["--user=root"] if Path("/root").owner() == "root" else []
-    with log.open("wb") as output:
-        subprocess.run(
-            [
-                "mariadb-install-db",
-                "--no-defaults",
-                f"--datadir={data}",
-                "--auth-root-authentication-method=normal",
-                "--skip-test-db",
-                *user,
-            ],
-            check=True,
-            stdout=output,
-            stderr=output,
-        )
-        server = subprocess.Popen(
-            [
-                str(shutil.which("mariadbd") or "/usr/sbin/mariadbd"),
-                "--no-defaults",
-                f"--datadir={data}",
-                f"--port={port}",
-                "--bind-address=127.0.0.1",
-                f"--socket={directory}/s",
-                f"--pid-file={directory}/pid",
-                *user,
-                *options,
-            ],
-            stdout=output,
-            stderr=output,
-        )
-        try:
-            url = f"mysql://root@127.0.0.1:{port}/"
-            for _ in range(300):
-                try:
-                    connect(url).close()
-                    break
-                except pymysql.OperationalError:
-                    assert server.poll() is None, log.read_text(errors="replace")
-                    time.sleep(0.1)
-            yield url
-        finally:
-            server.terminate()
-            server.wait()
-
-
 def add_sessions(shop: Shop, sessions: Mapping[str, str | None], status: str = "open") -> None:
     """Put sessions in the shop's table: billing checkout ids by session id."""
     items = list(sessions.items())
@@ -263,6 +209,7 @@ class Passes:
         self.billing = billing
         self.choose = lambda _low, high: high
         self.publisher: Publisher | None = None
+        self.start_worker: StartWorker | None = None
         store = Store(database_of(shop, clock))
         store.prepare()
         store.close()
@@ -281,6 +228,7 @@ class Passes:
                     settings_for(self.shop, **env),
                     options or PassOptions(Reason.TICK, self.clock.now),
                     database_thread=thread,
+                    start_worker=self.start_worker,
                     choose=self.choose,
                 )
             finally:

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 # samtranslator has no types.
@@ -52,9 +53,11 @@ AWS_METRICS = {
     ("AWS/Lambda", "Errors"): "FunctionName",
     ("AWS/Lambda", "Throttles"): "FunctionName",
     ("AWS/Lambda", "ConcurrentExecutions"): "FunctionName",
+    ("AWS/States", "ExecutionsStarted"): "StateMachineArn",
     ("AWS/States", "ExecutionsFailed"): "StateMachineArn",
     ("AWS/States", "ExecutionsTimedOut"): "StateMachineArn",
     ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): "QueueName",
+    ("AWS/SQS", "NumberOfMessagesSent"): "QueueName",
 }
 
 type Resource = dict[str, Any]
@@ -69,19 +72,37 @@ def template() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def resources(template: dict[str, Any]) -> dict[str, Resource]:
-    """What SAM turns the template into, plain CloudFormation."""
-    packaged = copy.deepcopy(template)
+    return translated(template, "eu-central-1")
+
+
+def translated(template: Mapping[str, Any], region: str) -> dict[str, Resource]:
+    """What SAM turns the template into in a region, plain CloudFormation."""
+    packaged = copy.deepcopy(dict(template))
     packaged["Globals"]["Function"]["CodeUri"] = "s3://bucket/package"  # what `sam package` does
     defaults = {
         name: parameter["Default"]
         for name, parameter in template["Parameters"].items()
         if "Default" in parameter
     }
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-        translated = Translator({}, Parser()).translate(packaged, defaults | REQUIRED)
-    found: dict[str, Resource] = translated["Resources"]
+    sam = Translator({}, Parser(), boto_session=boto3.Session(region_name=region))
+    found: dict[str, Resource] = sam.translate(packaged, defaults | REQUIRED)["Resources"]
     return found
+
+
+def render(value: Any, names: Mapping[str, str], conditions: Mapping[str, bool]) -> Any:  # noqa: ANN401 (JSON)
+    """Conditions decided, and references to what `names` knows replaced, as CloudFormation does."""
+    match value:
+        case {"Fn::If": [condition, then, otherwise]}:
+            return render(then if conditions[condition] else otherwise, names, conditions)
+        case {"Ref": str(name)}:
+            return names.get(name, value)
+        case dict():
+            return {key: render(item, names, conditions) for key, item in value.items()}
+        case list():
+            return [render(item, names, conditions) for item in value]
+        case str():
+            return re.sub(r"\$\{([\w:]+)\}", lambda m: names.get(m[1], m[0]), value)
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +112,10 @@ def definition(resources: dict[str, Resource]) -> dict[str, Any]:
     separator, lines = properties["DefinitionString"]["Fn::Join"]
     text: str = separator.join(lines)
     for name, value in properties["DefinitionSubstitutions"].items():
-        text = text.replace(f"${{{name}}}", "5" if "Ref" in value else f"arn:aws:lambda:::{name}")
+        filled = {"CheckIntervalSeconds": "5", "AWS::Partition": "aws"}
+        text = text.replace(
+            f"${{{name}}}", filled.get(value.get("Ref"), f"arn:aws:lambda:::{name}")
+        )
     rendered: dict[str, Any] = json.loads(text)
     return rendered
 
@@ -134,22 +158,76 @@ class TestResources:
 
         assert loop["StateMachineType"] == "EXPRESS"
         assert loop["LoggingConfiguration"]["Level"] == "ERROR"
-        assert loop["TracingConfiguration"] == {"Enabled": True}
         assert schedule["ScheduleExpression"] == "rate(1 minute)"
         assert schedule["FlexibleTimeWindow"] == {"Mode": "OFF"}
         assert schedule["State"] == {"Ref": "MonitorState"}
         assert schedule["Target"]["RetryPolicy"]["MaximumEventAgeInSeconds"] == 60
+
+    def test_nothing_is_traced_and_nothing_may_trace_unless_asked_for(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        loop = resources["CheckLoop"]["Properties"]
+        stage = resources["MonitorApiliveStage"]["Properties"]
+
+        assert loop["TracingConfiguration"] == {"Enabled": {"Fn::If": ["IsTraced", True, False]}}
+        assert stage["TracingEnabled"] == {"Fn::If": ["IsTraced", True, False]}
+        for function in of_type(resources, "AWS::Lambda::Function").values():
+            mode = {"Fn::If": ["IsTraced", "Active", "PassThrough"]}
+            assert function["TracingConfig"] == {"Mode": mode}
+        tracing = [s for s in statements(resources) if "xray:" in json.dumps(s)]
+        assert [s["Sid"] for s in tracing] == ["Trace", "Trace"]
+        assert not [s for s in statements(resources, {}) if "xray:" in json.dumps(s)]
 
     def test_two_stacks_in_one_account_do_not_collide(self, resources: dict[str, Resource]) -> None:
         names = [
             value
             for resource in resources.values()
             for key, value in resource.get("Properties", {}).items()
-            if key.endswith("Name") and key not in ("StageName", "MetricName")
+            # A stage's, a metric's and an inline policy's are within something of the stack's own.
+            if key.endswith("Name") and key not in ("StageName", "MetricName", "PolicyName")
         ]
 
         fixed = [name for name in names if not re.search(r"'Ref'|AWS::StackName", str(name))]
         assert fixed == []
+
+    def test_a_first_deployment_that_fails_leaves_nothing_behind(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        kept = {
+            name: resource["DeletionPolicy"]
+            for name, resource in resources.items()
+            if "DeletionPolicy" in resource
+        }
+
+        assert kept == dict.fromkeys(
+            ("ApiGatewayAccount", "ApiGatewayLogRole"), "RetainExceptOnCreate"
+        )
+
+    def test_what_failed_checks_leave_is_encrypted(self, resources: dict[str, Resource]) -> None:
+        assert resources["FailedChecks"]["Properties"]["SqsManagedSseEnabled"] is True
+
+    @pytest.mark.parametrize(
+        ("partition", "region"), [("aws-cn", "cn-north-1"), ("aws-us-gov", "us-gov-west-1")]
+    )
+    def test_in_another_partition_nothing_names_the_commercial_one(
+        self, template: dict[str, Any], partition: str, region: str
+    ) -> None:
+        names = {"AWS::Partition": partition, "AWS::Region": region}
+        conditions = dict.fromkeys(template["Conditions"], False) | {
+            "IsInChina": partition == "aws-cn",
+            "IsInGovCloud": partition == "aws-us-gov",
+        }
+
+        rendered = json.dumps(
+            [
+                render(translated(template, region), names, conditions),
+                render(template["Outputs"], names, conditions),
+            ]
+        )
+
+        assert f"arn:{partition}:" in rendered
+        assert "arn:aws:" not in rendered.replace(SECRET, "")
+        assert not re.findall(r"[\w.-]*console\.aws\.amazon\.com", rendered)
 
     def test_a_failed_check_is_not_retried_but_reported(
         self, resources: dict[str, Resource]
@@ -178,7 +256,6 @@ class TestResources:
 
             assert callable(getattr(importlib.import_module(module), name))
             assert function["Runtime"] == "python3.13"
-            assert function["TracingConfig"] == {"Mode": "Active"}
 
     def test_every_log_group_has_a_retention_and_every_function_a_log_group(
         self, resources: dict[str, Resource]
@@ -228,7 +305,9 @@ class TestParameters:
             ("BillingApiUrl", "http://billing:4000/api", "billing:4000"),
             ("CheckCadence", "5s until 10m, 30s until 1h, 5m", "5s until 10m"),
             ("CheckCadence", "1m", "60"),
+            ("CheckCadence", "", "5"),
             ("ApiKeySecretArn", REQUIRED["ApiKeySecretArn"], f"{SECRET}billing/key"),
+            ("ApiKeySecretArn", "", "the-key"),
             ("DatabaseSecretArn", REQUIRED["DatabaseSecretArn"], ""),
             ("SecretsKeyArn", "", "alias/shop"),
             ("BillingStatusMap", '{"paid": "success"}', "paid=success"),
@@ -251,23 +330,24 @@ def environment(
     template: Mapping[str, Any],
     resources: Mapping[str, Resource],
     parameters: Mapping[str, object] | None = None,
+    conditions: Container[str] = ("HasApiKeySecret",),
 ) -> dict[str, str]:
-    """The worker's environment variables in a stack with these parameters."""
+    """The worker's environment variables in a stack with these parameters, where these hold."""
     values: dict[str, object] = {"AWS::StackName": STACK}
     for name, parameter in template["Parameters"].items():
         values[name] = parameter.get("Default")
     values |= REQUIRED | dict(parameters or {})
     variables = resources["CheckSessionsFunction"]["Properties"]["Environment"]["Variables"]
-    env = {}
-    for name, value in variables.items():
+
+    def rendered(value: Any) -> str:  # noqa: ANN401 (JSON)
         match value:
             case {"Ref": referred}:
-                env[name] = str(values[referred])
-            case {"Fn::If": [_, _, otherwise]}:
-                env[name] = otherwise
-            case _:
-                env[name] = value
-    return env
+                return str(values[referred])
+            case {"Fn::If": [condition, then, otherwise]}:
+                return rendered(then if condition in conditions else otherwise)
+        return str(value)
+
+    return {name: rendered(value) for name, value in variables.items()}
 
 
 class TestPermissions:
@@ -315,6 +395,19 @@ class TestPermissions:
 
         assert readable == [{"Ref": "ApiKeySecretArn"}, {"Ref": "DatabaseSecretArn"}]
 
+    def test_one_secret_may_hold_the_api_key_beside_the_database_address(
+        self, template: dict[str, Any], resources: dict[str, Resource]
+    ) -> None:
+        env = environment(template, resources, {"ApiKeySecretArn": ""}, conditions={})
+        readable = [
+            statement["Resource"]
+            for statement in statements(resources, {"HasSecretsKey"})
+            if "secretsmanager:GetSecretValue" in listed(statement["Action"])
+        ]
+
+        assert env["APIKEY_SECRET_ARN"] == env["DATABASE_SECRET_ARN"]
+        assert readable == [{"Ref": "DatabaseSecretArn"}]
+
     def test_the_functions_publish_to_the_one_bus_that_is_named(
         self, resources: dict[str, Resource]
     ) -> None:
@@ -326,30 +419,39 @@ class TestPermissions:
 
         assert bus.endswith(":event-bus/${EventBusName}")
 
-    def test_the_loop_invokes_the_worker_and_nothing_else(
+    def test_the_loop_and_the_worker_invoke_the_worker_and_nothing_else(
         self, resources: dict[str, Resource]
     ) -> None:
-        invocable = [
-            statement["Resource"]
+        invocable = {
+            statement["Sid"]: statement["Resource"]
             for statement in statements(resources)
             if "lambda:InvokeFunction" in listed(statement["Action"])
-        ]
+        }
 
-        assert invocable == [{"Fn::GetAtt": ["CheckSessionsFunction", "Arn"]}]
+        worker = {"Fn::GetAtt": ["CheckSessionsFunction", "Arn"]}
+        assert invocable == {"StartChecks": worker, "StartHelpers": worker}
+        assert resources["StartHelpers"]["Properties"]["Roles"] == [{"Ref": "CheckSessionsRole"}]
 
 
-def statements(resources: Mapping[str, Resource]) -> Iterator[dict[str, Any]]:
-    """Every statement that allows anything, those that hang on a condition included."""
+def statements(
+    resources: Mapping[str, Resource], conditions: Container[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every statement that allows anything where these conditions hold; None: all of them."""
     documents = [
         policy["PolicyDocument"]
         for role in of_type(resources, "AWS::IAM::Role").values()
         for policy in role.get("Policies", [])
     ]
-    policies = of_type(resources, "AWS::IAM::ManagedPolicy").values()
-    documents += [policy["PolicyDocument"] for policy in policies]
+    for kind in ("AWS::IAM::ManagedPolicy", "AWS::IAM::Policy"):
+        documents += [policy["PolicyDocument"] for policy in of_type(resources, kind).values()]
     for document in documents:
         for statement in document["Statement"]:
-            yield statement["Fn::If"][1] if "Fn::If" in statement else statement
+            match statement:
+                case {"Fn::If": [condition, then, _]}:
+                    if conditions is None or condition in conditions:
+                        yield then
+                case _:
+                    yield statement
 
 
 def listed(value: str | list[str]) -> list[str]:
@@ -357,7 +459,7 @@ def listed(value: str | list[str]) -> list[str]:
 
 
 class TestApi:
-    def test_health_is_open_and_everything_else_needs_the_api_key(
+    def test_what_tells_nothing_of_the_shop_is_open_and_everything_else_needs_the_api_key(
         self, resources: dict[str, Resource]
     ) -> None:
         paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
@@ -368,16 +470,18 @@ class TestApi:
             if settings["security"] != [{"api_key": []}]
         ]
 
-        assert open_methods == ["GET /api/health"]
+        assert sorted(open_methods) == ["GET /", "GET /api/health", "GET /api/openapi.json"]
         assert "post" in paths["/api/test/checkout-sessions"]
 
     def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
-        [settings] = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
+        every, health = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
         plan = resources["MonitorApiUsagePlan"]["Properties"]
 
-        assert (settings["ResourcePath"], settings["HttpMethod"]) == ("/*", "*")
-        assert settings["ThrottlingRateLimit"] <= 10
-        assert plan["Throttle"]["RateLimit"] <= settings["ThrottlingRateLimit"]
+        assert (every["ResourcePath"], every["HttpMethod"]) == ("/*", "*")
+        assert every["ThrottlingRateLimit"] <= 10
+        assert plan["Throttle"]["RateLimit"] <= every["ThrottlingRateLimit"]
+        assert (health["ResourcePath"], health["HttpMethod"]) == ("/~1api~1health", "GET")
+        assert health["ThrottlingRateLimit"] <= 2
 
     def test_a_body_is_validated_by_the_limits_of_the_code_and_refused_in_its_words(
         self, resources: dict[str, Resource]
@@ -432,14 +536,36 @@ class TestMonitoring:
             assert alarm["AlarmActions"] == [{"Ref": "Alarms"}]
             assert alarm["AlarmDescription"]
 
-    def test_two_minutes_without_a_completed_pass_alarm_even_when_nothing_reports(
+    def test_two_minutes_without_a_completed_pass_alarm_and_so_does_a_loop_that_stops(
         self, resources: dict[str, Resource]
     ) -> None:
+        """Not before the first start, nor while the monitor is off: then nothing would change."""
         alarm = resources["NoPassAlarm"]["Properties"]
+        queries = {query["Id"]: query for query in alarm["Metrics"]}
+        stats = {name: query.get("MetricStat") for name, query in queries.items()}
 
-        assert alarm["MetricName"] == "PassesCompleted"
-        assert alarm["Period"] * alarm["EvaluationPeriods"] == 120
-        assert alarm["TreatMissingData"] == "breaching"
+        assert stats["passes"]["Metric"]["MetricName"] == "PassesCompleted"
+        assert stats["started"]["Metric"]["MetricName"] == "ExecutionsStarted"
+        assert queries["completed"]["Expression"] == "SUM([passes, 0 * started])"
+        assert stats["passes"]["Period"] * alarm["EvaluationPeriods"] == 120
+        assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("LessThanThreshold", 1)
+        assert alarm["TreatMissingData"] == "missing"
+        assert alarm["InsufficientDataActions"] == alarm["AlarmActions"]
+        assert alarm["ActionsEnabled"] == {"Fn::If": ["IsOn", True, False]}
+
+    def test_a_failed_check_alarms_for_a_minute_and_hides_no_later_one(
+        self, resources: dict[str, Resource]
+    ) -> None:
+        """Ticks that expire because the workers are all busy are no failures."""
+        alarm = resources["FailedChecksQueueAlarm"]["Properties"]
+        queries = {query["Id"]: query for query in alarm["Metrics"]}
+
+        sent = queries["sent"]["MetricStat"]["Metric"]
+        assert (sent["Namespace"], sent["MetricName"]) == ("AWS/SQS", "NumberOfMessagesSent")
+        assert queries["throttled"]["MetricStat"]["Metric"]["MetricName"] == "Throttles"
+        assert queries["failed"]["Expression"] == "IF(FILL(throttled, 0) > 0, 0, sent)"
+        assert alarm["EvaluationPeriods"] == 1
+        assert alarm["TreatMissingData"] == "notBreaching"
 
     def test_every_metric_of_an_alarm_or_a_widget_exists(
         self, resources: dict[str, Resource]
@@ -507,6 +633,8 @@ def widget_metrics(resources: Mapping[str, Resource]) -> Iterator[Metric]:
         before: list[str] = []
         for line in widget["properties"].get("metrics", []):
             given = [part for part in line if isinstance(part, str)]
+            if not given:  # an expression over the others
+                continue
             # A dot repeats what the line before has in that place.
             full = [before[place] if part == "." else part for place, part in enumerate(given)]
             yield full[0], full[1], tuple(zip(full[2::2], full[3::2], strict=True))
@@ -589,6 +717,9 @@ class TestEvents:
             "trigger",
             "trigger-with-ids",
             "trigger-bad-body",
+            "page",
+            "status",
+            "openapi",
         }
 
     def test_requests_are_of_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:

@@ -58,6 +58,14 @@ class Cadence:
                 raise ValueError("an older session cannot be checked more often than a younger one")
         return cls(tuple(steps))
 
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{_duration(step.every_seconds)} until {_duration(step.until_seconds)}"
+            if math.isfinite(step.until_seconds)
+            else _duration(step.every_seconds)
+            for step in self.steps
+        )
+
     def every_seconds(self, age_seconds: float) -> float:
         return next(s.every_seconds for s in self.steps if age_seconds < s.until_seconds)
 
@@ -72,6 +80,11 @@ def parse_duration(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise ValueError(f"{text.strip()!r} is no duration")
     return int(match[1]) * UNIT_SECONDS[match[2]]
+
+
+def _duration(seconds: float) -> str:
+    unit, size = [(u, size) for u, size in UNIT_SECONDS.items() if seconds % size == 0][-1]
+    return f"{seconds / size:.0f}{unit}"
 
 
 def slot_at(moment: datetime, interval_seconds: int) -> datetime:

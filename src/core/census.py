@@ -128,14 +128,16 @@ class Census:
     def _kept(self, up_to: Value) -> int:
         within, bounds = self._range("session_id", up_to)
         [(kept,)] = self._database.query(
-            f"SELECT COUNT(*) FROM checkout_session_check WHERE TRUE{within}", bounds
+            f"SELECT COUNT(*) FROM checkout_session_check {self._database.by_key}"
+            f" WHERE TRUE{within}",
+            bounds,
         )
         return integer(kept)
 
     def _forget_closed(self, up_to: Value) -> None:
         within, bounds = self._range("c.session_id", up_to)
         closed = self._database.query(
-            "SELECT c.session_id FROM checkout_session_check c"
+            f"SELECT c.session_id FROM checkout_session_check c {self._database.by_key}"
             " LEFT JOIN checkout_session s ON s.id = c.session_id AND s.status = 'open'"
             f" WHERE s.id IS NULL{within}",
             bounds,

@@ -30,6 +30,7 @@ class Database(Protocol):
     """
 
     in_due_order: str  # what makes a SELECT read the index on next_check_at
+    by_key: str  # what makes a statement find rows of checkout_session_check by their keys
     lock_rows: str  # after a SELECT: lock its rows, and pass over those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     insert_or_ignore: str  # INSERT that passes over rows whose key exists

@@ -28,21 +28,22 @@ def decide(
     """
     interval = settings.interval_seconds
     age_seconds = (claim.claimed_at - claim.first_seen_at).total_seconds()
-    next_check_at = next_check(
-        slot_at(max(claim.claimed_at, tick), interval),
-        interval_seconds=interval,
-        every_seconds=settings.cadence.every_seconds(age_seconds),
-        failures=claim.consecutive_failures + 1 if answer.outcome.is_error else 0,
-        backoff_max_seconds=settings.backoff_max_seconds,
-        choose=choose,
-    )
-    next_slot = slot_at(max(answered_at, tick), interval) + timedelta(seconds=interval)
     new_status = answer.status
     expires_after = settings.expires_after_seconds
     if new_status is SessionStatus.OPEN:
         # Only here: billing has just said that the session is not paid.
         expired = expires_after is not None and age_seconds >= expires_after
         new_status = SessionStatus.TIMEOUT if expired else None
+    failed = answer.outcome.is_error or new_status is not None
+    next_check_at = next_check(
+        slot_at(max(claim.claimed_at, tick), interval),
+        interval_seconds=interval,
+        every_seconds=settings.cadence.every_seconds(age_seconds),
+        failures=claim.consecutive_failures + 1 if failed else 0,
+        backoff_max_seconds=settings.backoff_max_seconds,
+        choose=choose,
+    )
+    next_slot = slot_at(max(answered_at, tick), interval) + timedelta(seconds=interval)
     return Result(
         claim,
         answer,

@@ -91,7 +91,7 @@ class Result:
 
     claim: Claim
     answer: Answer
-    next_check_at: datetime  # where the session stays open
+    next_check_at: datetime  # where the session stays open, or the database refuses its new status
     new_status: SessionStatus | None = None  # None: it stays open
     try_again_at: datetime | None = None  # where a new status cannot be written yet: the next slot
 

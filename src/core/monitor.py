@@ -21,9 +21,9 @@ from core.cadence import slot_at
 from core.census import Census
 from core.crew import Crew, StartWorker
 from core.decision import decide
-from core.model import Answer, Claim, Outcome, Reason, Skip, Summary
+from core.model import Answer, Claim, Reason, Skip, Summary
 from core.observability import PassLog, logger
-from core.recorder import DatabaseThread, Recorder
+from core.recorder import DatabaseThread, Own, Recorder
 from core.settings import Settings
 from core.store import Store, View
 
@@ -176,13 +176,14 @@ class _Pass:
         # A manual pass counts whatever it costs: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
         self._counts = manual or (view.leads and view.may_count)
-        self._log = PassLog(waits=self._counts)
+        self._log = PassLog(most_active=settings.log_lines_active, waits=self._counts)
         self._recorder = Recorder(store, database, summary, self._log, view.pause)
         self._tasks = asyncio.TaskGroup()
         self._hands = asyncio.Semaphore(settings.max_concurrency)
         self._lease = timedelta(
             seconds=BEGIN_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
         )
+        self._most = MOST_CLAIMS_PER_REQUEST * settings.max_concurrency
         self._answers = 0
         self._elsewhere = Counter[Skip]()  # sessions that were not for this pass to check
         self._out_of_time = False
@@ -216,17 +217,19 @@ class _Pass:
         ends = self._began + self._options.total_seconds
         try:
             async with asyncio.timeout_at(ends), self._tasks as tasks:
+                # In this order, on the database's thread: nothing is counted on the way to a check.
+                ahead = tasks.create_task(self._claim(self._most)) if may_check else None
                 census = tasks.create_task(self._take_census()) if self._counts else None
-                if may_check:
-                    await self._claim_and_begin(census)
+                if ahead is not None:
+                    await self._claim_and_begin(ahead, census)
         except TimeoutError:
             self._out_of_time = True
 
-    async def _claim_and_begin(self, census: asyncio.Task[bool] | None) -> None:
+    async def _claim_and_begin(
+        self, ahead: asyncio.Task[_Batch], census: asyncio.Task[bool] | None
+    ) -> None:
         """Begin a check whenever a hand is free, and claim the next batch meanwhile."""
-        hands = self._settings.max_concurrency
-        size = most = MOST_CLAIMS_PER_REQUEST * hands
-        ahead = self._tasks.create_task(self._claim(size))
+        size = self._most
         while True:
             batch = await ahead
             if not batch.claims:
@@ -247,9 +250,9 @@ class _Pass:
                     self._recorder.give_back((await ahead).claims)
                     self._out_of_time = True
                     return
-                size = max(hands, size // 2)
+                size = max(self._settings.max_concurrency, size // 2)
             elif self._loop.time() - batch.asked < QUICKLY_SECONDS:
-                size = min(size * 2, most)
+                size = min(size * 2, self._most)
 
     async def _claim(self, limit: int) -> _Batch:
         asked = self._loop.time()
@@ -337,25 +340,21 @@ class _Pass:
     async def _take_census(self) -> bool:
         """Count the open sessions, a piece at a time; returns whether new ones were adopted."""
         census = self._store.census(self._view.tick, self._options.session_ids)
-        while await self._database.run(self._count_piece, census):
-            pass
+        more, own = True, Own()
+        while more:
+            more, own = await self._database.run(self._count_piece, census)
         await self._database.run(self._store.keep, census)
         self._summary.counted = True
+        self._summary.open = census.count.open + own.closed
+        self._elsewhere[Skip.IN_FLIGHT] = max(0, census.count.in_flight - own.held)
+        if self._options.reason is Reason.TICK:
+            self._elsewhere[Skip.NOT_DUE] = max(0, census.count.not_due - own.checked)
         self._log.begins(self._view.now, self._summary.open)
         return census.adopted > 0
 
-    def _count_piece(self, census: Census) -> bool:
-        more = census.next_piece()
-        if not more:
-            # Here, on the database's thread: how much of the count is of this pass's own making.
-            held, written = len(self._recorder.held), self._recorder.written
-            closed = written[Outcome.CLOSED]
-            self._summary.open = census.count.open + closed
-            self._elsewhere[Skip.IN_FLIGHT] = max(0, census.count.in_flight - held)
-            if self._options.reason is Reason.TICK:
-                checked = written.total() - closed
-                self._elsewhere[Skip.NOT_DUE] = max(0, census.count.not_due - checked)
-        return more
+    def _count_piece(self, census: Census) -> tuple[bool, Own]:
+        # In one step on the database's thread: what of the count is of this pass's own making.
+        return census.next_piece(), self._recorder.own()
 
     async def _start_workers(self, crew: Crew) -> None:
         due = await self._database.run(

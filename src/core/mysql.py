@@ -132,6 +132,9 @@ class MySQLDatabase:
     # Left to itself, the optimizer may sort the whole table instead, and then one pass locks every
     # row of it and the others find nothing to claim.
     in_due_order = "FORCE INDEX FOR ORDER BY (checkout_session_check_due)"
+    # The optimizer reads the whole of a table that it thinks is small, where it is asked for
+    # hundreds of ids.
+    by_key = "FORCE INDEX (PRIMARY)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     insert_or_ignore = "INSERT IGNORE"

@@ -1,16 +1,19 @@
 """What a person or an alarm sees of a pass: log lines and metrics. Session ids are never metrics.
 
-The log messages are the same on Lambda, inside JSON records with fields, and on a terminal.
+The log messages are the same on Lambda, inside JSON records with fields, and on a terminal. What is
+written at every pass is paid for half a million times a month: it holds what somebody reads.
 """
 
+import json
 import logging
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
-from aws_lambda_powertools import Logger, Metrics
-from aws_lambda_powertools.metrics import MetricUnit
+from aws_lambda_powertools import Logger
 
 from core.model import Answer, Claim, Outcome, Result, Summary, iso
 
@@ -22,28 +25,38 @@ LINES_PER_OUTCOME = 50
 # Different unknown words in one pass's line.
 MOST_WORDS = 5
 
+# What `active` and `closed` are not: SessionsChecked and StatusChanges hold those.
 CHECKS: Mapping[Outcome, str] = {
-    outcome: "Checks" + outcome.value.title().replace("_", "") for outcome in Outcome
+    outcome: "Checks" + outcome.value.title().replace("_", "")
+    for outcome in Outcome
+    if outcome not in (Outcome.ACTIVE, Outcome.CLOSED)
 }
-METRICS: Mapping[str, MetricUnit] = {
-    "SessionsOpen": MetricUnit.Count,
-    "SessionsChecked": MetricUnit.Count,
-    **dict.fromkeys(CHECKS.values(), MetricUnit.Count),
-    "ChecksFailed": MetricUnit.Count,
-    "StatusChanges": MetricUnit.Count,
-    "EventsFailed": MetricUnit.Count,
-    "OverdueSeconds": MetricUnit.Seconds,
-    "PassDuration": MetricUnit.Milliseconds,
-    "BillingLatencyP50": MetricUnit.Milliseconds,
-    "BillingLatencyP95": MetricUnit.Milliseconds,
-    "BillingLatencyP99": MetricUnit.Milliseconds,
-    "PassesCompleted": MetricUnit.Count,
-    "PassesFailed": MetricUnit.Count,
+# Every metric and its unit. Most are sent only where there is something to count, because a custom
+# metric is billed for each hour in which it appears.
+METRICS: Mapping[str, str] = {
+    "SessionsOpen": "Count",
+    "OverdueSeconds": "Seconds",
+    "PassDuration": "Milliseconds",
+    "PassesCompleted": "Count",
+    "SessionsChecked": "Count",
+    **dict.fromkeys(CHECKS.values(), "Count"),
+    "ChecksFailed": "Count",
+    "StatusChanges": "Count",
+    "EventsFailed": "Count",
+    "BillingLatency": "Milliseconds",
+    "PassesFailed": "Count",
 }
+# Fields of a summary that its line says itself; left out there, as is what is none, zero or empty.
+SAID = frozenset(("started_at", "success"))
+# As many values as one metric of an EMF record may have.
+MOST_VALUES = 100
+# Milliseconds.
+WHOLE_FROM = 100
 
-# Both take POWERTOOLS_SERVICE_NAME, the stack's name, for the service.
-logger = Logger()
-metrics = Metrics(namespace=NAMESPACE)
+logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # a record's `taskName`
+# CloudWatch keeps the time of every record, and the log group's name says whose it is.
+logger = Logger(location=None, timestamp=None, xray_trace_id=None)
+logger.remove_keys(["service"])
 
 
 def set_level(*, debug: bool) -> None:
@@ -57,22 +70,27 @@ def use_plain_text() -> None:
 
 def measure(summary: Summary) -> None:
     """Emit one pass's metrics, in one EMF record."""
-    values: dict[str, float] = {
-        "SessionsOpen": summary.open,
+    standing: dict[str, float] = {}  # of a tick's passes one leads, and not each time counts
+    if summary.counted:
+        standing["SessionsOpen"] = summary.open
+    if summary.led:
+        standing["OverdueSeconds"] = round(summary.overdue_seconds, 3)
+    counts = {
         "SessionsChecked": summary.checked,
         **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
         "ChecksFailed": summary.errors,
         "StatusChanges": summary.status_changes,
         "EventsFailed": summary.unpublished,
-        "OverdueSeconds": summary.overdue_seconds,
-        "PassDuration": summary.duration_seconds * 1000,
-        "PassesCompleted": 1,
-        "PassesFailed": 0,
     }
-    for name, milliseconds in summary.latency_ms.items():
-        if name != "max":
-            values[f"BillingLatency{name.upper()}"] = milliseconds
-    _emit(values)
+    _emit(
+        {
+            **standing,
+            "PassDuration": round(summary.duration_seconds * 1000, 1),
+            "PassesCompleted": 1,
+            **{name: count for name, count in counts.items() if count},
+        },
+        latencies=summary.latencies,
+    )
 
 
 def measure_failure() -> None:
@@ -80,30 +98,61 @@ def measure_failure() -> None:
     _emit({"PassesFailed": 1})
 
 
-def _emit(values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-        metrics.add_metric(name, METRICS[name], value)
-    metrics.flush_metrics()
+def _emit(values: Mapping[str, float], latencies: Sequence[float] = ()) -> None:
+    """Write an EMF record: CloudWatch makes metrics of it, with the stack's name for `service`.
+
+    Not by Powertools' Metrics, which takes one value at a time, and a hundredth for the record's
+    end.
+    """
+    record: dict[str, object] = {**values}
+    if latencies:
+        record["BillingLatency"] = [milliseconds(value) for value in representatives(latencies)]
+    directive = {
+        "Namespace": NAMESPACE,
+        "Dimensions": [["service"]],
+        "Metrics": [{"Name": name, "Unit": METRICS[name]} for name in record],
+    }
+    head = {
+        "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [directive]},
+        "service": os.environ.get("POWERTOOLS_SERVICE_NAME", "service_undefined"),
+    }
+    print(json.dumps(head | record, separators=(",", ":")), flush=True)  # noqa: T201 (EMF is read from stdout)
+
+
+def representatives(values: Sequence[float]) -> list[float]:
+    """The values themselves; of more than MOST_VALUES, their 1st, 2nd ... 100th percentile.
+
+    So every whole percentile of these, the greatest value included, is that of all values.
+    """
+    ordered = sorted(values)
+    if len(ordered) <= MOST_VALUES:
+        return ordered
+    ranks = (-(-len(ordered) * n // MOST_VALUES) for n in range(1, MOST_VALUES + 1))
+    return [ordered[rank - 1] for rank in ranks]
+
+
+def milliseconds(seconds: float) -> float:
+    """Whole ones from WHOLE_FROM on: a hundred of these are written at every pass."""
+    found = seconds * 1000
+    return round(found) if found >= WHOLE_FROM else round(found, 1)
 
 
 class PassLog:
-    """The lines of one pass, bounded by outcome.
+    """The lines of one pass, bounded by outcome; of `active`, all of them where None is given.
 
     With `waits`, the others wait for the first one, which tells how many sessions are open: checks
     begin before that is known.
     """
 
-    def __init__(self, *, waits: bool = False) -> None:
+    def __init__(self, *, most_active: int | None = LINES_PER_OUTCOME, waits: bool = False) -> None:
+        self._most_active = most_active
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
         self._waiting: list[Callable[[], None]] | None = [] if waits else None
 
     def begins(self, at: datetime, open_sessions: int) -> None:
         waiting, self._waiting = self._waiting, None
-        logger.info(
-            f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...",
-            open_sessions=open_sessions,
-        )
+        logger.info(f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...")
         for say in waiting or ():
             say()
 
@@ -146,20 +195,22 @@ class PassLog:
 
     def _bounded(self, outcome: Outcome, say: Callable[[], None]) -> None:
         self._lines[outcome] += 1
-        if self._lines[outcome] > LINES_PER_OUTCOME:
+        most = self._most(outcome)
+        if most is not None and self._lines[outcome] > most:
             return
         if self._waiting is None:
             say()
         else:
             self._waiting.append(say)
 
+    def _most(self, outcome: Outcome) -> int | None:
+        return self._most_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
+
     def ends(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
-            if count > LINES_PER_OUTCOME:
-                logger.info(
-                    f"… and {count - LINES_PER_OUTCOME} more: {outcome.value}",
-                    outcome=outcome.value,
-                )
+            most = self._most(outcome)
+            if most is not None and count > most:
+                logger.info(f"… and {count - most} more: {outcome.value}")
         if self._unknown:
             seen = ", ".join(f"{what} ({n})" for what, n in self._unknown.most_common(MOST_WORDS))
             logger.warning(
@@ -177,7 +228,11 @@ class PassLog:
             logger.info(
                 f"📊 [{iso(summary.finished_at)}] Checkout session check complete: "
                 f"{summary.successes} success, {summary.errors} errors",
-                summary=summary.as_dict(),
+                summary={
+                    name: value
+                    for name, value in summary.as_dict().items()
+                    if value and name not in SAID
+                },
             )
 
 

@@ -5,7 +5,6 @@ A session is due when its `next_check_at` has come and no claim on it is valid a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import batched
 
@@ -13,10 +12,6 @@ from core.database import STATEMENT_ROWS, Database, Value, integer, marks, momen
 from core.model import Claim, Outcome, Result
 
 UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
-
-# Beside ids. As a bare `status = 'open'` it makes MariaDB read every open session by the index on
-# status instead of the few by their keys.
-STILL_OPEN = "COALESCE(status, '') = 'open'"
 
 # So long after its claim, at the least, a session counts as checked: a manual pass that begins in
 # the very millisecond of a check can tell the checks before it from its own.
@@ -76,7 +71,8 @@ class Queue:
                     parameters = (checked_at,)
                 for some in batched(session_ids, STATEMENT_ROWS, strict=False):
                     self._database.execute(
-                        "UPDATE checkout_session_check SET last_checked_at = %s,"
+                        f"UPDATE checkout_session_check {self._database.by_key}"
+                        " SET last_checked_at = %s,"
                         " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
                         f" attempts = attempts + 1, {failing}, claimed_until = NULL"
                         f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
@@ -99,7 +95,8 @@ class Queue:
             for claimed_until, session_ids in by_claim.items():
                 for some in batched(session_ids, STATEMENT_ROWS, strict=False):
                     self._database.execute(
-                        "UPDATE checkout_session_check SET claimed_until = NULL"
+                        f"UPDATE checkout_session_check {self._database.by_key}"
+                        " SET claimed_until = NULL"
                         f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
                         (claimed_until, *some),
                     )
@@ -146,10 +143,13 @@ class Queue:
         lease: timedelta,
         limit: int,
     ) -> list[Claim]:
-        claims = self._database.transaction(
-            lambda: self._claim_rows(condition, parameters, lease, limit)
-        )
-        return self._database.run(lambda: self._with_checkout_ids(claims)) if claims else []
+        def work() -> tuple[int, list[Claim]]:
+            return self._claim_rows(condition, parameters, lease, limit)
+
+        found, claims = limit, list[Claim]()
+        while found == limit and not claims:  # all of them closed: what is due lies behind them
+            found, claims = self._database.transaction(work)
+        return claims
 
     def _claim_rows(
         self,
@@ -157,44 +157,36 @@ class Queue:
         parameters: Callable[[datetime], Sequence[Value]],
         lease: timedelta,
         limit: int,
-    ) -> list[Claim]:
-        # Only the monitor's own rows are locked: MariaDB has no FOR UPDATE OF, and a join here
-        # would hold up the shop.
+    ) -> tuple[int, list[Claim]]:
+        """How many rows were found, and the claims on those whose session is open."""
         now = self._database.now()
+        # Only the monitor's own rows are locked. A join would hold up the shop (MariaDB has no FOR
+        # UPDATE OF); a subquery reads without a lock on every engine. The status is looked at in
+        # what is selected, so that the shop's row can only be found by its key, whatever the
+        # statistics make of an index on status.
         rows = self._database.query(
-            "SELECT session_id, first_seen_at, consecutive_failures FROM checkout_session_check"
-            f" {self._database.in_due_order} WHERE {condition} AND {UNCLAIMED}"
+            "SELECT c.session_id, c.first_seen_at, c.consecutive_failures,"
+            " (SELECT CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END"
+            " FROM checkout_session s WHERE s.id = c.session_id)"
+            f" FROM checkout_session_check c {self._database.in_due_order}"
+            f" WHERE {condition} AND {UNCLAIMED}"
             f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
             (*parameters(now), now),
         )
+        until = now + lease
         claims = [
-            Claim(str(session_id), None, moment(seen), integer(failures), now, now + lease)
-            for session_id, seen, failures in rows
+            Claim(str(i), str(checkout) or None, moment(seen), integer(failures), now, until)
+            for i, seen, failures, checkout in rows
+            if checkout is not None
         ]
         for some in batched(claims, STATEMENT_ROWS, strict=False):
             self._database.execute(
-                "UPDATE checkout_session_check SET claimed_until = %s"
+                f"UPDATE checkout_session_check {self._database.by_key} SET claimed_until = %s"
                 f" WHERE session_id IN {marks(some)}",
-                (now + lease, *(claim.session_id for claim in some)),
+                (until, *(claim.session_id for claim in some)),
             )
-        return claims
-
-    def _with_checkout_ids(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Add the billing ids; a session that was closed since its last check is forgotten."""
-        found: dict[str, str | None] = {}
-        for some in batched(claims, STATEMENT_ROWS, strict=False):
-            rows = self._database.query(
-                "SELECT id, billing_checkout_id FROM checkout_session"
-                f" WHERE {STILL_OPEN} AND id IN {marks(some)}",
-                tuple(claim.session_id for claim in some),
-            )
-            found |= {str(i): None if billing is None else str(billing) for i, billing in rows}
-        self.forget(claim.session_id for claim in claims if claim.session_id not in found)
-        return [
-            replace(claim, billing_checkout_id=found[claim.session_id])
-            for claim in claims
-            if claim.session_id in found
-        ]
+        self.forget(i for i, _seen, _failures, checkout in rows if checkout is None)
+        return len(rows), claims
 
 
 def _by_outcome(results: Iterable[Result]) -> dict[Outcome, list[Result]]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 from core.database import StoreError
@@ -33,6 +34,15 @@ class DatabaseThread:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """How many sessions a pass holds, has closed, and has checked without closing them."""
+
+    held: int = 0
+    closed: int = 0
+    checked: int = 0
+
+
 class Recorder:
     """Takes claims and results, and writes in the background while the block `running` is open.
 
@@ -53,13 +63,18 @@ class Recorder:
         self._closing = False
         self._limited = False
         # The database thread's own:
-        self.held: dict[str, Claim] = {}  # claimed, and neither written nor given back
-        self.written = Counter[Outcome]()
+        self._held: dict[str, Claim] = {}  # claimed, and neither written nor given back
+        self._written = Counter[Outcome]()
 
     @property
     def paused(self) -> bool:
         """Whether billing has asked, this pass or another one, to be left alone."""
         return self._limited or self._summary.paused_until is not None
+
+    def own(self) -> Own:
+        """What this pass has claimed and written by now. On the database's thread."""
+        closed = self._written[Outcome.CLOSED]
+        return Own(len(self._held), closed, self._written.total() - closed)
 
     @asynccontextmanager
     async def running(self, run_id: int, began: float) -> AsyncIterator[None]:
@@ -92,7 +107,7 @@ class Recorder:
             pause = self._store.shared.read_pause()
             claims = [] if self._closing or self._is_news(pause) else claim()
             # Held from here on, not from where they are awaited: a pass may be stopped in between.
-            self.held |= {claim.session_id: claim for claim in claims}
+            self._held |= {claim.session_id: claim for claim in claims}
             return pause, claims
 
         pause, claims = await self._database.run(step)
@@ -160,15 +175,15 @@ class Recorder:
     def _record(self, settled: "_Settled") -> Recorded:
         recorded = self._store.record(settled.results)
         self._store.queue.release(settled.unwanted)
-        self.written += recorded.outcomes
+        self._written += recorded.outcomes
         for claim in (*(result.claim for result in settled.results), *settled.unwanted):
-            if self.held.get(claim.session_id) is claim:
-                del self.held[claim.session_id]
+            if self._held.get(claim.session_id) is claim:
+                del self._held[claim.session_id]
         return recorded
 
     def _give_back_rest(self) -> None:
-        self._store.queue.release(self.held.values())
-        self.held.clear()
+        self._store.queue.release(self._held.values())
+        self._held.clear()
 
     def _is_news(self, pause: Pause) -> bool:
         """Whether any worker's requests have led to this pause since this pass began."""

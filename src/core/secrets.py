@@ -3,16 +3,25 @@
 boto3 takes a second to import, so nothing here is imported before a secret is needed.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
 
 from core.settings import MySQLAddress, SettingsError, checked_api_key
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.parameters import SecretsProvider
 
 # A refused secret is read again at once (a rotation); this bounds how long an old one lives on
 # where both are accepted.
 KEEP_SECONDS = 3600
+
+# Left to itself, botocore waits for a minute five times, which is longer than a function lives.
+CONNECT_SECONDS = 2.0
+READ_SECONDS = 3.0
+ATTEMPTS = 2
 
 MOST_PORT = 65_535
 DATABASE_KEYS = ("username", "password", "host", "dbname")
@@ -82,13 +91,35 @@ def _parsed(text: str) -> Any:  # noqa: ANN401 (JSON)
 
 
 def _read(variable: str, arn: str, *, refresh: bool) -> str:
-    from aws_lambda_powertools.utilities import parameters  # noqa: PLC0415 (imports boto3)
-    from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+    # Both take a second to import, because of boto3.
+    from aws_lambda_powertools.utilities.parameters import exceptions  # noqa: PLC0415
+    from botocore import exceptions as boto  # noqa: PLC0415
 
     try:
-        value = parameters.get_secret(arn, max_age=KEEP_SECONDS, force_fetch=refresh)
-    except (parameters.exceptions.GetParameterError, BotoCoreError) as error:
+        value = _manager().get(arn, max_age=KEEP_SECONDS, force_fetch=refresh)
+    except (exceptions.GetParameterError, boto.BotoCoreError) as error:
+        why = f"{error}".rstrip(".")
+        if isinstance(error.__context__, boto.ConnectionError | boto.HTTPClientError):
+            why += (
+                "; Secrets Manager cannot be reached: functions in a VPC need a NAT gateway, or an "
+                "endpoint for it whose security group lets them in"
+            )
         raise SettingsError(
-            f"{variable} names the secret {arn}, which cannot be read: {error}"
+            f"{variable} names the secret {arn}, which cannot be read: {why}."
         ) from None
+    assert isinstance(value, str | bytes)  # noqa: S101 (no transformation is asked for)
     return value if isinstance(value, str) else value.decode()
+
+
+@functools.cache
+def _manager() -> "SecretsProvider":
+    from aws_lambda_powertools.utilities.parameters import SecretsProvider  # noqa: PLC0415
+    from botocore.config import Config  # noqa: PLC0415
+
+    return SecretsProvider(
+        boto_config=Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        )
+    )

@@ -67,6 +67,7 @@ class Settings:
     status_reader: StatusReader | None = None  # None: no status is written
     expires_after_seconds: int | None = None
     event_bus_name: str | None = None
+    log_lines_active: int | None = 5  # of one pass; None: all of them
     debug: bool = False
 
     @classmethod
@@ -84,6 +85,8 @@ class Settings:
                     f"{name} is {given[name]!r}, but no status is ever written without "
                     "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
+        debug = _boolean(given, "DEBUG")
+        log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, least=0, most=10_000)
         api_key = given.get("APIKEY")
         database_url = given.get("DATABASE_URL")
         database_secret_arn = given.get("DATABASE_SECRET_ARN")
@@ -112,7 +115,8 @@ class Settings:
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
             event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),
-            debug=_boolean(given, "DEBUG"),
+            log_lines_active=None if debug else log_lines,
+            debug=debug,
         )
 
 

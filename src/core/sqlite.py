@@ -85,7 +85,7 @@ sqlite3.register_converter("DATETIME", lambda text: datetime.fromisoformat(text.
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = ""
+    in_due_order = by_key = ""
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     insert_or_ignore = "INSERT OR IGNORE"
 

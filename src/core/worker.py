@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 import httpx
+import uvloop
 
 from core import monitor, secrets
 from core.billing import BillingClient
@@ -18,12 +19,11 @@ from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
 from core.mysql import MySQLDatabase
 from core.observability import logger
+from core.overview import Overview
 from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
 from core.sqlite import SQLiteDatabase
 from core.store import Store
-
-# A monitor whose last pass began longer ago than this many intervals is not working.
-FRESH_INTERVALS = 6
+from core.verdict import FRESH_INTERVALS
 
 # Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
 FINISH_SECONDS = 5.0
@@ -68,9 +68,12 @@ class Worker:
         self._settings = settings
         self._start_worker = start_worker
         bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
-        self._store = Store(open_database(settings, clock=clock), bus)
+        database = open_database(settings, clock=clock)
+        self._store = Store(database, bus)
+        self._overview = Overview(database, settings)
         self._billing = _billing(settings, transport)
-        self._runner = asyncio.Runner()
+        # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._running: asyncio.Task[Summary] | None = None
 
@@ -123,6 +126,15 @@ class Worker:
             checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
         return Health(checks, now, last_pass_at)
 
+    def status(self) -> JsonObject:
+        """How everything stands; see `core.overview.Overview`. Raises StoreError."""
+
+        def read() -> JsonObject:
+            self._prepare()
+            return self._overview.read()
+
+        return self._database_thread.submit(read).result()
+
     def stop(self) -> None:
         """Ask a running pass, from any thread, to hand back its claims and end (CancelledError)."""
         if (task := self._running) is not None:
@@ -145,9 +157,12 @@ class Worker:
 
         return self._runner.run(cancellable())
 
-    def _heartbeat(self) -> tuple[datetime | None, datetime]:
+    def _prepare(self) -> None:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
+
+    def _heartbeat(self) -> tuple[datetime | None, datetime]:
+        self._prepare()
         return self._store.runs.last_sign_of_life(), self._store.now()
 
 

@@ -1,9 +1,13 @@
-"""The API's Lambda: health, and the manual trigger. The laptop serves these same routes."""
+"""The API's Lambda: health, status, the page, the trigger. The laptop serves these same routes.
+
+`openapi.json` beside this file describes them; the tests hold the two together.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Protocol
 
 from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response, content_types
@@ -16,6 +20,9 @@ from core.model import JsonObject, Summary, iso
 from core.settings import SettingsError
 from core.worker import Health
 from handlers.check import worker
+from handlers.page import Page, operators_page
+
+OPENAPI = Path(__file__).with_name("openapi.json")
 
 MOST_IDS = 100
 LONGEST_ID = 255
@@ -29,6 +36,7 @@ class Monitor(Protocol):
     """What the routes need; see `core.worker.Worker`."""
 
     def health(self) -> Health: ...
+    def status(self) -> JsonObject: ...
     def trigger_checkout_session_check(
         self, session_ids: Sequence[str] | None = None
     ) -> Summary: ...
@@ -38,8 +46,28 @@ class BodyError(ValueError):
     """A request body that is not of the trigger's form."""
 
 
-def add_routes(app: ApiGatewayResolver, monitor: Callable[[], Monitor]) -> None:
+def add_routes(
+    app: ApiGatewayResolver,
+    monitor: Callable[[], Monitor],
+    page: Callable[[], Page] = operators_page,
+) -> None:
     """Make `app` serve the API; `monitor` is called for each request, may raise SettingsError."""
+
+    @app.get("/")
+    def show_page() -> Response[str]:
+        shown = page()
+        return Response(
+            HTTPStatus.OK.value, "text/html; charset=utf-8", shown.html, headers=dict(shown.headers)
+        )
+
+    @app.get("/api/openapi.json")
+    def description() -> Response[str]:
+        text = OPENAPI.read_text(encoding="utf-8")
+        return Response(HTTPStatus.OK.value, content_types.APPLICATION_JSON, text)
+
+    @app.get("/api/status")
+    def status() -> Response[str]:
+        return _answered(lambda: monitor().status())
 
     @app.get("/api/health")
     def health() -> Response[str]:
@@ -53,24 +81,17 @@ def add_routes(app: ApiGatewayResolver, monitor: Callable[[], Monitor]) -> None:
 
     @app.post("/api/test/checkout-sessions")
     def trigger() -> Response[str]:
-        try:
+        def checked() -> JsonObject:
             session_ids = parse_session_ids(app.current_event.decoded_body)
             summary = monitor().trigger_checkout_session_check(session_ids)
-        except BodyError as error:
-            return _failure(HTTPStatus.BAD_REQUEST, error)
-        except StoreError as error:
-            return _failure(HTTPStatus.SERVICE_UNAVAILABLE, error)
-        except SettingsError as error:
-            return _failure(HTTPStatus.INTERNAL_SERVER_ERROR, error)
-        return _answer(
-            HTTPStatus.OK,
-            {
+            return {
                 "success": True,
                 "message": message(summary),
                 "timestamp": iso(summary.finished_at),
                 "summary": summary.as_dict(),
-            },
-        )
+            }
+
+        return _answered(checked)
 
 
 def parse_session_ids(body: str | None) -> list[str] | None:
@@ -105,6 +126,18 @@ def message(summary: Summary) -> str:
     if summary.paused_until is not None:
         text += f"; billing asked for a pause until {iso(summary.paused_until)}"
     return f"{text}."
+
+
+def _answered(work: Callable[[], JsonObject]) -> Response[str]:
+    """What `work` returns, or the sentence and the status of what it raises."""
+    try:
+        return _answer(HTTPStatus.OK, work())
+    except BodyError as error:
+        return _failure(HTTPStatus.BAD_REQUEST, error)
+    except StoreError as error:
+        return _failure(HTTPStatus.SERVICE_UNAVAILABLE, error)
+    except SettingsError as error:
+        return _failure(HTTPStatus.INTERNAL_SERVER_ERROR, error)
 
 
 def _failure(status: HTTPStatus, error: Exception) -> Response[str]:

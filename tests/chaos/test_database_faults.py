@@ -341,18 +341,14 @@ def test_a_database_that_is_away_at_the_start_is_used_when_it_is_there(stage: St
 
 
 @pytest.fixture(scope="module")
-def old_primary(
-    mariadb: str | None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def old_primary(mariadb: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if mariadb is None:
         without_a_server()
     with mariadb_server(tmp_path_factory.mktemp("old")) as url:
         yield url
 
 
-def test_a_failover_leads_every_worker_to_the_new_primary(
-    stage: Stage, old_primary: str
-) -> None:
+def test_a_failover_leads_every_worker_to_the_new_primary(stage: Stage, old_primary: str) -> None:
     """The old one is up, and read-only; the name leads to the new one, whose data is the same."""
     world, proxy = stage.world, stage.proxy
     new = world.shop
@@ -526,5 +522,3 @@ def test_two_workers_on_the_same_rows_never_ask_twice(stage: Stage) -> None:
     assert not world.failed
     assert all(len(world.billing.asked[f"fine-{n}"].at) == 3 for n in range(60))
     world.invariants()
-
-

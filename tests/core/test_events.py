@@ -85,7 +85,12 @@ def test_every_change_reaches_the_bus_as_the_readmes_schema_says(
 
     received = consumer.received()
     assert sorted(event["detail"]["session_id"] for event in received) == sorted(numbered(23))
-    schema = (ROOT / "README.md").read_text().partition("```json\n")[2].partition("```")[0]
+    schema = (
+        (ROOT / "docs" / "status-updates.md")
+        .read_text()
+        .partition("```json\n")[2]
+        .partition("```")[0]
+    )
     for event in received:
         assert event["detail-type"] == "CheckoutSessionStatusChanged"
         jsonschema.validate(event["detail"], json.loads(schema))

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -290,6 +291,53 @@ def test_a_pass_told_to_stop_gives_its_claims_back_and_keeps_what_it_learned(
     )[0]
     assert claimed == 0
     assert recorded == billing.asked.total() - 15
+
+
+def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(passes.shop, numbered(60))
+    claim_due, may_return, claiming = Queue.claim_due, threading.Event(), threading.Event()
+    claims: list[int] = []
+
+    def slow(queue: Queue, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
+        claimed = claim_due(queue, tick=tick, lease=lease, limit=limit)
+        if claims:
+            claiming.set()
+            may_return.wait(10)
+        claims.extend([len(claimed)] if claimed else [])
+        return claimed
+
+    monkeypatch.setattr(Queue, "claim_due", slow)
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+        await until(lambda: claiming.is_set() and billing.asked.total() == 20)
+        running.cancel()
+        await asyncio.sleep(0)
+        may_return.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(scenario())
+    assert passes.shop.run(
+        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
+    ) == [(20, 0)]
+
+
+@pytest.mark.parametrize("where", ["decide", "PassLog.checked"])
+def test_a_bug_in_what_follows_an_answer_costs_no_other_session_its_check(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    add_sessions(passes.shop, numbered(4))
+    monkeypatch.setattr(f"core.monitor.{where}", lambda *_args, **_kwargs: 1 / 0)
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(passes.run())
+    assert [type(bug) for bug in raised.value.exceptions] == [ZeroDivisionError] * 4
+    recorded = 0 if where == "decide" else 4
+    assert passes.shop.run(
+        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
+    ) == [(recorded, 0)]
 
 
 def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(

@@ -1,7 +1,9 @@
 """The lines and the metrics of a pass, as a person and an alarm see them."""
 
+import asyncio
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from core import observability
 from core.model import Answer, Claim, Outcome, Reason, Summary
-from core.observability import LINES_PER_OUTCOME, PassLog, line, logger
+from core.observability import LINES_PER_OUTCOME, PassLog, line, logger, representatives
 from tests.support import NOON
 
 STATUS_CODES = {
@@ -85,18 +87,47 @@ def test_on_lambda_a_line_is_a_json_record_with_fields(caplog: pytest.LogCapture
     written = logger.registered_handler.format(caplog.records[0])
     assert written.isprintable()
     record = json.loads(written)
-    assert (
-        record
-        | {
-            "level": "INFO",
-            "message": r"ℹ️ Checkout session cart\n1 (a\x1b[31mb) returned status 404",
-            "session_id": "cart\n1",
-            "billing_checkout_id": "a\x1b[31mb",
-            "outcome": "not_found",
-            "status_code": 404,
-        }
-        == record
-    )
+    assert record == {
+        "level": "INFO",
+        "message": r"ℹ️ Checkout session cart\n1 (a\x1b[31mb) returned status 404",
+        "session_id": "cart\n1",
+        "billing_checkout_id": "a\x1b[31mb",
+        "outcome": "not_found",
+        "status_code": 404,
+    }
+
+
+def test_a_record_holds_no_field_that_nobody_reads(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_X_AMZN_TRACE_ID", "Root=1-5759e988-bd862e3fe1be46a994272793;Sampled=0")
+
+    async def in_a_task() -> None:
+        logger.warning("⚠️ It is said in a task, on Lambda")
+
+    asyncio.run(in_a_task())
+    [record] = caplog.records
+    assert json.loads(logger.registered_handler.format(record)) == {
+        "level": "WARNING",
+        "message": "⚠️ It is said in a task, on Lambda",
+    }
+
+
+def test_the_summary_in_a_record_is_without_what_its_line_says_or_is_zero_or_empty(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    outcomes = Counter({Outcome.ACTIVE: 3})
+    summary = Summary(Reason.TICK, NOON, tick=NOON, open=3, outcomes=outcomes, latencies=[0.1])
+    PassLog().ends(summary)
+    record = json.loads(logger.registered_handler.format(caplog.records[0]))
+    assert record["summary"] == {
+        "reason": "tick",
+        "tick": "2026-01-15T12:00:00.000Z",
+        "open": 3,
+        "checked": 3,
+        "outcomes": {"active": 3},
+        "billing_latency_ms": {"p50": 100.0, "p95": 100.0, "p99": 100.0, "max": 100.0},
+    }
 
 
 @pytest.fixture
@@ -172,6 +203,29 @@ def test_what_is_beyond_fifty_lines_of_an_outcome_is_counted_in_one(
     assert caplog.messages == ["… and 1000 more: active", "… and 1 more: timeout"]
 
 
+@pytest.mark.parametrize(
+    ("most", "lines", "rest"),
+    [
+        (5, 5, ["… and 95 more: active", "… and 10 more: timeout"]),
+        (0, 0, ["… and 100 more: active", "… and 10 more: timeout"]),
+        (None, 100, ["… and 10 more: timeout"]),
+    ],
+)
+def test_lines_of_active_have_a_limit_of_their_own_and_none_for_who_debugs(
+    caplog: pytest.LogCaptureFixture, most: int | None, lines: int, rest: list[str]
+) -> None:
+    log = PassLog(most_active=most)
+    for n in range(100):
+        log.checked(claim(f"cart-{n}"), Answer(Outcome.ACTIVE, 200))
+    assert len(caplog.messages) == lines
+    for n in range(60):
+        log.checked(claim(f"cart-{n}"), Answer(Outcome.TIMEOUT))
+    assert len(caplog.messages) == lines + 50
+    caplog.clear()
+    log.ends(Summary(Reason.TICK, NOON))
+    assert caplog.messages == rest
+
+
 def test_a_refused_api_key_is_said_once_a_pass(caplog: pytest.LogCaptureFixture) -> None:
     outcomes = Counter({Outcome.UNAUTHORIZED: 3})
     PassLog().ends(Summary(Reason.TICK, NOON, outcomes=outcomes))
@@ -199,11 +253,13 @@ def test_debug_lines_are_for_those_who_ask_for_them(
 
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Lambda, where POWERTOOLS_SERVICE_NAME is set before anything is imported."""
-    monkeypatch.setattr(observability.metrics, "service", "a-stack")
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "a-stack")
 
 
-def emitted(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, float], dict[str, str]]:
+type Values = dict[str, float | list[float]]
+
+
+def emitted(capsys: pytest.CaptureFixture[str]) -> tuple[Values, dict[str, str]]:
     """The values and the units of the one EMF record that was written, which holds no more."""
     [written] = capsys.readouterr().out.splitlines()
     record: dict[str, Any] = json.loads(written)
@@ -213,11 +269,43 @@ def emitted(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, float], dict[
     assert record.pop("service") == "a-stack"
     units = {metric["Name"]: metric["Unit"] for metric in directive["Metrics"]}
     assert set(record) == set(units)
-    return {name: value for name, [value] in record.items()}, units
+    return record, units
 
 
 @pytest.mark.usefixtures("stack")
-def test_a_pass_is_one_record_of_metrics_and_nothing_else(
+def test_a_healthy_pass_sends_six_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    observability.measure(
+        Summary(
+            Reason.TICK,
+            NOON,
+            led=True,
+            counted=True,
+            open=90,
+            outcomes=Counter({Outcome.ACTIVE: 80}),
+            latencies=[0.1, 0.0504],
+            duration_seconds=1.5,
+        )
+    )
+    values, units = emitted(capsys)
+    assert values == {
+        "SessionsOpen": 90,
+        "OverdueSeconds": 0.0,
+        "SessionsChecked": 80,
+        "PassDuration": 1500,
+        "PassesCompleted": 1,
+        "BillingLatency": [50.4, 100],
+    }
+    assert {name for name, unit in units.items() if unit != "Count"} == {
+        "OverdueSeconds",
+        "PassDuration",
+        "BillingLatency",
+    }
+    assert units["OverdueSeconds"] == "Seconds"
+    assert units["PassDuration"] == units["BillingLatency"] == "Milliseconds"
+
+
+@pytest.mark.usefixtures("stack")
+def test_what_else_a_pass_met_is_sent_where_there_is_any(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     outcomes = Counter({outcome: n for n, outcome in enumerate(STATUS_CODES, start=1)})
@@ -225,51 +313,47 @@ def test_a_pass_is_one_record_of_metrics_and_nothing_else(
         Summary(
             Reason.TICK,
             NOON,
+            led=True,
             open=99,
-            outcomes=outcomes + Counter({Outcome.ACTIVE: 80}),
+            outcomes=outcomes + Counter({Outcome.CLOSED: 7}),
             overdue_seconds=2.5,
             status_changes=7,
-            latencies=[n / 1000 for n in range(1, 101)],
-            duration_seconds=1.5,
+            unpublished=5,
         )
     )
-    values, units = emitted(capsys)
-    expected = {
-        "SessionsOpen": 99,
-        "SessionsChecked": 90,
-        "ChecksActive": 80,
+    values, _ = emitted(capsys)
+    assert values == {
+        "OverdueSeconds": 2.5,
+        "PassDuration": 0,
+        "PassesCompleted": 1,
+        "SessionsChecked": 17,
         "ChecksNotFound": 1,
         "ChecksUnexpectedStatus": 2,
         "ChecksRateLimited": 3,
         "ChecksUnauthorized": 4,
-        "ChecksTimeout": 0,
-        "ChecksNetworkError": 0,
-        "ChecksInvalidSession": 0,
         "ChecksFailed": 9,
         "StatusChanges": 7,
-        "OverdueSeconds": 2.5,
-        "PassDuration": 1500,
-        "BillingLatencyP50": 50,
-        "BillingLatencyP95": 95,
-        "BillingLatencyP99": 99,
-        "PassesCompleted": 1,
-        "PassesFailed": 0,
+        "EventsFailed": 5,
     }
-    assert expected.items() <= values.items()
-    in_milliseconds = {"PassDuration", *(f"BillingLatencyP{at}" for at in (50, 95, 99))}
-    for name, unit in units.items():
-        usual = "Milliseconds" if name in in_milliseconds else "Count"
-        assert unit == ("Seconds" if name == "OverdueSeconds" else usual)
 
 
 @pytest.mark.usefixtures("stack")
-def test_a_record_holds_nothing_of_the_pass_before(capsys: pytest.CaptureFixture[str]) -> None:
-    observability.measure(Summary(Reason.TICK, NOON, open=5, latencies=[0.1]))
-    emitted(capsys)
-    observability.measure(Summary(Reason.TICK, NOON))
+def test_only_who_leads_and_counts_tells_how_all_sessions_stand(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    observability.measure(Summary(Reason.TICK, NOON, open=5, overdue_seconds=9))
     values, _ = emitted(capsys)
-    assert values["SessionsOpen"] == 0
-    assert not any(name.startswith("BillingLatency") for name in values)
+    assert values == {"PassDuration": 0, "PassesCompleted": 1}
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 1_000, 12_345])
+def test_every_percentile_of_the_latencies_sent_is_that_of_all(count: int) -> None:
+    values = [n**1.5 for n in range(count)]
+    sent = representatives(values)
+    assert len(sent) == min(count, 100)
+    for at in range(1, 101):
+        # By the nearest rank.
+        assert sent[math.ceil(len(sent) * at / 100) - 1] == values[math.ceil(count * at / 100) - 1]
 
 
 @pytest.mark.usefixtures("stack")

@@ -1,4 +1,4 @@
-"""A month's requests on paper, from the cadence that runs: what the README says of it."""
+"""A month's requests on paper, from the cadence that runs: what docs/settings.md says of it."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from core.cadence import Cadence, next_check
 from tests.support import NOON
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SETTINGS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
 RECOMMENDED = "5s until 10m, 30s until 1h, 5m"
 DAYS = 30
 # Sessions that begin in a day, by how long they stay open: 70 % of them are abandoned, and expire
@@ -47,7 +47,7 @@ def test_the_readme_tells_what_a_cadence_costs_in_requests_a_month(
     cadence: str, count: int
 ) -> None:
     assert month(cadence) == count
-    assert f"| `{cadence}` | {count:,} |" in README
+    assert f"| `{cadence}` | {count:,} |" in SETTINGS
 
 
 def test_the_recommended_cadence_sends_less_than_a_twentieth() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from aws_lambda_powertools.utilities.parameters import clear_caches
 from moto import mock_aws
 
 from core import secrets
@@ -42,9 +41,9 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     with mock_aws():
-        clear_caches()  # type: ignore[no-untyped-call]
+        secrets._manager.cache_clear()
         yield Manager()
-    clear_caches()  # type: ignore[no-untyped-call]
+    secrets._manager.cache_clear()
 
 
 RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
@@ -53,6 +52,12 @@ RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname"
 @pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
 def test_the_api_key_is_the_secrets_text_or_its_apikey(manager: Manager, text: str) -> None:
     assert secrets.read_api_key(manager.put(text)) == "the-key"
+
+
+def test_one_secret_may_hold_the_api_key_beside_the_database_address(manager: Manager) -> None:
+    arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
+    assert secrets.read_api_key(arn) == "the-key"
+    assert secrets.read_database(arn).host == "db"
 
 
 @pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])

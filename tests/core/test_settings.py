@@ -32,6 +32,7 @@ EVERY = (
     "BILLING_STATUS_MAP",
     "SESSION_EXPIRES_AFTER",
     "EVENT_BUS_NAME",
+    "LOG_LINES_ACTIVE",
     "DEBUG",
 )
 
@@ -62,7 +63,7 @@ def test_the_defaults_need_nothing_but_a_database() -> None:
     assert (found.interval_seconds, found.backoff_max_seconds) == (5, 60)
     assert (found.request_timeout_seconds, found.max_concurrency) == (10, 100)
     assert (found.status_reader, found.expires_after_seconds, found.event_bus_name) == (None,) * 3
-    assert found.debug is False
+    assert (found.log_lines_active, found.debug) == (5, False)
     assert found == Settings(database=found.database)
 
 
@@ -92,6 +93,8 @@ def test_without_a_database_it_is_said_what_to_set(nothing: dict[str, str]) -> N
         ("MAX_CONCURRENCY", "1", "max_concurrency", 1),
         ("MAX_CONCURRENCY", "1000", "max_concurrency", 1000),
         ("CHECK_CADENCE", "5s until 1h, 1m", "cadence", Cadence.parse("5s until 1h, 1m")),
+        ("LOG_LINES_ACTIVE", "0", "log_lines_active", 0),
+        ("LOG_LINES_ACTIVE", "10000", "log_lines_active", 10_000),
         ("DEBUG", "true", "debug", True),
         ("DEBUG", "True", "debug", True),
         ("DEBUG", "FALSE", "debug", False),
@@ -107,6 +110,10 @@ def test_a_variable_is_taken_to_its_limits(
     assert getattr(read(**{name: text}), attribute) == value
 
 
+def test_with_debug_all_lines_of_active_sessions_are_logged() -> None:
+    assert read(DEBUG="true", LOG_LINES_ACTIVE="5").log_lines_active is None
+
+
 WRONG = {
     ("CHECK_INTERVAL_SECONDS", "it must be a whole number from 1 to 60."): (
         "0", "61", "-5", "5.0", "five", "5s", "nan", "5\n6", "9" * 30,
@@ -120,6 +127,7 @@ WRONG = {
     ("MAX_CONCURRENCY", "it must be a whole number from 1 to 1000."): (
         "0", "1001", "2.5", "many", "1e2",
     ),
+    ("LOG_LINES_ACTIVE", "it must be a whole number from 0 to 10000."): ("-1", "10001", "all"),
     ("CHECK_CADENCE", "it must be a number with s, m, h or d, e.g. '5s', or steps that grow"): (
         "5", "often", "0s", "5s,", "5s until 10m", "30s until 1h, 5s",
         "5s until 1h, 30s until 10m, 5m",

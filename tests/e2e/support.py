@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-import platform
 import secrets
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ import pymysql
 import pytest
 from pymysql.cursors import DictCursor
 
+from local import mariadb
+from local.package import ARCHITECTURE, FOR_THIS_MACHINE
 from tests.support import MySQLShop, connect, mysql_shop
 
 ROOT = Path(__file__).parents[2]
@@ -28,9 +30,8 @@ API_KEY = f"key-{secrets.token_hex(8)}"
 PASSWORD = f"password-{secrets.token_hex(8)}"
 START_SECONDS = 120.0
 
-# The containers run on this machine's processor, so the functions are built for it.
-ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
-PARAMETERS = (
+# On a laptop APIKEY and DATABASE_URL stand in for the secrets.
+LOCAL = (
     "--parameter-overrides",
     f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn=''",
 )
@@ -48,18 +49,19 @@ class Shop:
 
     def __init__(self, shop: MySQLShop) -> None:
         self._shop = shop
-        user = shop.database
+        self.database = self.user = shop.database
         self.port = urlsplit(shop.server).port or 3306
-        self.url = f"mysql://{user}:{PASSWORD}@{HOST}:{self.port}/{shop.database}"
-        shop.run(f"CREATE USER {user}@'%%' IDENTIFIED BY %s", (PASSWORD,))
-        shop.run(f"GRANT SELECT ON {shop.database}.checkout_session TO {user}")
-        for table in ("checkout_session_check", "checkout_session_run", "checkout_session_pause"):
-            shop.run(
-                f"GRANT CREATE, SELECT, INSERT, UPDATE, DELETE ON {shop.database}.{table} TO {user}"
-            )
+        self.url = f"mysql://{self.user}:{PASSWORD}@{HOST}:{self.port}/{self.database}"
+        for statement in mariadb.user_statements(self.database, self.user, PASSWORD):
+            shop.run(statement)
 
     def close(self) -> None:
-        self._shop.run(f"DROP USER {self._shop.database}")
+        self._shop.run(f"DROP USER {self.user}")
+
+    @property
+    def owner_url(self) -> str:
+        """For the tests' own look at it."""
+        return self._shop.url
 
     def add(self, sessions: Mapping[str, str], status: str = "open") -> None:
         """Add sessions, given as billing checkout ids by session id."""
@@ -124,7 +126,7 @@ class Sam:
             f"--template-file={package / 'template.yaml'}",
             f"--env-vars={settings}",
             f"--add-host={HOST}:host-gateway",
-            *PARAMETERS,
+            *LOCAL,
         ]
 
     def invoke(self, function: str, event: str) -> Invocation:
@@ -141,7 +143,8 @@ class Sam:
         show(f"\n$ {shlex.join(command)}")
         with self._log.open("w") as log:
             process = subprocess.Popen(
-                [*command, *self._arguments],
+                # What a shell starts in the background ignores SIGINT, and so would SAM.
+                ["env", "--default-signal=INT", *command, *self._arguments],
                 cwd=ROOT,
                 env=environment(),
                 stdout=log,
@@ -157,13 +160,18 @@ class Sam:
                 process.wait(60)
             finally:
                 process.kill()
+                process.wait()
                 show(self._log.read_text())
 
 
-def build(directory: Path) -> Path:
-    """`sam build`; where it put the template and one directory for each function."""
-    command = ["sam", "build", *PARAMETERS]
-    run([*command, "--no-cached", f"--build-dir={directory}"], shown=command)
+def build(directory: Path, *options: str) -> Path:
+    """`make build`; where it put the template and one directory for each function."""
+    command = [sys.executable, "-m", "local.package"]
+    options = options or FOR_THIS_MACHINE
+    run(
+        [*command, "--no-cached", f"--build-dir={directory}", *options],
+        shown=["make", "build", f"ARGS={' '.join(options)}"],
+    )
     return directory
 
 
@@ -178,6 +186,28 @@ def run(
     show(ran.stderr + ran.stdout)
     assert ran.returncode == 0, f"{command[0]} ended with {ran.returncode}"
     return ran
+
+
+class Reply(NamedTuple):
+    status: int
+    body: dict[str, Any]
+
+
+def curl(url: str, *arguments: str, api_key: str | None = None) -> Reply:
+    command = ["curl", *arguments, url]
+    silently = ["-sS", "-m", "120", "-w", "\n%{http_code}"]
+    header = [] if api_key is None else ["-H", f"x-api-key: {api_key}"]
+    shown = [*command, *(["-H", "x-api-key: …"] if api_key else [])]
+    said = run([*command, *silently, *header], shown=shown)
+    body, _, status = said.stdout.rpartition("\n")
+    return Reply(int(status), json.loads(body))
+
+
+def trigger(api: str, event: str, *, api_key: str | None = None) -> Reply:
+    """Call the trigger with the body of an event of ours."""
+    body = json.loads((EVENTS / event).read_text())["body"]
+    data = () if body is None else ("-H", "Content-Type: application/json", "-d", body)
+    return curl(f"{api}/api/test/checkout-sessions", "-X", "POST", *data, api_key=api_key)
 
 
 def environment() -> dict[str, str]:
@@ -225,9 +255,9 @@ def listens(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
-            pytest.fail(f"Not ready after {START_SECONDS:.0f} seconds: {what}")
+            pytest.fail(f"Not ready after {seconds:.0f} seconds: {what}")
         time.sleep(0.2)

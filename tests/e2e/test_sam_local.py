@@ -1,18 +1,13 @@
 """The functions as they are deployed: built by SAM, and run in its containers."""
 
 import json
-import re
 from collections.abc import Mapping
-from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from local.billing import SimulatedBilling
-from tests.e2e.support import EVENTS, PASSWORD, ROOT, Sam, Shop, run, show
-
-MOST_BYTES = 25_000_000
+from tests.e2e.support import EVENTS, PASSWORD, Sam, Shop, curl, run, trigger
 
 SESSIONS = {
     "session_a": "checkout_active_1",
@@ -25,25 +20,6 @@ RECORDED = {
     "session_b": ("not_found", 404, 0, 1),
     "session_c": ("network_error", None, 1, 1),
 }
-
-
-class Reply(NamedTuple):
-    status: int
-    body: dict[str, Any]
-
-
-def curl(url: str, *arguments: str) -> Reply:
-    command = ["curl", *arguments, url]
-    said = run([*command, "-sS", "-m", "120", "-w", "\n%{http_code}"], shown=command)
-    body, _, status = said.stdout.rpartition("\n")
-    return Reply(int(status), json.loads(body))
-
-
-def trigger(api: str, event: str) -> Reply:
-    """Call the trigger with the body of an event of ours."""
-    body = json.loads((EVENTS / event).read_text())["body"]
-    data = () if body is None else ("-H", "Content-Type: application/json", "-d", body)
-    return curl(f"{api}/api/test/checkout-sessions", "-X", "POST", *data)
 
 
 def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
@@ -60,23 +36,6 @@ def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
 
 def test_sam_finds_nothing_wrong_with_the_template() -> None:
     run(["sam", "validate", "--lint"])
-
-
-@pytest.mark.parametrize("function", ["CheckSessionsFunction", "ApiFunction"])
-def test_the_package_is_what_requirements_txt_lists_and_small(function: str, package: Path) -> None:
-    requirements = (ROOT / "src/requirements.txt").read_text()
-    listed = set(re.findall(r"^([\w-]+)==", requirements, re.MULTILINE))
-
-    held = {
-        found.name.lower().replace("_", "-")
-        for found in distributions(path=[str(package / function)])
-    }
-    size = sum(file.stat().st_size for file in (package / function).rglob("*") if file.is_file())
-
-    show(f"{function}: {size / 1e6:.1f} MB unpacked, with {', '.join(sorted(held))}")
-    assert held == listed
-    assert not {"boto3", "botocore"} & held
-    assert size < MOST_BYTES
 
 
 @pytest.mark.parametrize("event", ["tick.json", "no-tick.json"])

@@ -484,3 +484,47 @@ def test_alone_it_refuses_an_impossible_port_with_one_sentence() -> None:
         assert (output, errors.count("\n")) == ("", 1)
         assert errors.startswith("Port 70000 cannot be listened on: ")
         assert program.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "said"),
+    [
+        ("healthy", 200, "open"),
+        ("slow", 200, "open"),
+        ("failing", 500, None),
+        ("rate-limiting", 429, None),
+        ("paying", 200, "paid"),
+    ],
+)
+def test_a_mode_treats_every_id_alike(
+    billing: SimulatedBilling, client: httpx.Client, mode: str, status: int, said: str | None
+) -> None:
+    control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
+    assert client.post(control, content=mode).json()["mode"] == mode
+    for checkout_id in ("checkout_active_1", "checkout_404_1"):
+        answer = client.get(session_url(billing, checkout_id))
+        assert (answer.status_code, answer.json().get("status")) == (status, said)
+    assert client.post(control, content="by id").json()["mode"] == "by id"
+    assert client.get(session_url(billing, "checkout_404_1")).status_code == 404
+
+
+def test_a_service_that_is_down_resets_connections_and_can_be_told_to_come_back(
+    billing: SimulatedBilling, client: httpx.Client
+) -> None:
+    control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
+    client.post(control, content="down")
+    with pytest.raises(httpx.TransportError):
+        client.get(session_url(billing, "checkout_active_1"))
+    client.post(control, content="healthy\n")
+    assert client.get(session_url(billing, "checkout_active_1")).status_code == 200
+
+
+def test_a_mode_that_there_is_not_is_refused_with_those_that_there_are(
+    billing: SimulatedBilling, client: httpx.Client
+) -> None:
+    control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
+    answer = client.post(control, content="broken")
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("There is no mode 'broken'; there are by id, healthy")
+    assert client.get(control).json()["mode"] == "by id"
+    assert client.delete(control).status_code == 405

@@ -79,6 +79,17 @@ def ask(url: str, method: str) -> tuple[int, dict[str, object]]:
         connection.close()
 
 
+def test_the_first_line_is_the_pages_address(tmp_path: Path) -> None:
+    with running(tmp_path, {"APIKEY": "k"}) as monitor:
+        address = monitor.until(r"The monitor's page: (http://localhost:\d+)/$")[1]
+        assert len(monitor.printed) == 1
+        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        assert "All times are UTC." in answer.read().decode()
+        connection.close()
+
+
 def test_it_checks_the_sample_sessions_at_every_tick_and_serves_the_api(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("APIKEY=from-dotenv\n", encoding="utf-8")
     with running(tmp_path, {}) as monitor:

@@ -34,6 +34,9 @@ class FakeMonitor:
     def health(self) -> Health:
         return Health({}, NOON, None)
 
+    def status(self) -> dict[str, object]:
+        return {}
+
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         if self._error is not None:
             raise self._error

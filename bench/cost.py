@@ -1,0 +1,353 @@
+"""`make cost`: what a month of this stack costs, computed.
+
+From the template come the loop, the schedule, memory, metrics of alarms and secrets; from passes
+that were run (measured.toml, which `--measure` writes anew) the bytes of log and on the wire, the
+processor time and the metrics; from prices.toml what AWS asks for each. A month has 30 days.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
+
+from core.cadence import Cadence, parse_duration
+from local import loop
+
+ROOT = Path(__file__).parents[1]
+PRICES = ROOT / "bench/prices.toml"
+MEASURED = ROOT / "bench/measured.toml"
+PAGE = ROOT / "docs/cost.md"
+
+MONTH_SECONDS = 30 * 24 * 3600
+GB = 1e9  # bytes; AWS's own gigabyte of data is a little larger, so this errs on the dear side
+FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
+# START, END and REPORT, which Lambda writes of each invocation.
+LAMBDA_LINES, LAMBDA_BYTES = 3, 290
+
+OPEN = (100, 1_000, 10_000)
+WHERE = {"internet": "on the internet", "region": "in the region"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What the template deploys, at its defaults where nothing else is asked for."""
+
+    interval: int
+    memory_mb: int
+    architecture: str
+    in_flight: int
+    retention_days: int
+    alarm_metrics: int
+    secrets: int
+    traced: bool
+    executions: int  # of the loop, in a month
+    execution_seconds: float
+    ticks: int  # of one execution
+
+    @classmethod
+    def of(cls, template: Mapping[str, Any], given: Mapping[str, object]) -> Self:
+        """Read the template; `given` are parameters that are not at their defaults."""
+        values = {name: p.get("Default") for name, p in template["Parameters"].items()}
+        values |= given
+        interval = int(values["CheckIntervalSeconds"])
+        seconds, ticks = execution(interval)
+        schedule = template["Resources"]["CheckLoop"]["Properties"]["Events"]["EveryMinute"]
+        [minutes] = re.findall(
+            r"rate\((\d+) minutes?\)", schedule["Properties"]["ScheduleExpression"]
+        )
+        alarms = [
+            resource["Properties"]
+            for resource in template["Resources"].values()
+            if resource["Type"] == "AWS::CloudWatch::Alarm"
+        ]
+        return cls(
+            interval=interval,
+            memory_mb=int(values["WorkerMemory"]),
+            architecture=str(values["Architecture"]),
+            in_flight=int(values["MaxConcurrency"]),
+            retention_days=int(values["LogRetentionDays"]),
+            alarm_metrics=sum(
+                sum(
+                    "MetricStat" in query for query in alarm.get("Metrics", [{"MetricStat": alarm}])
+                )
+                for alarm in alarms
+            ),
+            secrets=2 if values["ApiKeySecretArn"] else 1,
+            traced=values["Tracing"] == "ENABLED",
+            executions=MONTH_SECONDS // (60 * int(minutes)),
+            execution_seconds=seconds,
+            ticks=ticks,
+        )
+
+    @property
+    def vcpu(self) -> float:
+        return self.memory_mb / FULL_CPU_MB
+
+
+def execution(interval: int) -> tuple[float, int]:
+    """How long one execution of CheckLoop takes, in seconds, and how often it ticks."""
+    now = 0.0
+    ticks = 0
+
+    def invoke(_: loop.Arguments) -> None:
+        nonlocal ticks
+        ticks += 1
+
+    def wait_until(moment: float) -> None:
+        nonlocal now
+        now = max(now, moment)
+
+    loop.execute(loop.definition(interval), invoke, now=lambda: now, wait_until=wait_until)
+    return now, ticks
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A line of the bill."""
+
+    name: str
+    dollars: float
+    amount: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the monitor has to do."""
+
+    open: int
+    cadence: Cadence
+    sessions_last: float  # seconds; their ages are spread evenly
+    latency: float  # seconds
+    billing: str  # a key of WHERE
+
+    def checks_a_tick(self, interval: int) -> float:
+        """Of how many sessions, on average, a check is due at a tick."""
+        age = 0.0
+        checks = 0
+        while age < self.sessions_last:
+            checks += 1
+            every = max(self.cadence.every_seconds(age), interval)
+            age += math.ceil(every / interval) * interval
+        return self.open * checks * interval / self.sessions_last
+
+
+def pass_seconds(checks: float, stack: Stack, latency: float, measured: Mapping[str, Any]) -> float:
+    """The time of one pass: what it takes without a check, and then either waiting or working.
+
+    While requests wait for billing the processor works on others, so the longer of the two counts.
+    Waiting takes as much longer than latency by requests in flight as it did where it was measured.
+    """
+    time = measured["time"]
+    waiting = latency * max(1.0, checks / stack.in_flight) * time["waiting_factor"] if checks else 0
+    working = checks * time["check_processor_ms"] / 1000 / stack.vcpu
+    return without_checks(stack, measured) + float(max(waiting, working))
+
+
+def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
+    """The seconds of a pass that finds nothing due: the database's, and the processor's."""
+    time = measured["time"]
+    return float(time["idle_database_ms"] + time["idle_processor_ms"] / stack.vcpu) / 1000
+
+
+def bill(
+    load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
+) -> list[Item]:
+    """A month's items, with data out to billing as the last one."""
+    aws_lambda, watch = prices["lambda"], prices["cloudwatch"]
+    gb_second = aws_lambda["gb_second"][stack.architecture] * stack.memory_mb / 1024
+    slots = MONTH_SECONDS // stack.interval
+    checks = load.checks_a_tick(stack.interval)
+    alone = pass_seconds(checks, stack, load.latency, measured)
+    workers = math.ceil(alone / stack.interval)
+    worked = alone + (workers - 1) * without_checks(stack, measured)
+    again = stack.executions * stack.ticks - slots
+    again_seconds = float(measured["time"]["again_database_ms"]) / 1000
+    again_seconds += float(measured["time"]["again_processor_ms"]) / 1000 / stack.vcpu
+    invocations = slots * workers + again
+
+    kind = "pass" if checks >= 1 else "idle"
+    log, record = measured["log"], watch["record_bytes"]
+    logged = slots * workers * (log[f"{kind}_bytes"] + record * log[f"{kind}_records"])
+    logged += again * (log["again_bytes"] + record * log["again_records"])
+    logged += invocations * (LAMBDA_BYTES + record * LAMBDA_LINES)
+    log_gb = logged / GB
+    kept = log_gb * stack.retention_days / 30 * watch["stored_gb_month"]
+
+    sent, received = (checks * slots * measured["wire"][way] / GB for way in ("sent", "received"))
+    data = {
+        "internet": sent * prices["data"]["internet_gb"],
+        "region": (sent + received) * prices["data"]["region_gb"],
+    }
+    express = prices["express"]
+    express_gb_seconds = (
+        stack.executions
+        * math.ceil(stack.execution_seconds * 10)
+        / 10
+        * express["memory_mb"]
+        / 1024
+    )
+    return [
+        Item(
+            f"loop: Express executions in {express['memory_mb']} MB",
+            stack.executions * express["execution"] + express_gb_seconds * express["gb_second"],
+            f"{stack.executions:,} of {stack.execution_seconds:.0f} s",
+        ),
+        Item("its schedule", stack.executions * prices["scheduler"]["start"], ""),
+        Item(
+            f"worker: {slots:,} ticks at {stack.memory_mb} MB",
+            slots * worked * gb_second,
+            f"{worked:.2f} s" + (f" in {workers} passes" if workers > 1 else ""),
+        ),
+        Item(
+            "ticks that come again",
+            again * again_seconds * gb_second,
+            f"{again:,} of {again_seconds * 1000:.0f} ms",
+        ),
+        Item("invocations", invocations * aws_lambda["request"], f"{invocations:,}"),
+        Item("logs", log_gb * watch["log_gb"] + kept, f"{log_gb:.1f} GB"),
+        Item(
+            "metrics of healthy hours",
+            measured["log"]["metrics"] * watch["metric_month"],
+            f"{measured['log']['metrics']}",
+        ),
+        Item(
+            "metrics of alarms",
+            stack.alarm_metrics * watch["alarm_metric_month"],
+            f"{stack.alarm_metrics}",
+        ),
+        Item(
+            "traces",
+            (slots + again) * prices["xray"]["trace"] if stack.traced else 0.0,
+            "on" if stack.traced else "off",
+        ),
+        Item("secrets", stack.secrets * prices["secrets"]["secret_month"], f"{stack.secrets}"),
+        Item(
+            "data to billing, " + WHERE[load.billing],
+            data[load.billing],
+            f"{sent:,.0f} GB",
+        ),
+    ]
+
+
+def together(items: Sequence[Item]) -> float:
+    """Without data out, which depends on where billing is."""
+    return sum(item.dollars for item in items[:-1])
+
+
+def table(bills: Mapping[int, Sequence[Item]]) -> str:
+    """The bills side by side, by their open sessions, in Markdown."""
+    lines = [f"| US$ a month | {' | '.join(f'{open_:,} open' for open_ in bills)} |"]
+    lines.append("|---|" + "---:|" * len(bills))
+    for items in zip(*bills.values(), strict=True):
+        amounts = [item.amount for item in items]
+        same = len(set(amounts)) == 1
+        name = items[0].name
+        if same and amounts[0]:
+            name += f": {amounts[0]}"
+        cells = [f"{item.dollars:,.2f}" + ("" if same else f" ({item.amount})") for item in items]
+        if items[0] is next(iter(bills.values()))[-1]:
+            sums = (f"**{together(b):,.2f}**" for b in bills.values())
+            lines.append(f"| **together** | {' | '.join(sums)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def template() -> dict[str, Any]:
+    parsed: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
+    return parsed
+
+
+def read(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make cost", description=__doc__)
+    add = parser.add_argument
+    add("--open", type=int, nargs="+", default=OPEN, metavar="N", help="open sessions")
+    add("--cadence", default="", help="CHECK_CADENCE, e.g. '5s until 10m, 30s until 1h, 5m'")
+    add("--sessions-last", default="24h", help="how long one stays open, e.g. 24h")
+    add("--latency", type=float, default=100, metavar="MS", help="of billing's answers")
+    add("--billing", choices=WHERE, default="internet")
+    add("--interval", type=int, metavar="S")
+    add("--memory", type=int, metavar="MB", help="WorkerMemory")
+    add("--in-flight", type=int, metavar="N", help="MaxConcurrency")
+    add("--architecture", choices=("x86_64", "arm64"))
+    add("--two-secrets", action="store_true")
+    add("--tracing", action="store_true")
+    add("--measure", action="store_true", help="run passes first, and write measured.toml anew")
+    add("--write", action="store_true", help="write the tables of docs/cost.md anew")
+    return parser
+
+
+def computed(arguments: argparse.Namespace) -> str:
+    """The table for some arguments."""
+    given: dict[str, object] = {
+        "CheckIntervalSeconds": arguments.interval,
+        "WorkerMemory": arguments.memory,
+        "MaxConcurrency": arguments.in_flight,
+        "Architecture": arguments.architecture,
+        "ApiKeySecretArn": "another" if arguments.two_secrets else None,
+        "Tracing": "ENABLED" if arguments.tracing else None,
+    }
+    stack = Stack.of(template(), {name: v for name, v in given.items() if v is not None})
+    cadence = Cadence.parse(arguments.cadence or f"{stack.interval}s")
+    measured, prices = read(MEASURED), read(PRICES)
+    return table(
+        {
+            open_: bill(
+                Load(
+                    open_,
+                    cadence,
+                    parse_duration(arguments.sessions_last),
+                    arguments.latency / 1000,
+                    arguments.billing,
+                ),
+                stack,
+                measured,
+                prices,
+            )
+            for open_ in arguments.open
+        }
+    )
+
+
+# Tables of the page: the arguments stand above each of them, in a comment.
+TABLE = re.compile(r"(<!-- make cost(?: ARGS='(.*?)')? -->\n)(.*?)(<!-- /make cost -->)", re.DOTALL)
+
+
+def page_with_tables(text: str) -> str:
+    """The page, with every table computed anew."""
+
+    def renewed(found: re.Match[str]) -> str:
+        head, arguments, _, end = found.groups()
+        words = shlex.split(arguments or "")
+        return f"{head}\n{computed(parser().parse_args(words))}\n\n{end}"
+
+    return TABLE.sub(renewed, text)
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    if arguments.measure:
+        from bench.measure import measure  # noqa: PLC0415 (needs a database)
+
+        MEASURED.write_text(measure(), encoding="utf-8")
+    if arguments.write:
+        PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    prices = read(PRICES)
+    print(computed(arguments))
+    print(f"\nList prices of {prices['region']}, {prices['date']}, without free tiers.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

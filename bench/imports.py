@@ -1,0 +1,75 @@
+"""What a cold start spends on imports, from a package that was never run: no cache of bytecode.
+
+Lambda's file system is read-only, so Python writes none there either. `sam build` with the
+template's build compiles the package; what that saves is the difference.
+"""
+
+import compileall
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from bench.machine import Machine
+from bench.programs import ROOT
+from bench.report import Results
+
+SCRIPT = (
+    "import sys, time; began = time.perf_counter(); import {module}; "
+    "print(time.perf_counter() - began, 'boto3' in sys.modules)"
+)
+
+
+def measure(machine: Machine, results: Results) -> None:
+    with tempfile.TemporaryDirectory(dir=machine.directory) as directory:
+        package = Path(directory) / "package"
+        _build(package)
+        source = _seconds(machine, package, "handlers.check")
+        compileall.compile_dir(package, quiet=2)
+        compiled = _seconds(machine, package, "handlers.check")
+    boto3 = _seconds(machine, None, "boto3")
+    results.state("import of handlers.check without bytecode", _milliseconds(source))
+    results.target(
+        "import of handlers.check, compiled as packaged",
+        "≤ 120 ms",
+        _milliseconds(compiled),
+        met=compiled <= 0.120,
+    )
+    results.state("import of boto3 beside it", _milliseconds(boto3))
+
+
+def _build(package: Path) -> None:
+    """What goes into the Lambda package: src and its requirements, without any bytecode."""
+    shutil.copytree(ROOT / "src", package, ignore=shutil.ignore_patterns("__pycache__"))
+    uv = shutil.which("uv") or ROOT / ".uv/bin/uv"
+    requirements = ROOT / "src/requirements.txt"
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--target", package, "-r", requirements], check=True
+    )
+
+
+def _seconds(machine: Machine, package: Path | None, module: str) -> float:
+    """How long a fresh interpreter takes to import the module; of the package alone, if given."""
+    isolated = ["-S"] if package else []
+    command = ["taskset", "--cpu-list", str(machine.cores[1]), sys.executable, *isolated, "-c"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(package or "")}
+    took = []
+    for _ in range(3 * machine.rounds):
+        done = subprocess.run(
+            [*command, SCRIPT.format(module=module)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        seconds, has_boto3 = done.stdout.split()
+        assert module == "boto3" or has_boto3 == "False"
+        took.append(float(seconds))
+    return median(took)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"

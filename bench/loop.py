@@ -1,0 +1,204 @@
+"""The loop at size: template.yaml's own loop on the real clock, warm worker processes for Lambda.
+
+A tick starts a pass in a free process, as an asynchronous Invoke does, and so does a worker that
+asks for another one. Everything is at the stack's defaults.
+"""
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from statistics import median
+
+from bench.clients import Job
+from bench.machine import Machine, wait
+from bench.programs import MARIADB, Client, Program
+from bench.report import Results, tell
+from bench.servers import Request
+from core.model import percentile
+from local import loop
+from tests.support import numbered
+
+INTERVAL_SECONDS = 5
+LAMBDA_SECONDS = 60.0
+# Execution environments. A pass may take twelve intervals; ten workers may be under way at once.
+PROCESSES = 20
+# Until new sessions have been adopted, and connections opened.
+SETTLE_SECONDS = 20
+MEASURE_SECONDS = 60
+OPEN = (1000, 5000, 10_000)
+
+
+class Fleet:
+    """Lambda's stand-in: a pool of warm worker processes that share the machine's cores."""
+
+    def __init__(self, clients: Sequence[Client], job: Job) -> None:
+        self._job = job
+        self._free = list(clients)
+        self._lock = threading.Lock()
+        self.started = 0
+        self.throttled = 0
+        for client in clients:
+            client.start({**job, "warm_up": True})
+        for client in clients:
+            client.report()
+
+    def start(self, tick: datetime) -> None:
+        """Start a pass in a free process and come back at once; without one, say so."""
+        with self._lock:
+            self.started += 1
+            if not self._free:
+                self.throttled += 1
+                return
+            client = self._free.pop()  # the one that was busy last, as Lambda does
+        client.start({**self._job, "tick": tick.isoformat(), "seconds": LAMBDA_SECONDS})
+        threading.Thread(target=self._follow, args=(client,), daemon=True).start()
+
+    def _follow(self, client: Client) -> None:
+        try:
+            while "start" in (said := client.line()):
+                self.start(datetime.fromisoformat(said["start"]))
+        except RuntimeError:
+            return  # it was killed: the case is over
+        with self._lock:
+            self._free.append(client)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What billing and the database have seen of the loop in some whole intervals."""
+
+    made: float  # checks, as a share of those due
+    lateness: Sequence[float]  # seconds from a request's tick until it came, in order
+    most_in_flight: int
+    database: float  # share of a core
+    throttled: int
+
+    def late(self, share: float) -> float:
+        return percentile(self.lateness, share)
+
+
+def at_size(machine: Machine, results: Results) -> None:
+    for open_ in OPEN[:1] if machine.quick else OPEN:
+        for program in machine.versions(MARIADB):
+            seen = _watch(machine, program, numbered(open_), "100ms")
+            what = f"the loop, {open_:,} open, billing after 100 ms, {_whose(program)}"
+            told = (
+                f"{seen.made:.1%} of the checks due; requests leave within {seen.late(0.5):.1f} s"
+                f" of their tick (50 %), {seen.late(0.99):.1f} s (99 %); at most"
+                f" {seen.most_in_flight:,} in flight; MariaDB {seen.database:.0%} of a core"
+            )
+            if program is MARIADB:
+                met = seen.made >= 0.999 and seen.late(0.99) <= 1.5
+                results.target(what, "99.9 %, 1.5 s", told, met=met)
+            else:
+                results.state(what, told)
+
+
+def hanging(machine: Machine, results: Results) -> None:
+    """Billing that hangs gets no more requests in flight than when it was well."""
+    open_ = 1000 if machine.quick else max(OPEN)
+    for program in machine.versions(MARIADB):
+        well = _watch(machine, program, numbered(open_), "100ms")
+        hangs = _watch(machine, program, numbered(open_), "hang")
+        what = f"requests in flight at most while billing hangs, {open_:,} open, {_whose(program)}"
+        told = f"{hangs.most_in_flight:,}; {well.most_in_flight:,} when it is well"
+        if program is MARIADB:
+            met = hangs.most_in_flight <= well.most_in_flight
+            results.target(what, "not more than when it is well", told, met=met)
+        else:
+            results.state(what, told)
+
+
+def gaps(machine: Machine, results: Results) -> None:
+    """A healthy session's checks, while a tenth of the sessions hang."""
+    sessions = {f"s{n}": f"checkout_{'hang' if n % 10 == 0 else 'ok'}_{n}" for n in range(1000)}
+    seconds = 15 if machine.quick else MEASURE_SECONDS
+    with _looping(machine, MARIADB, sessions, "at-once"):
+        wait(seconds, "the loop, 100 of 1,000 sessions hang")
+        requests = machine.billing.requests()
+    times: dict[str, list[float]] = defaultdict(list)
+    for request in requests:
+        if "_ok_" in request.checkout_id:
+            times[request.checkout_id].append(request.began)
+    between = sorted(b - a for those in times.values() for a, b in pairwise(those))
+    middle, late = median(between), percentile(between, 0.99)
+    results.target(
+        "gap between checks of a healthy session, 10 % of 1,000 hang 10 s",
+        "median 5.0 s, 99th percentile 5.5 s",
+        f"median {middle:.2f} s, 99th percentile {late:.2f} s ({len(between):,} gaps)",
+        met=abs(middle - 5) < 0.05 and late <= 5.5 and len(times) == 900,
+    )
+
+
+def _watch(
+    machine: Machine, program: Program, sessions: Mapping[str, str | None], delay: str
+) -> Seen:
+    what = f"the loop, {len(sessions):,} open, billing {delay}, {_whose(program)}"
+    with _looping(machine, program, sessions, delay) as fleet:
+        wait(SETTLE_SECONDS, f"{what}: settling")
+        time.sleep(-time.time() % INTERVAL_SECONDS)  # whole intervals
+        began, cpu = time.time(), machine.mariadb_cpu_seconds()
+        wait(2 * INTERVAL_SECONDS if machine.quick else MEASURE_SECONDS, what)
+        ended = began + (time.time() - began) // INTERVAL_SECONDS * INTERVAL_SECONDS
+        busy = (machine.mariadb_cpu_seconds() - cpu) / (time.time() - began)
+        if delay == "hang":
+            wait(12, "requests that hang have to end before the log tells of them")
+        requests = machine.billing.requests()
+    inside = [request for request in requests if began <= request.began < ended]
+    due = len(sessions) * (ended - began) / INTERVAL_SECONDS
+    lateness = sorted(request.began % INTERVAL_SECONDS for request in inside)
+    return Seen(
+        len(inside) / due, lateness, _most_at_once(requests, began, ended), busy, fleet.throttled
+    )
+
+
+@contextlib.contextmanager
+def _looping(
+    machine: Machine, program: Program, sessions: Mapping[str, str | None], delay: str
+) -> Iterator[Fleet]:
+    """The running loop over a new shop; billing's log begins with it."""
+    with contextlib.ExitStack() as stack:
+        shop = stack.enter_context(machine.shop("mariadb", sessions))
+        tell(f"starting {PROCESSES} worker processes")
+        clients = [
+            stack.enter_context(machine.client(program, *machine.cores)) for _ in range(PROCESSES)
+        ]
+        job = Job(
+            url=machine.billing.url(delay, logged=True),
+            sessions=len(sessions),
+            in_flight=100,
+            warm_up=False,
+            env={"DATABASE_URL": shop.url},
+        )
+        machine.billing.forget_requests()
+        fleet = Fleet(clients, job)
+        stopping = threading.Event()
+        ticking = threading.Thread(target=loop.run, args=(fleet.start, INTERVAL_SECONDS, stopping))
+        ticking.start()
+        try:
+            yield fleet
+        finally:
+            stopping.set()
+            ticking.join()
+            if fleet.throttled:
+                tell(f"{fleet.throttled} of {fleet.started} starts found no free process")
+
+
+def _most_at_once(requests: Sequence[Request], began: float, ended: float) -> int:
+    """The most requests under way at one moment between the two."""
+    changes = sorted([(r.began, 1) for r in requests] + [(r.ended, -1) for r in requests])
+    under_way = most = 0
+    for at, change in changes:
+        under_way += change
+        if began <= at < ended:
+            most = max(most, under_way)
+    return most
+
+
+def _whose(program: Program) -> str:
+    return program.label.partition(",")[0]

@@ -1,0 +1,137 @@
+"""What every case runs on: the servers on one core, the clients on the other, shops to fill."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.clients import Job
+from bench.programs import Client, Program
+from bench.report import tell
+from bench.servers import NGINX_MODULE, Billing, billing_stub
+from tests.support import Shop, SQLiteShop, add_sessions, mariadb_server, mysql_shop, statements
+
+PACKAGES = {
+    "nginx": "nginx-light",
+    str(NGINX_MODULE): "libnginx-mod-http-echo",
+    "wrk": "wrk",
+    "node": "nodejs",
+    "mariadb-install-db": "mariadb-server",
+    "openssl": "openssl",
+}
+# So that a pass which takes longer than an interval checks nothing twice.
+CHECKED_ONCE = {"CHECK_CADENCE": "1d"}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The running servers. `before` is a checkout of an earlier version, to be measured too."""
+
+    billing: Billing
+    mariadb: str
+    mariadb_pid: int
+    mysql: str | None
+    directory: Path
+    cores: tuple[int, int]  # the servers' and the clients'
+    before: Path | None
+    quick: bool
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.quick else 3
+
+    def versions(self, program: Program) -> list[Program]:
+        """The program as it is, and as it was before where that is asked for."""
+        return [program, *([program.of(self.before)] if self.before else [])]
+
+    @contextlib.contextmanager
+    def client(self, program: Program, *cores: int) -> Iterator[Client]:
+        """Start it on the clients' core, unless others are named."""
+        client = Client(program, cores or self.cores[1:], self.billing.authority)
+        with contextlib.closing(client):
+            yield client
+
+    @contextlib.contextmanager
+    def shop(self, engine: str, sessions: Mapping[str, str | None]) -> Iterator[Shop]:
+        with contextlib.ExitStack() as stack:
+            shop: Shop
+            if engine == "sqlite":
+                directory = stack.enter_context(tempfile.TemporaryDirectory(dir=self.directory))
+                shop = SQLiteShop(Path(directory) / "db")
+                for statement in statements("sqlite"):
+                    shop.run(statement)
+            else:
+                server = self.mariadb if engine == "mariadb" else self.mysql
+                assert server is not None
+                shop = stack.enter_context(mysql_shop(server))
+            add_sessions(shop, sessions)
+            yield shop
+
+    def mariadb_cpu_seconds(self) -> float:
+        """Processor time that MariaDB has used until now."""
+        stat = Path(f"/proc/{self.mariadb_pid}/stat").read_text(encoding="ascii")
+        fields = stat.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def pass_job(url: str, shop: Shop | None, sessions: int, in_flight: int = 100) -> Job:
+    """A job that checks so many sessions, each once; of `shop`, those that are due."""
+    env = {**CHECKED_ONCE, "DATABASE_URL": shop.url} if shop else {}
+    return Job(url=url, sessions=sessions, in_flight=in_flight, warm_up=False, env=env)
+
+
+def adopt(client: Client, job: Job, shop: Shop) -> None:
+    """Let a pass find a new shop's sessions, and make them due again."""
+    client.run(job)
+    make_due(shop)
+
+
+def make_due(shop: Shop) -> None:
+    shop.run("UPDATE checkout_session_check SET next_check_at = first_seen_at")
+
+
+def install() -> None:
+    """Debian's packages of what is missing; exits with one sentence where that cannot be."""
+    missing = [p for name, p in PACKAGES.items() if not (shutil.which(name) or Path(name).exists())]
+    if not missing:
+        return
+    if os.geteuid() or not shutil.which("apt-get"):
+        sys.exit(f"❌ make bench needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
+    tell(f"installing {', '.join(missing)}")
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
+        subprocess.run(["apt-get", "-qq", *command], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def running(*, before: Path | None, quick: bool) -> Iterator[Machine]:
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        sys.exit("❌ make bench needs two processor cores: one for the servers, one for the client")
+    cores = (usable[0], usable[1])
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.sched_setaffinity(0, {cores[0]})  # the servers inherit it
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for part in ("nginx", "mariadb"):
+            (directory / part).mkdir()
+        billing = stack.enter_context(billing_stub(directory / "nginx", min(hard, 65_536)))
+        mariadb = stack.enter_context(mariadb_server(directory / "mariadb"))
+        pid = int((directory / "mariadb" / "pid").read_text(encoding="ascii"))
+        mysql = os.environ.get("TEST_MYSQL_URL")
+        yield Machine(billing, mariadb, pid, mysql, directory, cores, before, quick)
+
+
+def wait(seconds: float, what: str) -> None:
+    """Sleep, and say every 15 seconds how long it still takes."""
+    ends = time.monotonic() + seconds
+    while (left := ends - time.monotonic()) > 0:
+        tell(f"{what}: {left:.0f} s left")
+        time.sleep(min(15, left))

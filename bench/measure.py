@@ -1,0 +1,167 @@
+"""Passes really run, for `make cost`: what one writes, sends, and takes of a processor.
+
+The handler of the worker's Lambda, on a MariaDB (TEST_DATABASE_URL, or one of its own), against a
+billing service over TLS that answers after 100 ms (bench/wire.py).
+"""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from bench import wire
+from core.cadence import slot_at
+from core.model import iso
+from core.observability import logger
+from handlers import check
+from tests.support import Shop, add_sessions, mariadb_server, mysql_shop
+
+LATENCY_SECONDS = 0.1
+OPEN, IN_FLIGHT = 1_000, 100
+ROUNDS = 6
+# Of usual lengths, as an id of a session, a checkout and a stack, and an API key.
+SESSION, CHECKOUT, STACK, KEY = (
+    "5c1a7c2e-4b0e-4f5e-9d5a-{:012d}",
+    "cs_{:024d}",
+    "shop-monitor",
+    "k" * 32,
+)
+
+HEAD = """\
+# Written by `make cost ARGS=--measure`; see bench/measure.py.
+machine = "{machine}"
+open = {open}
+latency_ms = {latency:.0f}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What one invocation took and wrote."""
+
+    seconds: float
+    processor_seconds: float
+    written: list[str]
+    checked: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(f"{line}\n".encode()) for line in self.written)
+
+    @property
+    def metrics(self) -> int:
+        [record] = [json.loads(line) for line in self.written if '"_aws"' in line]
+        return len(record["_aws"]["CloudWatchMetrics"][0]["Metrics"])
+
+
+def measure() -> str:
+    """Run the passes; returns measured.toml's text."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = os.environ.get("TEST_DATABASE_URL") or stack.enter_context(
+            mariadb_server(directory)
+        )
+        service = stack.enter_context(wire.service(directory, LATENCY_SECONDS))
+        shop = stack.enter_context(mysql_shop(server))
+        os.environ |= {
+            "DATABASE_URL": shop.url,
+            "BILLING_API_URL": service.url,
+            "APIKEY": KEY,
+            "CHECK_INTERVAL_SECONDS": "1",
+            "POWERTOOLS_SERVICE_NAME": STACK,
+            "SSL_CERT_FILE": str(service.authority),
+        }
+        return _measured(shop, service)
+
+
+def _measured(shop: Shop, service: wire.Service) -> str:
+    add_sessions(shop, {SESSION.format(n): CHECKOUT.format(n) for n in range(OPEN)})
+    _at_next_tick()  # it makes the tables and opens the connections
+    passes = []
+    before = service.counts()
+    for _ in range(ROUNDS):
+        _, found = _at_next_tick()
+        assert found.checked == OPEN, found
+        passes.append(found)
+    time.sleep(0.2)  # the last acknowledgements are delayed
+    counts = service.counts() - before
+    shop.run("UPDATE checkout_session_check SET next_check_at = '2099-01-01'")
+    idle = [_at_next_tick()[1] for _ in range(ROUNDS)]
+    tick, _ = _at_next_tick()
+    again = [_invoke(tick) for _ in range(ROUNDS)]
+    best, quiet, second = (
+        min(some, key=lambda found: found.seconds) for some in (passes, idle, again)
+    )
+    a_check = (best.processor_seconds - quiet.processor_seconds) / OPEN
+    parts: dict[str, dict[str, float]] = {
+        "time": {
+            "check_processor_ms": a_check * 1000,
+            "idle_processor_ms": quiet.processor_seconds * 1000,
+            "idle_database_ms": (quiet.seconds - quiet.processor_seconds) * 1000,
+            "again_processor_ms": second.processor_seconds * 1000,
+            "again_database_ms": (second.seconds - second.processor_seconds) * 1000,
+            "waiting_factor": (best.seconds - quiet.seconds) / (LATENCY_SECONDS * OPEN / IN_FLIGHT),
+        },
+        "log": {
+            "pass_bytes": max(found.bytes for found in passes),
+            "pass_records": len(best.written),
+            "idle_bytes": quiet.bytes,
+            "idle_records": len(quiet.written),
+            "again_bytes": second.bytes,
+            "again_records": len(second.written),
+            "metrics": best.metrics,
+        },
+        "wire": {
+            "sent": counts.sent / counts.requests,
+            "received": counts.received / counts.requests,
+        },
+    }
+    lines = HEAD.format(
+        machine=f"{platform.machine()}, {os.cpu_count()} processors",
+        open=OPEN,
+        latency=LATENCY_SECONDS * 1000,
+    )
+    for part, values in parts.items():
+        lines += f"\n[{part}]\n"
+        lines += "".join(
+            f"{name} = {value if isinstance(value, int) else round(value, 3)}\n"
+            for name, value in values.items()
+        )
+    return lines
+
+
+def _at_next_tick() -> tuple[datetime, Invocation]:
+    tick = slot_at(datetime.now(UTC), 1) + timedelta(seconds=1)
+    time.sleep(max(0.0, (tick - datetime.now(UTC)).total_seconds()))
+    return tick, _invoke(tick)
+
+
+def _invoke(tick: datetime) -> Invocation:
+    context: Any = SimpleNamespace(get_remaining_time_in_millis=lambda: 60_000)
+    with _standard_output() as written:
+        began, worked = time.perf_counter(), time.process_time()
+        summary = check.handler({"tick": iso(tick)}, context)
+        seconds, processor = time.perf_counter() - began, time.process_time() - worked
+    return Invocation(seconds, processor, written.getvalue().splitlines(), summary["checked"])  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[io.StringIO]:
+    """What goes to standard output, the log's records included."""
+    text = io.StringIO()
+    handler: Any = logger.registered_handler
+    before = handler.setStream(text)
+    try:
+        with contextlib.redirect_stdout(text):
+            yield text
+    finally:
+        handler.setStream(before)

@@ -1,0 +1,89 @@
+"""The programs that are measured: by what command each runs, and a running one of them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.clients import Job, Report
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A client, by the command that runs it, and the engine of its passes."""
+
+    label: str
+    command: tuple[str, ...]
+    engine: str = ""
+    source: Path = ROOT / "src"  # where its `core` is
+
+    def of(self, checkout: Path) -> "Program":
+        """The same, as it was in another checkout of the monitor."""
+        label = self.label.replace("ours", "before")
+        return Program(label, self.command, self.engine, checkout / "src")
+
+
+def _python(name: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "bench.clients", name)
+
+
+_NODE = ("node", str(Path(__file__).with_name("clients.mjs")))
+HTTP = Program("ours, HTTP part", _python("http"))
+MARIADB = Program("ours, full pass on MariaDB", _python("pass"), "mariadb")
+MYSQL = Program("ours, full pass on MySQL", _python("pass"), "mysql")
+SQLITE = Program("ours, full pass on SQLite", _python("pass"), "sqlite")
+SEED = Program("Node, fetch, Promise.allSettled", (*_NODE, "all"))
+BOUNDED = Program("Node, fetch, bounded", (*_NODE, "bounded"))
+AIOHTTP = Program("aiohttp", _python("aiohttp"))
+WRK = Program("wrk: the limit", _python("wrk"))
+
+
+class Client:
+    """A running program."""
+
+    def __init__(self, program: Program, cores: Sequence[int], authority: Path) -> None:
+        self.program = program
+        environment = os.environ | {
+            "PYTHONPATH": f"{program.source}:{ROOT}",
+            "SSL_CERT_FILE": str(authority),
+            "NODE_EXTRA_CA_CERTS": str(authority),
+        }
+        self._process = subprocess.Popen(
+            ["taskset", "--cpu-list", ",".join(map(str, cores)), *program.command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def start(self, job: Job) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+
+    def line(self) -> Report:
+        """The next thing it says: a job's report, or that another worker should start."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.program.label} ended with {self._process.wait()}")
+        said: Report = json.loads(line)
+        return said
+
+    def report(self) -> Report:
+        while "start" in (said := self.line()):
+            pass
+        return said
+
+    def run(self, job: Job) -> Report:
+        self.start(job)
+        return self.report()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,48 @@
+"""`make build`: what `sam build` makes, and its bytecode.
+
+Lambda keeps none from one cold start to the next, and `sam build` ships none, so each one would
+compile every module anew. The bytecode is not checked against its source (unchecked-hash), because
+the times of files do not survive the way to Lambda.
+"""
+
+import argparse
+import compileall
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from py_compile import PycInvalidationMode
+
+BUILT = Path(".aws-sam/build")
+ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"  # of here
+FOR_THIS_MACHINE = ("--parameter-overrides", f"Architecture={ARCHITECTURE}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make build", description="Build the functions; every option of `sam build` is taken."
+    )
+    parser.add_argument("--build-dir", type=Path, default=BUILT)
+    arguments, others = parser.parse_known_args()
+    command = ["sam", "build", "--build-dir", os.fspath(arguments.build_dir), *others]
+    built = subprocess.run(command, check=False)  # noqa: S603
+    if built.returncode == 0:
+        add_bytecode(arguments.build_dir)
+    return built.returncode
+
+
+def add_bytecode(built: Path) -> None:
+    """Compile each function's directory, as if it lay where Lambda puts it."""
+    for function in sorted(path for path in built.iterdir() if path.is_dir()):
+        compileall.compile_dir(
+            function,
+            quiet=1,  # says what cannot be compiled
+            stripdir=os.fspath(function),
+            prependdir="/var/task",
+            invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

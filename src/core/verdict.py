@@ -1,0 +1,169 @@
+"""Whether open sessions are checked on time, in one sentence; decided here and nowhere else."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from core.model import JsonObject, Outcome
+
+# A monitor whose newest pass began longer ago than this many intervals is not working.
+FRESH_INTERVALS = 6
+# Later than this many intervals, a session has lost a slot of its own.
+LATE_INTERVALS = 2
+# As the alarms Overdue and FailedChecks have it.
+OVERDUE_SECONDS = 60
+FAILED_SHARE = 0.5
+
+BILLING_TROUBLE = {
+    Outcome.UNAUTHORIZED: "Billing refuses the key",
+    Outcome.TIMEOUT: "Billing does not answer in time",
+    Outcome.NETWORK_ERROR: "Billing cannot be reached",
+    Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
+    Outcome.RATE_LIMITED: "Billing limits the rate",
+    Outcome.UNKNOWN_STATUS: "Billing's answers are not understood (see BILLING_STATUS_MAP)",
+    Outcome.DEFERRED: "Billing has closed sessions whose status cannot follow yet",
+    Outcome.REFUSED: "The shop's database refuses what billing says",
+    Outcome.INVALID_SESSION: "Most sessions have no checkout id to ask billing about",
+}
+
+
+class Level(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WAITING = "waiting"  # nothing can be said yet
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the person on call reads first, and what they read next."""
+
+    level: Level
+    text: str
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> JsonObject:
+        return {"level": self.level.value, "text": self.text, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the verdict depends on."""
+
+    now: datetime
+    interval_seconds: int
+    last_pass_at: datetime | None  # when the newest tick's pass began; None: there was none
+    installed_at: datetime | None  # of a monitor without a pass
+    open: int | None  # None: not counted yet
+    outcomes: Mapping[str, int]  # of the last checks of the open sessions; "": not checked yet
+    overdue_seconds: float
+    paused_until: datetime | None = None  # None: no pause is in force
+    has_api_key: bool = True
+    failing_since: datetime | None = None  # since when most checks of each pass fail, if they do
+    failing_code: int | None = None  # an HTTP status that billing answers with, if it does
+    expected_ticks: int = 0  # in the last hour
+    missed_ticks: int = 0
+    last_missed: datetime | None = None
+    killed_pass_at: datetime | None = None  # when the newest of them began
+
+    @property
+    def failed(self) -> Mapping[Outcome, int]:
+        """How many open sessions failed their last check, by outcome, the most frequent first."""
+        failed = {o: self.outcomes.get(o.value, 0) for o in Outcome if o.is_error}
+        return dict(sorted(((o, n) for o, n in failed.items() if n), key=lambda f: -f[1]))
+
+    @property
+    def most_fail(self) -> bool:
+        checked = sum(n for outcome, n in self.outcomes.items() if outcome)
+        return sum(self.failed.values()) > FAILED_SHARE * checked
+
+
+def judge(facts: Facts) -> Verdict:
+    """The worst that holds, in words, and beside it what else is worth knowing."""
+    (level, text), *others = _findings(facts)
+    notes = [f"{other}." for found, other in others if found not in (Level.OK, Level.WAITING)]
+    return Verdict(level, text, (*notes, *_notes(facts)))
+
+
+def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
+    """What holds, the worst first."""
+    began = facts.last_pass_at or facts.installed_at
+    silent = (facts.now - began).total_seconds() if began else 0.0
+    if silent > FRESH_INTERVALS * facts.interval_seconds:
+        yield Level.CRITICAL, f"No pass for {duration(silent)}"
+    if facts.last_pass_at is None:
+        yield Level.WAITING, "Waiting for the first pass"
+    if not facts.has_api_key:
+        yield Level.CRITICAL, "No API key: billing is not asked"
+    if facts.paused_until is not None:
+        until = clock(facts.paused_until, facts.now, seconds=True)
+        yield Level.WARNING, f"Billing asked for a pause until {until}"
+    if facts.most_fail and facts.failing_since is not None:
+        yield Level.CRITICAL, _billing_trouble(facts, facts.failing_since)
+    elif facts.most_fail:
+        yield Level.WARNING, f"Billing answers, but {_failed(facts)}"
+    if facts.overdue_seconds > LATE_INTERVALS * facts.interval_seconds:
+        worse = facts.overdue_seconds > OVERDUE_SECONDS
+        text = f"Checks are up to {duration(facts.overdue_seconds)} late"
+        yield Level.CRITICAL if worse else Level.WARNING, text
+    yield _well(facts.open)
+
+
+def _well(open_sessions: int | None) -> tuple[Level, str]:
+    match open_sessions:
+        case None:
+            return Level.WAITING, "The open sessions are being counted"
+        case 0:
+            return Level.OK, "No open sessions, and the monitor is running on time"
+        case 1:
+            return Level.OK, "1 open session checked on time"
+        case many:
+            return Level.OK, f"All {many:,} open sessions checked on time"
+
+
+def _billing_trouble(facts: Facts, since: datetime) -> str:
+    text = f"{BILLING_TROUBLE[next(iter(facts.failed))]} since {clock(since, facts.now)}"
+    return text if facts.failing_code is None else f"{text} ({facts.failing_code})"
+
+
+def _failed(facts: Facts) -> str:
+    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
+
+
+def _notes(facts: Facts) -> list[str]:
+    notes = []
+    if facts.failed:
+        kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
+        notes.append(f"{_failed(facts)}: {kinds}.")
+    if facts.missed_ticks and facts.last_missed:
+        notes.append(
+            f"{facts.missed_ticks:,} of {facts.expected_ticks:,} ticks of the last hour were "
+            f"missed, the last at {clock(facts.last_missed, facts.now, seconds=True)}."
+        )
+    if facts.killed_pass_at is not None:
+        notes.append(
+            f"The pass of {clock(facts.killed_pass_at, facts.now, seconds=True)} was "
+            "killed; what it had claimed comes back by itself."
+        )
+    return notes
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 5 min`, `2 days`."""
+    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
+    if minutes < 2:  # noqa: PLR2004 (a minute and a bit is told in seconds)
+        return f"{seconds:.0f} s"
+    if not hours:
+        return f"{minutes} min"
+    if not days:
+        return f"{hours} h {minutes % 60} min"
+    return f"{days} day{'s' if days > 1 else ''}"
+
+
+def clock(at: datetime, now: datetime, *, seconds: bool = False) -> str:
+    """`10:31 UTC`, and of another day `24 Nov 10:31 UTC`. The database's times are UTC."""
+    day = "" if at.date() == now.date() else f"{at:%-d %b} "
+    return f"{day}{at:%H:%M:%S} UTC" if seconds else f"{day}{at:%H:%M} UTC"

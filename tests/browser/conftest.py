@@ -1,0 +1,226 @@
+"""A real browser before the real page, behind a stand-in for API Gateway's stage."""
+
+import json
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
+
+from core.database import StoreError
+from core.model import JsonObject, Outcome, Reason, Skip, Summary
+from core.overview import Overview
+from core.worker import Health, open_database
+from handlers.api import OPENAPI, add_routes
+from tests.history import History
+from tests.support import FakeClock, SQLiteShop, event, statements
+
+SCREENSHOTS = Path(__file__).parents[2] / ".screenshots"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+NO_CHROMIUM = "no Chromium: apt-get install chromium"
+SECURED = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
+
+
+class Monitor:
+    """Tells what stands in a history's tables, as of its time; a check finds what it is told to."""
+
+    def __init__(self, history: History, **env: str) -> None:
+        self.history = history
+        self.error: str | None = None
+        self._env = env
+
+    def health(self) -> Health:
+        return Health({}, self.history.now, None)
+
+    def status(self) -> JsonObject:
+        if self.error is not None:
+            raise StoreError(self.error)
+        settings = self.history.settings(**self._env)
+        database = open_database(settings, clock=FakeClock(self.history.now))
+        try:
+            return Overview(database, settings).read()
+        finally:
+            database.close()
+
+    def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
+        return Summary(
+            Reason.MANUAL,
+            self.history.now,
+            open=9,
+            outcomes=Counter({Outcome.ACTIVE: 7, Outcome.UNEXPECTED_STATUS: 1}),
+            skipped=Counter({Skip.IN_FLIGHT: 1}),
+        )
+
+
+class Stage:
+    """Serves the Lambda's routes as API Gateway does: below /live, and some only with a key."""
+
+    def __init__(self, monitor: Monitor, key: str | None) -> None:
+        self.key = key
+        self.is_up = True
+        self._app = APIGatewayRestResolver()
+        add_routes(self._app, lambda: monitor)
+
+    def answer(self, method: str, target: str, headers: Any, body: str) -> dict[str, Any]:  # noqa: ANN401
+        path = urlsplit(target).path.removeprefix("/live") or "/"
+        operation = SECURED.get(path, {}).get(method.lower())
+        if operation is None:
+            return _refused("Missing Authentication Token")
+        open_to_all = operation.get("security") == []
+        if self.key is not None and not open_to_all and headers["x-api-key"] != self.key:
+            return _refused("Forbidden")
+        request = {**event("health"), "httpMethod": method, "path": path, "body": body}
+        return self._app.resolve(request, SimpleNamespace())  # type: ignore[arg-type]
+
+
+@contextmanager
+def serving(stage: Stage) -> Iterator[str]:
+    """The stage on a free port; yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+            if not stage.is_up:
+                self.close_connection = True
+                return
+            answer = stage.answer(self.command, self.path, self.headers, body)
+            content = answer["body"].encode()
+            self.send_response(answer["statusCode"])
+            for name, values in answer["multiValueHeaders"].items():
+                for value in values:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def _refused(message: str) -> dict[str, Any]:
+    return {
+        "statusCode": 403,
+        "multiValueHeaders": {"Content-Type": ["application/json"]},
+        "body": json.dumps({"message": message}),
+    }
+
+
+@dataclass
+class Seen:
+    """The page in the browser, and what became known of it on the way."""
+
+    page: Page
+    stage: Stage
+    monitor: Monitor
+    url: str
+    requests: list[Request] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    @property
+    def history(self) -> History:
+        return self.monitor.history
+
+    def open(self, path: str = "/live/") -> None:
+        self.page.goto(f"{self.url}{path}")
+
+    def verdict(self, text: str, level: str) -> None:
+        expect(self.page.get_by_label("Verdict").get_by_role("status").first).to_have_text(text)
+        expect(self.page.locator("#verdict")).to_have_class(f"panel {level}")
+
+    def keep(self, name: str) -> None:
+        """A screenshot, for people to look at; and what axe finds, for them to mend."""
+        SCREENSHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+        found = Axe().run(self.page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        if os.environ.get("CI"):
+            pytest.fail(NO_CHROMIUM)
+        pytest.skip(NO_CHROMIUM)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[BrowserContext]:
+    """A profile of its own; a test's marker `looks` says how it looks at the page."""
+    marker = request.node.get_closest_marker("looks")
+    options = {"viewport": {"width": 1120, "height": 900}, **(marker.kwargs if marker else {})}
+    opened = browser.new_context(**options)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    shop = SQLiteShop(tmp_path / "shop.db")
+    for statement in statements("sqlite"):
+        shop.run(statement)
+    return History(shop)
+
+
+@pytest.fixture
+def seen(
+    context: BrowserContext, history: History, request: pytest.FixtureRequest
+) -> Iterator[Seen]:
+    """The page, not opened yet. In the end: no complaint, and no request to anywhere else."""
+    marker = request.node.get_closest_marker("deployed")
+    deployed = marker.kwargs if marker else {}
+    monitor = Monitor(history, **deployed.get("env", {}))
+    stage = Stage(monitor, deployed.get("key"))
+
+    with serving(stage) as url:
+        seen = Seen(context.new_page(), stage, monitor, url)
+
+        def requested(request: Request) -> None:
+            seen.requests.append(request)
+
+        seen.page.on("request", requested)
+        seen.page.on("console", lambda said: seen.complaints.append(f"{said.type}: {said.text}"))
+        seen.page.on("pageerror", lambda error: seen.complaints.append(f"error: {error}"))
+        yield seen
+        seen.page.close()
+    elsewhere = {r.url for r in seen.requests if not r.url.startswith((url, "data:"))}
+    complaints = [said for said in seen.complaints if said.startswith(("error", "warning"))]
+    assert elsewhere == set()
+    expected = request.node.get_closest_marker("complaints")
+    if expected is None:
+        assert complaints == []

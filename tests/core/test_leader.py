@@ -1,0 +1,385 @@
+"""A tick's leader and its helpers: one leads, claims come first, and a crew is what it needs."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
+
+import pytest
+
+from core import census as census_module
+from core import monitor
+from core.census import Census
+from core.crew import Crew, StartError
+from core.database import Value
+from core.model import Answer, Outcome, Reason, Skip, Summary
+from core.monitor import PassOptions, check_open_checkout_sessions
+from core.store import Store
+from tests.support import (
+    NOON,
+    FakeBilling,
+    FakeClock,
+    Passes,
+    Shop,
+    add_sessions,
+    census,
+    database_of,
+    numbered,
+    settings_for,
+)
+
+HANG = Answer(Outcome.TIMEOUT, None, 10.0)
+
+
+def healthy(count: int, seconds: float = 0.1) -> dict[str, Answer]:
+    return dict.fromkeys(
+        [str(c) for c in numbered(count).values()], Answer(Outcome.ACTIVE, 200, seconds)
+    )
+
+
+def adopted(shop: Shop, clock: FakeClock, count: int) -> None:
+    """That many open sessions, due at once."""
+    add_sessions(shop, numbered(count))
+    store = Store(database_of(shop, clock))
+    store.prepare()
+    census(store, clock.now)
+    store.close()
+
+
+def under_way(shop: Shop, clock: FakeClock, passes: int) -> None:
+    """That many passes that have begun in other processes."""
+    store = Store(database_of(shop, clock))
+    for _ in range(passes):
+        store.runs.begin(Summary(Reason.TICK, clock.now, clock.now))
+    store.close()
+
+
+def test_one_of_many_workers_leads_a_tick(shop: Shop, clock: FakeClock) -> None:
+    adopted(shop, clock, 1)
+    together = threading.Barrier(4)
+
+    def look() -> list[bool]:
+        store = Store(database_of(shop, clock))
+        led = []
+        for second in range(0, 100, 5):
+            together.wait()
+            tick = NOON + timedelta(seconds=second)
+            led.append(store.view(tick, interval_seconds=100, may_lead=True).leads)
+        store.close()
+        return led
+
+    with ThreadPoolExecutor(4) as threads:
+        looks = [thread.result() for thread in [threads.submit(look) for _ in range(4)]]
+    assert [sum(led) for led in zip(*looks, strict=True)] == [1] * 20
+
+
+def test_a_tick_delivered_twice_costs_one_statement_the_second_time(
+    shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(shop, numbered(3))
+    asyncio.run(Passes(shop, clock, billing).run())
+    database = database_of(shop, clock)
+    store = Store(database)
+    statements: list[str] = []
+    query = database.query
+
+    def noting(sql: str, parameters: Sequence[Value] = ()) -> Sequence[tuple[Value, ...]]:
+        statements.append(sql)
+        return query(sql, parameters)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(store.prepare).result()
+        monkeypatch.setattr(database, "query", noting)
+        monkeypatch.setattr(database, "execute", noting)
+        summary = asyncio.run(
+            check_open_checkout_sessions(
+                store,
+                billing,
+                settings_for(shop),
+                PassOptions(Reason.TICK, NOON),
+                database_thread=thread,
+            )
+        )
+        thread.submit(store.close).result()
+    assert len(statements) == 1, statements
+    assert (summary.led, summary.checked, billing.asked.total()) == (False, 0, 3)
+
+
+def test_a_tick_delivered_twice_helps_with_what_is_still_due(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    adopted(sqlite_shop, clock, 3)
+    store = Store(database_of(sqlite_shop, clock))
+    assert store.view(NOON, interval_seconds=5, may_lead=True).leads
+    store.close()
+    summary = asyncio.run(Passes(sqlite_shop, clock, billing).run())
+    assert (summary.led, summary.counted, summary.checked) == (False, False, 3)
+
+
+def test_requests_leave_before_anything_is_counted(
+    passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adopted(passes.shop, clock, 3)
+    asked_first: list[int] = []
+    next_piece = Census.next_piece
+
+    def after_the_requests(counting: Census) -> bool:
+        for _ in range(2000):  # ten seconds at the most
+            if billing.asked:
+                break
+            threading.Event().wait(0.005)
+        asked_first.append(billing.asked.total())
+        return next_piece(counting)
+
+    monkeypatch.setattr(Census, "next_piece", after_the_requests)
+    assert asyncio.run(passes.run()).open == 3
+    assert asked_first == [3]
+
+
+def test_a_session_that_has_just_opened_is_checked_at_the_first_tick(passes: Passes) -> None:
+    asyncio.run(passes.run())
+    passes.clock.advance(3)
+    add_sessions(passes.shop, numbered(2))
+    passes.clock.advance(2)
+    summary = asyncio.run(passes.run())
+    assert (summary.open, summary.checked) == (2, 2)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 100])
+def test_a_count_in_pieces_adopts_forgets_and_counts_as_one_would(
+    shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(census_module, "PIECE_SESSIONS", piece)
+    adopted(shop, clock, 12)
+    store = Store(database_of(shop, clock))
+    claims = store.queue.claim_due(tick=NOON, lease=timedelta(seconds=20), limit=4)
+    shop.run("UPDATE checkout_session SET status = 'success' WHERE id IN ('s0', 's11', 's9')")
+    add_sessions(shop, {"": "empty", "A": "new", "é": "new", "zz": "new"})
+    clock.advance(1)
+    counted = census(store, NOON)
+    still_claimed = sum(claim.session_id not in ("s0", "s11", "s9") for claim in claims)
+    assert (counted.open, counted.in_flight, counted.not_due) == (13, still_claimed, 0)
+    known = shop.run("SELECT session_id FROM checkout_session_check ORDER BY session_id")
+    assert known == shop.run("SELECT id FROM checkout_session WHERE status = 'open' ORDER BY id")
+    store.close()
+
+
+def test_where_a_count_takes_long_it_is_taken_less_often(
+    passes: Passes, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the time at the most: after two seconds of counting, eighteen of rest."""
+    add_sessions(passes.shop, numbered(2))
+    next_piece = Census.next_piece
+
+    def slow(counting: Census) -> bool:
+        counting.took += timedelta(seconds=2)
+        return next_piece(counting)
+
+    monkeypatch.setattr(Census, "next_piece", slow)
+    counted = []
+    for _ in range(9):
+        summary = asyncio.run(passes.run())
+        counted.append(summary.counted)
+        assert (summary.led, summary.open, summary.checked) == (True, 2, 2)
+        clock.advance(5)
+    assert counted == [True, False, False, False, True, False, False, False, True]
+
+
+def started(
+    shop: Shop, clock: FakeClock, billing: FakeBilling, **env: str
+) -> tuple[list[datetime], Summary]:
+    """The ticks for which a pass starts more workers, and its summary."""
+    ticks: list[datetime] = []
+    passes = Passes(shop, clock, billing)
+    passes.start_worker = ticks.append
+    return ticks, asyncio.run(passes.run(None, **env))
+
+
+def test_a_leader_starts_as_many_workers_as_the_due_sessions_need(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """Ten in flight, answered after 0.1 s, begin 110 checks in a fifth of 5 s; 500 need five."""
+    adopted(sqlite_shop, clock, 510)
+    ticks, summary = started(sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10")
+    assert ticks == [NOON] * 4
+    assert summary.workers_started == 4
+
+
+def test_a_tick_that_one_worker_can_serve_starts_no_other(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    adopted(sqlite_shop, clock, 100)
+    ticks, _ = started(sqlite_shop, clock, FakeBilling(healthy(100)), MAX_CONCURRENCY="10")
+    assert ticks == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HANG,
+        Answer(Outcome.NETWORK_ERROR, None, 0.001),
+        Answer(Outcome.UNEXPECTED_STATUS, 500, 0.1),
+        Answer(Outcome.UNAUTHORIZED, 401, 0.1),
+        Answer(Outcome.RATE_LIMITED, 429, 0.1),
+    ],
+)
+def test_errors_and_time_outs_are_no_reason_for_more_workers(
+    sqlite_shop: Shop, clock: FakeClock, answer: Answer
+) -> None:
+    adopted(sqlite_shop, clock, 500)
+    billing = FakeBilling(dict.fromkeys(healthy(500), answer))
+    ticks, _ = started(sqlite_shop, clock, billing, MAX_CONCURRENCY="5")
+    assert ticks == []
+
+
+def test_there_are_never_more_workers_than_may_be_those_still_under_way_included(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    adopted(sqlite_shop, clock, 2000)
+    under_way(sqlite_shop, clock, 2)
+    ticks, _ = started(
+        sqlite_shop, clock, FakeBilling(healthy(2000)), MAX_CONCURRENCY="10", MAX_WORKERS="6"
+    )
+    assert len(ticks) == 6 - 2 - 1
+
+
+def test_where_all_workers_are_under_way_a_tick_is_led_and_nothing_more(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    adopted(sqlite_shop, clock, 3)
+    under_way(sqlite_shop, clock, 2)
+    passes = Passes(sqlite_shop, clock, billing)
+    leader = asyncio.run(passes.run(MAX_WORKERS="2"))
+    assert (leader.led, leader.open, leader.checked) == (True, 3, 0)
+    assert leader.skipped == {Skip.IN_FLIGHT: 3}
+    follower = asyncio.run(passes.run(MAX_WORKERS="2"))
+    assert (follower.led, follower.checked) == (False, 0)
+    assert billing.asked.total() == 0
+
+
+def test_workers_that_were_killed_do_not_stand_in_the_way(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    """A pass that is under way says so every second; these have said nothing for five."""
+    adopted(sqlite_shop, clock, 3)
+    under_way(sqlite_shop, clock, 10)
+    clock.advance(5.1)
+    assert asyncio.run(Passes(sqlite_shop, clock, billing).run()).checked == 3
+
+
+def test_workers_that_cannot_be_started_are_said_once_and_lose_nothing(
+    sqlite_shop: Shop, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    adopted(sqlite_shop, clock, 510)
+    passes = Passes(sqlite_shop, clock, FakeBilling(healthy(510)))
+
+    def refuse(_tick: datetime) -> None:
+        raise StartError("AccessDeniedException")
+
+    passes.start_worker = refuse
+    summary = asyncio.run(passes.run(MAX_CONCURRENCY="10"))
+    assert (summary.checked, summary.workers_started) == (510, 0)
+    said = [record.message for record in caplog.records if "could not be started" in record.message]
+    assert said == ["❌ 4 of 4 workers could not be started: AccessDeniedException"]
+
+
+def test_a_leader_and_its_helpers_check_each_session_once(shop: Shop, clock: FakeClock) -> None:
+    """The helpers are as many as there may be, and more than find work."""
+    adopted(shop, clock, 700)
+    billing = FakeBilling(healthy(700))
+    with ThreadPoolExecutor(8) as elsewhere:
+        helpers: list[Future[Summary]] = []
+
+        def one_pass() -> Summary:
+            passes = Passes(shop, clock, billing)
+            passes.start_worker = lambda _tick: helpers.append(elsewhere.submit(one_pass))
+            return asyncio.run(passes.run(MAX_CONCURRENCY="4", MAX_WORKERS="6"))
+
+        leader = one_pass()
+        summaries = [leader, *(helper.result() for helper in helpers)]
+    assert leader.workers_started == len(helpers) == 5
+    assert sum(summary.checked for summary in summaries) == 700
+    assert [summary.led for summary in summaries] == [True] + [False] * 5
+    assert set(billing.asked.values()) == {1}
+    assert shop.run(
+        "SELECT attempts, COUNT(claimed_until) FROM checkout_session_check GROUP BY attempts"
+    ) == [(1, 0)]
+
+
+def test_a_tick_from_a_clock_that_went_wrong_does_not_stop_the_next_ones(
+    passes: Passes, clock: FakeClock
+) -> None:
+    asyncio.run(passes.run())
+    passes.shop.run(
+        "UPDATE checkout_session_pause SET last_tick = %s", ("2026-01-15T13:00:00.000Z",)
+    )
+    clock.advance(5)
+    assert asyncio.run(passes.run()).led
+
+
+def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
+    shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(shop, clock, billing)
+    add_sessions(shop, numbered(1))
+    shop.run("DELETE FROM checkout_session_pause")
+    summary = asyncio.run(passes.run())
+    assert (summary.led, summary.checked) == (True, 1)
+    shop.run("DELETE FROM checkout_session_pause")
+    store = Store(database_of(shop, clock))
+    assert store.shared.pause(30).until == NOON + timedelta(seconds=30)
+    store.close()
+
+
+def test_a_pass_that_waits_for_its_last_answer_helps_in_the_next_slot(
+    passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "HELP_AFTER_SECONDS", 0.05)
+    adopted(passes.shop, clock, 2)
+    last = billing.held["checkout_active_0"] = asyncio.Event()
+
+    async def scenario() -> Summary:
+        running = asyncio.create_task(passes.run(CHECK_INTERVAL_SECONDS="1"))
+        while not passes.recorded(1):  # noqa: ASYNC110 (in a database)
+            await asyncio.sleep(0.01)
+        clock.advance(1)
+        async with asyncio.timeout(10):
+            while billing.asked["checkout_active_1"] < 2:  # noqa: ASYNC110 (another thread's)
+                await asyncio.sleep(0.01)
+        last.set()
+        return await running
+
+    assert asyncio.run(scenario()).checked == 3
+
+
+def test_a_leader_knows_what_billing_takes_after_a_round_of_healthy_answers(
+    sqlite_shop: Shop,
+) -> None:
+    leader = Crew(lambda _tick: None, settings_for(sqlite_shop, MAX_CONCURRENCY="3"), under_way=1)
+    answers = [Answer(Outcome.ACTIVE, 200, 0.1), HANG] * 4
+    heard = [leader.hears(answer) for answer in answers]
+    assert heard == [False, False, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("hands", [1, 2, 5])
+def test_no_pass_of_a_thousand_leaves_a_claimed_session_that_nobody_works_on(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling, hands: int
+) -> None:
+    adopted(sqlite_shop, clock, 7)
+    settings = settings_for(sqlite_shop, MAX_CONCURRENCY=str(hands))
+    with ThreadPoolExecutor(1) as thread, asyncio.Runner() as runner:
+        store = Store(database_of(sqlite_shop, clock))
+        for number in range(1, 1001):
+            options = PassOptions(Reason.TICK, clock.now)
+            summary = runner.run(
+                check_open_checkout_sessions(
+                    store, billing, settings, options, database_thread=thread
+                )
+            )
+            assert summary.checked == 7, number
+            clock.advance(5)
+        thread.submit(store.close).result()
+    assert sqlite_shop.run(
+        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
+    ) == [(7000, 0)]

@@ -1,0 +1,248 @@
+"""`/api/status` tells what stands in the tables, on every engine."""
+
+import json
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from core import settings as settings_module
+from core.model import iso
+from core.overview import Overview, settings_in_force
+from core.settings import Settings
+from core.worker import open_database
+from tests.history import SECOND, History
+from tests.support import FakeClock, Shop
+
+
+@pytest.fixture
+def history(shop: Shop) -> History:
+    return History(shop)
+
+
+def overview(history: History, **env: str) -> dict[str, Any]:
+    """The answer, as it travels."""
+    settings = history.settings(**env)
+    database = open_database(settings, clock=FakeClock(history.now))
+    try:
+        return json.loads(json.dumps(Overview(database, settings).read()))  # type: ignore[no-any-return]
+    finally:
+        database.close()
+
+
+def test_a_monitor_without_a_pass_is_waited_for(history: History) -> None:
+    history.run("start", history.now - 3 * SECOND)
+    status = overview(history)
+    assert status["verdict"]["text"] == "Waiting for the first pass"
+    assert (status["passes"], status["failing"], status["changes"]) == ([], [], [])
+    assert (status["last_pass_at"], status["open"]["count"]) == (None, None)
+
+
+def test_all_is_well(history: History) -> None:
+    history.run("start", history.now - timedelta(hours=2))
+    history.passes(720)
+    history.counted({"active": 128})
+    status = overview(history)
+    assert status["verdict"] == {
+        "level": "ok",
+        "text": "All 128 open sessions checked on time",
+        "notes": [],
+    }
+    assert status["open"]["count"] == 128
+    assert status["open"]["outcomes"] == {"active": 128}
+    assert len(status["passes"]) == 60
+    assert status["passes"][0] == {
+        "tick": "2026-01-15T12:00:00.000Z",
+        "reason": "tick",
+        "started_at": "2026-01-15T12:00:00.020Z",
+        "state": "complete",
+        "duration_ms": 500,
+        "workers": 1,
+        "checked": 10,
+        "errors": 0,
+        "status_changes": 0,
+        "latency_p95_ms": 104.0,
+    }
+    # The newest slot counts once a pass has had the time to begin.
+    assert status["missed_ticks"]["expected"] == 719
+    assert status["missed_ticks"]["missed"] == 0
+
+
+def test_a_ticks_workers_are_one_pass(history: History) -> None:
+    history.passes(2)
+    later = {"tick": history.slot, "checked": 7, "errors": 2, "latency_p95_ms": 210.0}
+    began = history.slot + SECOND
+    history.run("tick", began, **{**later, "finished_at": began + SECOND})
+    newest = overview(history)["passes"][0]
+    assert newest["workers"] == 2
+    assert (newest["checked"], newest["errors"], newest["latency_p95_ms"]) == (17, 2, 210.0)
+    assert newest["duration_ms"] == 1980
+
+
+def test_a_pass_under_way_is_told_from_one_that_was_killed(history: History) -> None:
+    history.passes(4)
+    for ago, duration_ms in ((1, 6500), (2, 1000)):
+        began = history.slot - ago * 5 * SECOND
+        history.run("tick", began, tick=began, finished_at=None, duration_ms=duration_ms, checked=3)
+    status = overview(history)
+    assert [p["state"] for p in status["passes"]] == ["complete", "running", "killed", "complete"]
+    assert status["passes"][1]["duration_ms"] == 7000
+    assert status["verdict"]["notes"] == [
+        "The pass of 11:59:50 UTC was killed; what it had claimed comes back by itself."
+    ]
+
+
+def test_slots_without_a_pass_are_missed_ticks(history: History) -> None:
+    history.run("start", history.now - timedelta(hours=2))
+    history.passes(720, missed=(3, 4, 700))
+    history.counted({"active": 10})
+    status = overview(history)
+    missed = status["missed_ticks"]
+    assert (missed["expected"], missed["missed"]) == (719, 3)
+    assert missed["newest"] == [iso(history.slot - ago * 5 * SECOND) for ago in (3, 4, 700)]
+    assert status["verdict"]["notes"] == [
+        "3 of 719 ticks of the last hour were missed, the last at 11:59:45 UTC."
+    ]
+
+
+def test_no_slot_is_missed_before_the_monitor_was_there(history: History) -> None:
+    history.run("start", history.now - 60 * SECOND)
+    history.passes(10)
+    missed = overview(history)["missed_ticks"]
+    assert (missed["expected"], missed["missed"]) == (11, 2)
+
+
+def test_a_manual_pass_is_told_beside_the_ticks(history: History) -> None:
+    history.passes(2)
+    history.run("manual", history.slot + SECOND, checked=8)
+    status = overview(history)
+    assert [p["reason"] for p in status["passes"]] == ["manual", "tick", "tick"]
+    assert status["passes"][0]["tick"] is None
+
+
+def test_a_stopped_loop_is_told_first(history: History) -> None:
+    history.passes(100, missed=range(8))
+    history.counted({"active": 10})
+    verdict = overview(history)["verdict"]
+    assert (verdict["level"], verdict["text"]) == ("critical", "No pass for 42 s")
+
+
+def test_the_most_overdue_session_that_nobody_checks_says_how_late_checks_are(
+    history: History,
+) -> None:
+    history.passes(3)
+    history.counted({"active": 2})
+    late = history.now - 23 * SECOND
+    history.session("late", "c", next_check_at=late)
+    history.session(
+        "in-hand",
+        "c",
+        next_check_at=late - 60 * SECOND,
+        claimed_until=history.now + 10 * SECOND,
+    )
+    status = overview(history)
+    assert status["overdue_seconds"] == 23.0
+    assert status["verdict"]["text"] == "Checks are up to 23 s late"
+    assert status["verdict"]["level"] == "warning"
+
+
+def test_a_pause_is_told_while_it_lasts(history: History) -> None:
+    history.passes(3)
+    history.counted({"active": 2})
+    history.set_shared(paused_until=history.now + 28 * SECOND)
+    status = overview(history)
+    assert status["verdict"]["text"] == "Billing asked for a pause until 12:00:30 UTC"
+    assert status["paused_until"] == "2026-01-15T12:00:30.000Z"
+    history.set_shared(paused_until=history.now)
+    assert overview(history)["paused_until"] is None
+
+
+def test_a_refused_key_is_told_with_since_when(history: History) -> None:
+    history.passes(60, row=lambda ago: {"errors": 10} if ago < 12 else {})
+    history.counted({"unauthorized": 128})
+    history.failing("s", "c", last_outcome="unauthorized", last_status_code=401)
+    verdict = overview(history)["verdict"]
+    assert verdict["level"] == "critical"
+    assert verdict["text"] == "Billing refuses the key since 11:59 UTC (401)"
+    assert verdict["notes"] == ["128 of 128 failed their last check: 128 unauthorized."]
+
+
+def test_a_failure_of_more_than_an_hour_is_told_with_since_when(history: History) -> None:
+    history.passes(721, row=lambda _: {"errors": 10})
+    history.counted({"network_error": 10})
+    for hours in (3, 5):
+        since = history.now - timedelta(hours=hours)
+        history.failing(
+            f"s{hours}",
+            "c",
+            last_outcome="network_error",
+            last_status_code=None,
+            failing_since=since,
+        )
+    history.failing("odd", "c", failing_since=history.now - timedelta(hours=9))
+    text = overview(history)["verdict"]["text"]
+    assert text == "Billing cannot be reached since 07:00 UTC"
+
+
+def test_billing_that_answers_again_is_told_from_billing_that_does_not(history: History) -> None:
+    history.passes(60, row=lambda ago: {"errors": 10 if ago else 0})
+    history.counted({"timeout": 100, "active": 10})
+    verdict = overview(history)["verdict"]
+    assert verdict["level"] == "warning"
+    assert verdict["text"] == "Billing answers, but 100 of 110 failed their last check"
+
+
+def test_the_ten_that_fail_most_are_told_the_worst_first(history: History) -> None:
+    history.session("fine", "checkout_active_1")
+    for n in range(1, 15):
+        history.failing(f"s{n}", f"checkout_500_{n}", consecutive_failures=n)
+    failing = overview(history)["failing"]
+    assert [f["session_id"] for f in failing] == [f"s{n}" for n in range(14, 4, -1)]
+    assert failing[0] == {
+        "session_id": "s14",
+        "billing_checkout_id": "checkout_500_14",
+        "outcome": "unexpected_status",
+        "status_code": 500,
+        "consecutive_failures": 14,
+        "failing_since": iso(history.now - 60 * SECOND),
+        "last_checked_at": iso(history.now - SECOND),
+        "next_check_at": iso(history.slot + 5 * SECOND),
+    }
+
+
+def test_the_latest_status_changes_are_told(history: History) -> None:
+    for n in range(12):
+        history.change(f"s{n}")
+    changes = overview(history)["changes"]
+    assert [c["session_id"] for c in changes] == [f"s{n}" for n in range(11, 1, -1)]
+    assert changes[0]["new_status"] == "success"
+    assert changes[0]["changed_at"] == "2026-01-15T11:59:32.000Z"
+
+
+def test_a_monitor_without_a_key_says_so(history: History) -> None:
+    history.passes(1, row=lambda _: {"skipped": '{"no_api_key": 3}'})
+    assert overview(history)["verdict"]["text"] == "No API key: billing is not asked"
+
+
+def test_every_setting_is_told_by_the_name_of_its_variable(history: History) -> None:
+    source = settings_module.__file__
+    with open(source, encoding="utf-8") as file:  # noqa: PTH123
+        variables = set(re.findall(r'"([A-Z][A-Z_]{4,})"', file.read()))
+    assert set(settings_in_force(history.settings())) == variables
+
+
+def test_no_secret_is_among_the_settings() -> None:
+    settings = Settings.from_env(
+        {
+            "DATABASE_URL": "mysql://monitor:hidden-pass@db:3306/shop",
+            "APIKEY": "hidden-key",
+            "STATUS_UPDATES": "true",
+            "CHECK_CADENCE": "5s until 10m, 30s until 1h, 5m",
+        }
+    )
+    told = settings_in_force(settings)
+    assert "hidden" not in json.dumps(told)
+    assert told["DATABASE_URL"] == "mysql://db:3306/shop"
+    assert told["APIKEY"] == "set"
+    assert told["CHECK_CADENCE"] == "5s until 10m, 30s until 1h, 5m"

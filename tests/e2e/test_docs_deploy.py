@@ -1,0 +1,162 @@
+"""docs/deploy.md as a user meets it: its commands, one after the other, on an emulated AWS."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
+
+from local import aws
+from local.billing import running_billing
+from tests.e2e.support import API_KEY, PASSWORD, ROOT, Shop, shop_on, show
+
+PAGE = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+
+
+@dataclass
+class Terminal:
+    """A shell in a copy of the project; what it knows and where it is last from line to line."""
+
+    directory: Path
+    environment: Mapping[str, str]
+    said: list[str] = field(default_factory=list)
+
+    def run(self, command: str, answers: str = "") -> str:
+        """Run a line of the page to its good end; returns what it says."""
+        show(f"\n$ {command}")
+        ran = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{command}"],
+            cwd=self.directory,
+            env=self.environment,
+            input=answers,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        show(ran.stdout + ran.stderr)
+        assert ran.returncode == 0, f"{command} ended with {ran.returncode}"
+        return ran.stdout
+
+
+def commands(heading: str) -> list[str]:
+    """The lines that a section of the page has a user type, without their comments."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [
+        re.sub(r"\s+#.*", "", line.removeprefix("$ "))
+        for block in re.findall(r"```console\n(.*?)```", section, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+
+
+@pytest.fixture(scope="module")
+def shop(server: str) -> Iterator[Shop]:
+    with shop_on(server) as shop:
+        shop.add({"cart-1": "checkout_active_1"})
+        yield shop
+
+
+@pytest.fixture(scope="module")
+def terminal(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    directory = tmp_path_factory.mktemp("project") / "project"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, directory / name)
+    # What `make` makes is here already.
+    for name in (".venv", ".uv"):
+        if (ROOT / name).exists():
+            (directory / name).symlink_to(ROOT / name)
+    database = {
+        "username": shop.user,
+        "password": PASSWORD,
+        "host": "127.0.0.1",
+        "port": shop.port,
+        "dbname": shop.database,
+    }
+    (directory / "billing-key.txt").write_text(API_KEY)
+    (directory / "database.json").write_text(json.dumps(database))
+    with aws.running_aws(tmp_path_factory.mktemp("aws")) as url:
+        environment = aws.environment(url)
+        environment["PATH"] += f":{aws.EMULATOR}"  # the AWS CLI
+        yield Terminal(directory, environment)
+
+
+def test_a_user_gets_from_the_page_to_a_monitor_that_checks(terminal: Terminal, shop: Shop) -> None:
+    lines = iter(commands("On AWS"))
+    arns = {
+        parameter: json.loads(terminal.run(next(lines)))["ARN"]
+        for parameter in ("ApiKeySecretArn", "DatabaseSecretArn")
+    }
+    terminal.run(next(lines))
+    leave_out_metric_math(terminal.directory)
+    with running_billing(api_key=API_KEY) as billing:
+        given = arns | {"BillingApiUrl": billing.url}
+        guided = next(lines)
+        assert "--guided" in guided
+        terminal.run(guided, answers(given))
+
+        stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
+        outputs = stack.outputs()
+        assert outputs["HealthUrl"]
+        assert "HealthUrl" in terminal.run(next(lines))
+        urls = {"HEALTH_URL": outputs["HealthUrl"], "TRIGGER_URL": outputs["TriggerUrl"]}
+        terminal.environment = {**terminal.environment, **urls}
+        assert '"status": "ok"' in terminal.run(next(lines))
+        key_is, trigger = lines
+        assert key_is.startswith("API_KEY=$(aws apigateway get-api-key …")
+        whole = key_is.replace("aws apigateway get-api-key …", outputs["ApiKeyCommand"])
+        assert "Checked 1 of 1 open" in terminal.run(f"{whole}; {trigger}")
+        assert billing.requests == {"checkout_active_1": 1}
+
+
+def test_an_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) -> None:
+    build, update, switch_off, delete = commands("Update, switch off, delete")
+    stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
+    before = parameters(stack)
+
+    terminal.run(build)
+    leave_out_metric_math(terminal.directory)
+    terminal.run(update)
+    assert parameters(stack) == before
+    terminal.run(switch_off)
+
+    assert parameters(stack) == before | {"MonitorState": "DISABLED"}
+    [schedule] = stack.client("scheduler").list_schedules()["Schedules"]
+    assert schedule["State"] == "DISABLED"
+    assert delete == "sam delete --config-env dev"
+
+
+def test_the_package_for_arm64_is_built_as_the_page_says() -> None:
+    assert commands("arm64") == ['make build ARGS="--parameter-overrides Architecture=arm64"']
+
+
+def leave_out_metric_math(project: Path) -> None:
+    """The emulator's one limit, so that the page's own commands can be used."""
+    file = project / ".aws-sam/build/template.yaml"
+    template = yaml_parse(file.read_text(encoding="utf-8"))
+    aws.leave_out_metric_math(template)
+    file.write_text(json.dumps(template), encoding="utf-8")
+
+
+def answers(given: Mapping[str, str]) -> str:
+    """What a user types at `sam deploy --guided`: return, but for what has no default."""
+    template = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
+    typed = ["", ""]  # the stack's name, the region
+    typed += [given.get(name, "") for name in template["Parameters"]]
+    typed += ["", "", ""]  # confirm changes, allow roles, keep what a failure leaves
+    typed += [""] * 5  # keep the answers, where
+    return "\n".join(typed) + "\n"
+
+
+def parameters(stack: aws.Stack) -> dict[str, str]:
+    [found] = stack.client("cloudformation").describe_stacks(StackName=aws.STACK)["Stacks"]
+    return {item["ParameterKey"]: item["ParameterValue"] for item in found["Parameters"]}

@@ -1,0 +1,44 @@
+"""What a pass writes into its log, by the byte, because every byte is paid for."""
+
+import uuid
+
+import httpx
+import pytest
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from core.observability import logger
+from core.worker import Worker
+from handlers import check
+from tests.support import Shop, add_sessions, settings_for
+
+# With ids of the usual lengths; five lines hold two of them, twice.
+MOST_BYTES = 3_000
+
+
+async def answer(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, json={"status": "active"}, request=request)
+
+
+@pytest.mark.parametrize("count", [0, 10, 1_000, 10_000])
+def test_a_pass_writes_at_most_3000_bytes_however_many_sessions_are_open(  # noqa: PLR0917 (fixtures)
+    count: int,
+    sqlite_shop: Shop,
+    context: LambdaContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ids = [str(uuid.uuid5(uuid.NAMESPACE_URL, str(n))) for n in range(count)]
+    add_sessions(sqlite_shop, {session: f"checkout_{session[:13]}" for session in ids})
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "checkout-session-monitor")
+    worker = Worker(settings_for(sqlite_shop), transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(check, "worker", lambda: worker)
+    capsys.readouterr()
+    summary = check.handler({}, context)
+    worker.close()
+    assert summary["checked"] == count
+    records = [logger.registered_handler.format(record) for record in caplog.records]
+    metrics = [line for line in capsys.readouterr().out.splitlines() if '"_aws"' in line]
+    assert len(metrics) == 1
+    written = sum(len(f"{line}\n".encode()) for line in [*records, *metrics])
+    assert 0 < written <= MOST_BYTES

@@ -1,0 +1,126 @@
+"""The served description of the API agrees with the routes, and with what they answer."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from aws_lambda_powertools.utilities.typing import LambdaContext
+from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
+
+from core.overview import Overview
+from core.worker import open_database
+from handlers import api, check
+from local.loop import TEMPLATE
+from tests.history import SECOND, History
+from tests.support import FakeClock, Shop, add_sessions, event
+
+DOCUMENT: dict[str, Any] = json.loads(api.OPENAPI.read_text(encoding="utf-8"))
+OPERATIONS = {
+    (method.upper(), path): operation
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+}
+
+
+def conforms(answer: dict[str, Any], method: str, path: str) -> Any:  # noqa: ANN401 (JSON)
+    """The body, if the description allows this answer to this request."""
+    responses = OPERATIONS[method, path]["responses"]
+    response = responses[str(answer["statusCode"])]
+    if name := response.get("$ref", "").removeprefix("#/components/responses/"):
+        response = DOCUMENT["components"]["responses"][name]
+    [(media_type, content)] = response["content"].items()
+    [said] = answer["multiValueHeaders"]["Content-Type"]
+    assert said.split(";")[0] == media_type
+    body = json.loads(answer["body"]) if media_type == "application/json" else answer["body"]
+    schema = {**content["schema"], "components": DOCUMENT["components"]}
+    jsonschema.Draft202012Validator(schema).validate(body)
+    return body
+
+
+def request(method: str, path: str, body: str | None = None) -> dict[str, Any]:
+    return {**event("health"), "httpMethod": method, "path": path, "resource": path, "body": body}
+
+
+def test_every_route_is_described_and_nothing_else() -> None:
+    routes = {(route.method, route.path) for route in api.app._static_routes}
+    assert routes == set(OPERATIONS)
+
+
+def test_every_route_is_deployed_and_needs_the_key_where_the_description_says_so() -> None:
+    template = yaml_parse(TEMPLATE.read_text(encoding="utf-8"))
+    events = template["Resources"]["ApiFunction"]["Properties"]["Events"].values()
+    deployed = {
+        (e["Properties"]["Method"], e["Properties"]["Path"]): e["Properties"]
+        .get("Auth", {})
+        .get("ApiKeyRequired", True)
+        for e in events
+    }
+    assert deployed == {
+        key: operation.get("security", DOCUMENT["security"]) != []
+        for key, operation in OPERATIONS.items()
+    }
+
+
+def test_the_trigger_takes_what_api_gateways_model_takes() -> None:
+    template = yaml_parse(TEMPLATE.read_text(encoding="utf-8"))
+    model = template["Resources"]["MonitorApi"]["Properties"]["Models"]["TriggerBody"]
+    assert DOCUMENT["components"]["schemas"]["Trigger"] == model
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_a_working_monitor_answers_as_described(
+    sqlite_shop: Shop, context: LambdaContext, method: str, path: str
+) -> None:
+    History(sqlite_shop)
+    add_sessions(sqlite_shop, {"a": "checkout_active_1", "b": "checkout_500_2", "c": None})
+    answer = api.handler(request(method, path), context)
+    assert answer["statusCode"] == 200
+    conforms(answer, method, path)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_without_a_database_the_answers_are_as_described(
+    sqlite_shop: Shop, context: LambdaContext, method: str, path: str
+) -> None:
+    sqlite_shop.run("DROP TABLE checkout_session")
+    conforms(api.handler(request(method, path), context), method, path)
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_with_a_wrong_setting_the_answers_are_as_described(
+    environment: pytest.MonkeyPatch, context: LambdaContext, method: str, path: str
+) -> None:
+    environment.setenv("MAX_CONCURRENCY", "many")
+    check.worker.cache_clear()
+    conforms(api.handler(request(method, path), context), method, path)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_bad_body_is_refused_as_described(context: LambdaContext) -> None:
+    path = "/api/test/checkout-sessions"
+    answer = api.handler(request("POST", path, "[]"), context)
+    assert answer["statusCode"] == 400
+    conforms(answer, "POST", path)
+
+
+def test_a_status_with_everything_in_it_is_as_described(sqlite_shop: Shop) -> None:
+    history = History(sqlite_shop)
+    history.passes(10, missed=(3,), row=lambda ago: {"finished_at": None} if ago == 1 else {})
+    history.run("manual", history.slot + SECOND)
+    history.counted({"active": 3, "timeout": 1, "": 2})
+    history.failing("s", None, last_outcome="invalid_session", last_status_code=None)
+    history.change("t", billing_checkout_id=None)
+    history.set_shared(paused_until=history.now + SECOND)
+    settings = history.settings(STATUS_UPDATES="true")
+    database = open_database(settings, clock=FakeClock(history.now))
+    body = json.dumps(Overview(database, settings).read())
+    database.close()
+    answer = {
+        "statusCode": 200,
+        "multiValueHeaders": {"Content-Type": ["application/json"]},
+        "body": body,
+    }
+    assert conforms(answer, "GET", "/api/status")["changes"]

@@ -1,0 +1,78 @@
+"""Secrets Manager that cannot be reached, as in a VPC without a way to it: said, and in time."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from core import secrets
+from core.settings import SettingsError
+from handlers import api, check
+from tests.support import event
+
+ARN = "arn:aws:secretsmanager:eu-west-1:123456789012:secret:billing/api-key-AbCdEf"
+# API Gateway waits for 29 s; a function that starts, and Lambda's own work, take a few.
+LONGEST_SECONDS = 15
+
+
+@pytest.fixture(params=["takes no connection", "answers nothing"])
+def out_of_reach(
+    environment: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[pytest.MonkeyPatch]:
+    """A Secrets Manager that is a black hole; its time-outs are a tenth of a second here."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1))
+        if request.param == "takes no connection":  # the kernel drops what a full queue cannot take
+            for _ in range(8):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(listening.getsockname())
+        environment.setenv(
+            "AWS_ENDPOINT_URL_SECRETS_MANAGER", f"http://127.0.0.1:{listening.getsockname()[1]}"
+        )
+        environment.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.delenv("APIKEY")
+        environment.setenv("APIKEY_SECRET_ARN", ARN)
+        environment.setattr(secrets, "CONNECT_SECONDS", 0.1)
+        environment.setattr(secrets, "READ_SECONDS", 0.1)
+        secrets._manager.cache_clear()
+        yield environment
+        secrets._manager.cache_clear()
+
+
+@pytest.mark.usefixtures("out_of_reach")
+def test_a_tick_fails_with_the_likely_cause_and_is_counted(
+    context: LambdaContext, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        check.handler({}, context)
+
+    assert str(refused.value).startswith(f"APIKEY_SECRET_ARN names the secret {ARN}, which cannot")
+    assert str(refused.value).endswith(
+        "Secrets Manager cannot be reached: functions in a VPC need a NAT gateway, or an endpoint "
+        "for it whose security group lets them in."
+    )
+    assert f"❌ {refused.value}" in caplog.messages
+    [metrics] = [line for line in capsys.readouterr().out.splitlines() if "PassesFailed" in line]
+    assert json.loads(metrics)["PassesFailed"] == 1
+
+
+@pytest.mark.usefixtures("out_of_reach")
+def test_health_is_degraded(context: LambdaContext) -> None:
+    answer = api.handler(event("health"), context)
+
+    assert answer["statusCode"] == 503
+    assert json.loads(answer["body"])["checks"] == {"settings": "failed"}
+
+
+def test_both_are_said_within_the_time_of_the_caller() -> None:
+    """Two secrets at the most, each with a second between its attempts."""
+    for_one = secrets.ATTEMPTS * (secrets.CONNECT_SECONDS + secrets.READ_SECONDS) + 1
+
+    assert secrets.ATTEMPTS * secrets.CONNECT_SECONDS + 1 < 10
+    assert for_one < LONGEST_SECONDS

@@ -1,0 +1,92 @@
+"""The bill: docs/cost.md says what `make cost` computes, and it is not more than was promised."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench import cost
+from bench.cost import Load, Stack, bill, page_with_tables, pass_seconds, together
+from core.cadence import Cadence
+
+DAY = 24 * 3600
+RECOMMENDED = "5s until 10m, 30s until 1h, 5m"
+
+TEMPLATE = cost.template()
+PRICES = cost.read(cost.PRICES)
+MEASURED: Mapping[str, Any] = cost.read(cost.MEASURED)
+
+
+def dollars(
+    open_: int, cadence: str = "5s", billing: str = "internet", **parameters: object
+) -> dict[str, float]:
+    """A month's items by the first word of their names."""
+    load = Load(open_, Cadence.parse(cadence), DAY, 0.1, billing)
+    items = bill(load, Stack.of(TEMPLATE, parameters), MEASURED, PRICES)
+    return {item.name.split()[0].rstrip(":,"): item.dollars for item in items}
+
+
+def test_the_page_says_what_is_computed() -> None:
+    page = cost.PAGE.read_text(encoding="utf-8")
+    assert page_with_tables(page) == page, "docs/cost.md is out of date: make cost ARGS=--write"
+
+
+@pytest.mark.parametrize("cadence", ["5s", RECOMMENDED])
+@pytest.mark.parametrize(("open_", "most"), [(100, 12), (1_000, 16), (10_000, 50)])
+def test_a_month_costs_at_most_what_was_promised_for_a_loop_of_130_s(
+    open_: int, most: float, cadence: str
+) -> None:
+    stack = replace(Stack.of(TEMPLATE, {}), execution_seconds=130, ticks=26)
+    load = Load(open_, Cadence.parse(cadence), DAY, 0.1, "internet")
+    assert together(bill(load, stack, MEASURED, PRICES)) <= most
+
+
+def test_the_loop_costs_its_time_in_64_mb() -> None:
+    stack = Stack.of(TEMPLATE, {})
+    by_hand = 43_200 * (stack.execution_seconds / 16 * 0.0000166667 + 0.000001)
+    assert dollars(100)["loop"] == pytest.approx(by_hand, rel=0.01)
+    assert stack.ticks == stack.execution_seconds / 5
+
+
+def test_a_session_of_24_hours_is_checked_496_times_with_the_recommended_cadence() -> None:
+    load = Load(1, Cadence.parse(RECOMMENDED), DAY, 0.1, "internet")
+    assert load.checks_a_tick(5) * DAY / 5 == 496
+    assert Load(7, Cadence.parse("5s"), DAY, 0.1, "internet").checks_a_tick(5) == 7
+
+
+def test_a_pass_waits_or_works_whichever_is_longer() -> None:
+    time = {
+        "idle_processor_ms": 0,
+        "idle_database_ms": 10,
+        "check_processor_ms": 0.1,
+        "waiting_factor": 1,
+    }
+    waits = Stack.of(TEMPLATE, {"WorkerMemory": 1769})
+    works = Stack.of(TEMPLATE, {"WorkerMemory": 1769 / 20})
+    assert pass_seconds(0, waits, 0.1, {"time": time}) == pytest.approx(0.01)
+    assert pass_seconds(10, waits, 0.1, {"time": time}) == pytest.approx(0.11)
+    assert pass_seconds(1_000, waits, 0.1, {"time": time}) == pytest.approx(1.01)
+    assert pass_seconds(1_000, works, 0.1, {"time": time}) == pytest.approx(2.01, rel=0.01)
+
+
+def test_what_is_switched_on_is_paid_for() -> None:
+    usual = dollars(1_000)
+    assert usual["traces"] == 0
+    assert dollars(1_000, Tracing="ENABLED")["traces"] > 2.5
+    assert dollars(1_000, ApiKeySecretArn="another")["secrets"] == 2 * usual["secrets"]
+    arm = dollars(1_000, Architecture="arm64")["worker"]
+    assert arm == pytest.approx(0.8 * usual["worker"], rel=0.001)
+
+
+def test_data_within_the_region_is_paid_for_both_ways_and_is_cheaper() -> None:
+    internet, region = (dollars(1_000, billing=where)["data"] for where in ("internet", "region"))
+    assert internet == pytest.approx(518.4e6 * MEASURED["wire"]["sent"] / 1e9 * 0.09)
+    assert region < internet / 4
+
+
+def test_the_measured_passes_are_those_of_this_code() -> None:
+    """As far as it can be told without running them: the log's bound, and a healthy hour's six."""
+    assert MEASURED["log"]["pass_bytes"] <= 3_000
+    assert MEASURED["log"]["metrics"] == 6
+    assert MEASURED["wire"]["sent"] <= 265

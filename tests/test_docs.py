@@ -1,0 +1,121 @@
+"""The documentation keeps up with the code and the template, and its links lead somewhere."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
+
+from core.model import Outcome, Skip
+from core.status import WORDS
+from core.verdict import BILLING_TROUBLE
+from handlers.page import FILE as PAGE
+from local.billing import BY_ID, MODES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {page.name: page.read_text(encoding="utf-8") for page in ROOT.glob("docs/*.md")}
+TEMPLATE: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
+
+VARIABLES = set(re.findall(r'"([A-Z][A-Z_]{4,})"', (ROOT / "src/core/settings.py").read_text()))
+ALARMS = [name for name, r in TEMPLATE["Resources"].items() if r["Type"].endswith("::Alarm")]
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    found: Counter[str] = Counter()
+    names = set()
+    for heading in re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if found[name] else name)
+        found[name] += 1
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(text))
+    broken = []
+    for link in links:
+        if re.match(r"https://|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.is_file() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_is_finished_on_a_few_screens() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)#\s]+)", README))
+    assert {f"docs/{name}" for name in DOCS} <= linked
+
+
+def test_the_picture_is_there_and_light() -> None:
+    [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert (ROOT / picture).stat().st_size < 200_000
+
+
+def test_the_diagram_is_true_to_the_template() -> None:
+    [diagram] = re.findall(r"```mermaid\n(.*?)```", README, re.DOTALL)
+    shown = set(re.findall(r"\b([A-Z][a-z]+(?:[A-Z][a-z]+)+|Alarms|Dashboard)\b", diagram))
+    types = ("Function", "StateMachine", "Serverless::Api", "Queue", "Topic", "Dashboard")
+    there = {n for n, r in TEMPLATE["Resources"].items() if r["Type"].endswith(types)}
+    assert shown - {"EventBridge", "MySQL"} == there
+
+
+@pytest.mark.parametrize("name", sorted({*VARIABLES, *TEMPLATE["Parameters"]}))
+def test_every_setting_is_in_the_table(name: str) -> None:
+    table = DOCS["settings.md"].partition("\n## ")[0]
+    assert f"`{name}`" in table
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_every_alarm_has_a_paragraph(name: str) -> None:
+    assert f"\n### {name.removesuffix('Alarm')}\n" in DOCS["operate.md"]
+
+
+@pytest.mark.parametrize("name", [*Outcome, *Skip])
+def test_every_outcome_and_skip_is_told(name: str) -> None:
+    assert f"`{name}`" in DOCS["operate.md"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_of_billing_is_told(word: str) -> None:
+    assert f"`{word}`" in DOCS["status-updates.md"]
+
+
+def test_what_operate_says_of_the_page_is_what_the_page_says() -> None:
+    told = DOCS["operate.md"]
+    for said in ("Lost contact with the monitor", "The monitor cannot tell how it stands"):
+        assert said in told
+        assert said in PAGE.read_text(encoding="utf-8")
+    assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in told
+
+
+def test_the_modes_of_the_simulated_billing_service_are_told() -> None:
+    assert ", ".join(f'"{mode}"' for mode in (BY_ID, *MODES)) in README
+
+
+def test_every_target_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:`|\$ )make ([a-z0-9-]+)\b", text))
+        assert named <= targets, page.name

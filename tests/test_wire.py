@@ -1,0 +1,48 @@
+"""What a check sends, as the kernel counts it, over TLS: data out is paid for by the byte."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from bench import wire
+from core.billing import BillingClient
+from core.model import Outcome
+from core.status import PATH, WORDS, StatusReader
+
+CHECKS, AT_ONCE = 400, 40
+
+
+@pytest.mark.parametrize(
+    ("reader", "most"), [(None, 265), (StatusReader(PATH, WORDS), 275)], ids=["", "status updates"]
+)
+def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
+    reader: StatusReader | None, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check_all(client: BillingClient) -> None:
+        hands = asyncio.Semaphore(AT_ONCE)
+
+        async def check(number: int) -> None:
+            async with hands:
+                answer = await client.check(f"cs_{number:024d}")
+                assert answer.outcome in (Outcome.ACTIVE, Outcome.UNKNOWN_STATUS)
+
+        await asyncio.gather(*(check(number) for number in range(CHECKS)))
+        await asyncio.sleep(0.1)  # the last acknowledgements are delayed
+
+    async def both_passes(service: wire.Service) -> wire.Counts:
+        client = BillingClient(
+            api_url=service.url, api_key="k" * 32, timeout_seconds=10, status_reader=reader
+        )
+        await check_all(client)
+        before = service.counts()
+        await check_all(client)
+        counts = service.counts() - before
+        await client.aclose()
+        return counts
+
+    with wire.service(tmp_path, latency_seconds=0.05) as service:
+        monkeypatch.setenv("SSL_CERT_FILE", str(service.authority))
+        counts = asyncio.run(both_passes(service))
+    assert (counts.requests, counts.connections) == (CHECKS, 0)
+    assert 200 < counts.sent / counts.requests <= most
