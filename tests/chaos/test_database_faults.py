@@ -3,7 +3,7 @@
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from tests.support import (
     statements,
 )
 
+# What is drawn at random is drawn anew with another seed; a failure shows the statement.
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 ENGINES = ["mariadb", *(["mysql"] if MYSQL else [])]
 
@@ -130,7 +131,6 @@ def test_the_connection_is_cut_at_each_statement(stage: Stage, cases: Cases, whe
 @on_mariadb
 def test_the_server_goes_away_at_some_statement_and_comes_back(stage: Stage, cases: Cases) -> None:
     chance = random.Random(SEED)
-    print(f"seed {SEED}")
     for number in stage.sometimes(10, chance):
         stage.set()
 
@@ -177,7 +177,6 @@ CODES = {
 @pytest.mark.parametrize("code", CODES)
 def test_an_error_at_some_statement(stage: Stage, cases: Cases, code: int) -> None:
     chance = random.Random(SEED * code)
-    print(f"seed {SEED}")
     for number in stage.sometimes(4, chance):
         stage.set()
         stage.proxy.before[number] = refuse(code, CODES[code])
@@ -245,7 +244,6 @@ SHOPS: dict[str, Callable[[Stage], Action]] = {
 @pytest.mark.parametrize("deed", SHOPS)
 def test_the_shop_acts_between_two_statements(stage: Stage, cases: Cases, deed: str) -> None:
     chance = random.Random(SEED)
-    print(f"seed {SEED}")
     for number in stage.sometimes(8, chance):
         stage.set()
         stage.proxy.before[number] = SHOPS[deed](stage)
@@ -387,7 +385,7 @@ def test_a_failover_leads_every_worker_to_the_new_primary(stage: Stage, old_prim
     world.invariants()
 
 
-IDS = {
+IDS: dict[str, Sequence[str | int]] = {
     "VARCHAR(255) CHARACTER SET utf8mb4": [
         "it's",
         'quo"te',

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from core.database import StoreError
 from core.model import Summary
@@ -162,7 +163,7 @@ class World:
             again = self.crashed or checkout in self.asked_again
             assert again or asked.most_in_flight == 1, f"{checkout} was asked twice at once"
             moments = sorted(asked.at)
-            gaps = [(b - a).total_seconds() for a, b in zip(moments, moments[1:], strict=False)]
+            gaps = [(b - a).total_seconds() for a, b in pairwise(moments)]
             soon = [gap for gap in gaps if gap < INTERVAL]
             assert again or not soon, f"{checkout} was asked again after {soon[0]} s"
 
