@@ -249,8 +249,10 @@ def together(items: Sequence[Item]) -> float:
 
 
 def table(bills: Mapping[int, Sequence[Item]], data: Mapping[int, Sequence[Item]]) -> str:
-    """The bills side by side, by their open sessions, in Markdown; data out, which depends on where
-    billing is, stands below their sums."""
+    """The bills side by side, by their open sessions, in Markdown.
+
+    Data out, which depends on where billing is, stands below their sums.
+    """
     sums = (f"**{together(items):,.2f}**" for items in bills.values())
     lines = [
         f"| US$ a month | {' | '.join(f'{open_:,} open' for open_ in bills)} |",

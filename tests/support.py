@@ -109,6 +109,7 @@ def connect(server: str, database: str | None = None) -> pymysql.Connection:
         database=database,
         charset="utf8mb4",
         autocommit=True,
+        ssl_disabled=True,  # else each connection reads the system's CAs, in 10 ms
     )
 
 

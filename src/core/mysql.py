@@ -192,15 +192,19 @@ class MySQLDatabase:
 
     def comparable(self, session_id: str) -> bool:
         if self._id_charset is None:  # a number; MySQL would take 'abc' for 0
-            return session_id.isascii() and session_id.isdigit()
+            return re.fullmatch("-?[0-9]+", session_id) is not None
         # The server refuses to compare a text with a column whose character set lacks one of its
         # characters (1267, illegal mix of collations). No id there can be equal to it anyway.
-        if self._id_charset in ("utf8", "utf8mb3") and any(c > "\uffff" for c in session_id):
+        charset = self._id_charset
+        if charset in ("utf8", "utf8mb3", "ucs2") and any(c > "\uffff" for c in session_id):
             return False
         try:
-            session_id.encode(charset_by_name(self._id_charset).encoding)
+            unicode = charset.startswith(("utf", "ucs"))
+            session_id.encode("utf-8" if unicode else charset_by_name(charset).encoding)
         except UnicodeEncodeError:
             return False
+        except LookupError:  # one that Python does not know
+            return session_id.isascii()
         return True
 
     def transaction[T](self, work: Callable[[], T]) -> T:

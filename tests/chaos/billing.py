@@ -81,6 +81,10 @@ def _say(text: bytes | str) -> Fault:
     return lambda peer: peer.say(text)
 
 
+def _pour(piece: bytes, *, every: float = 0.0) -> Fault:
+    return lambda peer: peer.pour(piece, every=every)
+
+
 def _answer(status: str, body: bytes | str = b"", *headers: str) -> Fault:
     return lambda peer: peer.answer(status, body, *headers)
 
@@ -101,6 +105,7 @@ _reset: Fault = Peer.reset
 _close: Fault = Peer.close
 _hold: Fault = Peer.hold
 _OK = "HTTP/1.1 200 OK\r\n"
+_GIGABYTE = _OK + "Content-Length: 1000000000\r\n\r\n"
 _NINE = _OK + "Content-Length: 9\r\n\r\n"
 
 FAULTS: Mapping[str, Fault] = {
@@ -116,23 +121,16 @@ FAULTS: Mapping[str, Fault] = {
     # silence, and no end
     "silent": _hold,
     "silent after the headers": _then(_say(_NINE), _hold),
-    "drips the headers": lambda peer: (peer.say(_OK), peer.pour(b"X", every=0.02))[1],
-    "drips the body": lambda peer: (
-        peer.say(_OK + "Content-Length: 1000000000\r\n\r\n"),
-        peer.pour(b" ", every=0.02),
-    )[1],
-    "headers for ever": lambda peer: (peer.say(_OK), peer.pour(b"X-Y: z\r\n" * 5000))[1],
-    "one endless header": lambda peer: (peer.say(_OK + "X: "), peer.pour(PIECE))[1],
-    "a body of 1 GB": lambda peer: (
-        peer.say(_OK + "Content-Length: 1000000000\r\n\r\n"),
-        peer.pour(PIECE),
-    )[1],
-    "a body without an end": lambda peer: (peer.say(_OK + "\r\n"), peer.pour(PIECE))[1],
-    "an endless chunked body": lambda peer: (
-        peer.say(_OK + "Transfer-Encoding: chunked\r\n\r\n"),
-        peer.pour(b"10000\r\n" + PIECE + b"\r\n"),
-    )[1],
-    "100 Continue for ever": lambda peer: peer.pour(b"HTTP/1.1 100 Continue\r\n\r\n", every=0.001),
+    "drips the headers": _then(_say(_OK), _pour(b"X", every=0.02)),
+    "drips the body": _then(_say(_GIGABYTE), _pour(b" ", every=0.02)),
+    "headers for ever": _then(_say(_OK), _pour(b"X-Y: z\r\n" * 5000)),
+    "one endless header": _then(_say(_OK + "X: "), _pour(PIECE)),
+    "a body of 1 GB": _then(_say(_GIGABYTE), _pour(PIECE)),
+    "a body without an end": _then(_say(_OK + "\r\n"), _pour(PIECE)),
+    "an endless chunked body": _then(
+        _say(_OK + "Transfer-Encoding: chunked\r\n\r\n"), _pour(b"10000\r\n" + PIECE + b"\r\n")
+    ),
+    "100 Continue for ever": _pour(b"HTTP/1.1 100 Continue\r\n\r\n", every=0.001),
     # bodies
     "a gzip bomb": _answer(
         "200 OK", gzip.compress(b" " * 50_000_000, mtime=0), "Content-Encoding: gzip"

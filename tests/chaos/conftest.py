@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +33,12 @@ def _group(nodeid: str) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call" and "tests/chaos/" in item.nodeid and item.nodeid not in _counted:  # type: ignore[attr-defined]
-        count(_group(item.nodeid), survived=report.passed)  # type: ignore[attr-defined]
+    if report.when == "call" and "tests/chaos/" in item.nodeid and item.nodeid not in _counted:
+        count(_group(item.nodeid), survived=report.passed)
     return report
 
 
@@ -60,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 class Cases:
-    """Counts the cases within one test; all are tried, and the test fails with those that failed."""
+    """Counts the cases within one test: all are tried, and it fails with those that failed."""
 
     def __init__(self, group: str) -> None:
         self._group = group
@@ -97,7 +99,7 @@ def misbehaving(clock: FakeClock) -> Iterator[Misbehaving]:
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     with running_bus() as bus:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_EVENTS", bus.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_EVENTBRIDGE", bus.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")

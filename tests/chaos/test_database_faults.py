@@ -3,10 +3,12 @@
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pymysql
 import pytest
 
 from core.model import Outcome
@@ -26,6 +28,7 @@ from tests.support import (
     statements,
 )
 
+# What is drawn at random is drawn anew with another seed; a failure shows the statement.
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 ENGINES = ["mariadb", *(["mysql"] if MYSQL else [])]
 
@@ -47,6 +50,7 @@ class Stage:
     def __init__(self, world: World, proxy: Proxy) -> None:
         self.world = world
         self.proxy = proxy
+        self.deed: threading.Thread | None = None  # what the shop does meanwhile
         world.url = proxy.url(world.shop.database)  # type: ignore[attr-defined]
         self.worker = world.worker()
         self.set()
@@ -55,6 +59,8 @@ class Stage:
     def set(self) -> None:
         """As it was in the beginning; only the worker is a warm one."""
         world, run = self.world, self.world.shop.run
+        self.proxy.reset()
+        world.tick()  # makes the tables anew that a case has dropped
         tables = [name for (name,) in run("SHOW TABLES")]
         for name in tables:
             run(f"DELETE FROM {name}")
@@ -125,7 +131,6 @@ def test_the_connection_is_cut_at_each_statement(stage: Stage, cases: Cases, whe
 @on_mariadb
 def test_the_server_goes_away_at_some_statement_and_comes_back(stage: Stage, cases: Cases) -> None:
     chance = random.Random(SEED)
-    print(f"seed {SEED}")
     for number in stage.sometimes(10, chance):
         stage.set()
 
@@ -164,7 +169,7 @@ CODES = {
     1054: "Unknown column",
     1020: "Record has changed since last read",
     1047: "WSREP has not yet prepared node for application use",
-    65535: "What nobody has heard of",
+    9999: "What nobody has heard of",
 }
 
 
@@ -172,7 +177,6 @@ CODES = {
 @pytest.mark.parametrize("code", CODES)
 def test_an_error_at_some_statement(stage: Stage, cases: Cases, code: int) -> None:
     chance = random.Random(SEED * code)
-    print(f"seed {SEED}")
     for number in stage.sometimes(4, chance):
         stage.set()
         stage.proxy.before[number] = refuse(code, CODES[code])
@@ -187,10 +191,17 @@ def shops(sql: str, **closes: str) -> Callable[[Stage], Action]:
     """The shop does that, at once, on a connection of its own."""
 
     def of(stage: Stage) -> Action:
-        def action(_statement: Statement) -> None:
+        def deed() -> None:
             for one in sql.split(";"):
-                stage.world.shop.run(one)
+                with suppress(pymysql.Error):  # where it does so for the second time
+                    stage.world.shop.run(one)
+
+        def action(_statement: Statement) -> None:
             stage.world.closed_by_shop |= set(closes)
+            # It may have to wait for a row that the monitor holds until this statement is through.
+            stage.deed = threading.Thread(target=deed)
+            stage.deed.start()
+            stage.deed.join(0.1)
 
         return action
 
@@ -233,12 +244,13 @@ SHOPS: dict[str, Callable[[Stage], Action]] = {
 @pytest.mark.parametrize("deed", SHOPS)
 def test_the_shop_acts_between_two_statements(stage: Stage, cases: Cases, deed: str) -> None:
     chance = random.Random(SEED)
-    print(f"seed {SEED}")
     for number in stage.sometimes(8, chance):
         stage.set()
         stage.proxy.before[number] = SHOPS[deed](stage)
         with cases.case(f"the shop {deed} before statement {number}"):
             stage.world.tick()
+            if stage.deed is not None:
+                stage.deed.join()
             stage.world.crashed = True
             stage.world.invariants()
 
@@ -285,12 +297,13 @@ def test_a_row_that_the_shops_database_refuses_holds_up_no_other(
     add_sessions(world.shop, {f"paid-{n}": f"paid-{n}" for n in range(50)})
     world.billing.words = {f"paid-{n}": "paid" for n in range(50)}
     world.shop.run(REFUSALS[refusal])
-    for _ in range(3):
+    for _ in range(8):
         assert world.tick() is not None
         world.advance()
     assert world.open() == ["paid-7"]
     assert "paid-7" not in {event["session_id"] for event in world.bus.events}
-    assert len(world.billing.asked["paid-7"].at) < 3  # it backs off
+    assert len(world.billing.asked["paid-7"].at) < 8  # it backs off
+    world.refused = frozenset({"paid-7"})
     world.invariants()
 
 
@@ -362,17 +375,17 @@ def test_a_failover_leads_every_worker_to_the_new_primary(stage: Stage, old_prim
     old.run("SET GLOBAL read_only = 1")
     proxy.lead_to(new.server)
     world.billing.asked.clear()
+    world.bus.events.clear()
     if login[0] == "root":  # who may write to a read-only server
         proxy.cut_all()
     for worker in workers:
         assert world.tick(worker) is not None
     old.run("SET GLOBAL read_only = 0")
     world.crashed = True
-    world.bus.events[:] = [e for e in world.bus.events if e["session_id"] not in world.open()]
     world.invariants()
 
 
-IDS = {
+IDS: dict[str, Sequence[str | int]] = {
     "VARCHAR(255) CHARACTER SET utf8mb4": [
         "it's",
         'quo"te',
@@ -454,13 +467,9 @@ def test_ids_of_every_kind_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
 
 @on_mariadb
 def test_a_hundred_thousand_sessions_open_at_once(stage: Stage) -> None:
-    """The first checks begin before they are counted, and what is claimed is checked or given back.
-
-    A pass of six seconds does not check them all.
-    """
+    """All are adopted, and what a short pass has claimed it has checked or given back."""
     world = stage.world
     stage.set()
-    world.env = {"APIKEY": ""}
     world.shop.run("DELETE FROM checkout_session")
     world.shop.run(
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
@@ -468,14 +477,17 @@ def test_a_hundred_thousand_sessions_open_at_once(stage: Stage) -> None:
         " SELECT CONCAT(a.i, '-', b.i), CONCAT('fine-', a.i, '-', b.i), 'open'"
         " FROM n a, n b WHERE b.i <= 112"
     )
+    counted = world.tick(world.worker(APIKEY=""))  # which asks nobody
+    assert counted is not None
+    assert counted.open == 900 * 112
+    world.advance()
     summary = world.tick(seconds=6.5)
     assert summary is not None
-    assert summary.open == 900 * 112
+    assert summary.checked > 0
     rows = world.shop.run(
         "SELECT COUNT(*), SUM(claimed_until IS NOT NULL), SUM(attempts) FROM checkout_session_check"
     )
     assert rows == [(900 * 112, 0, summary.checked)]
-    assert summary.checked > 0
 
 
 def test_clocks_that_are_an_hour_apart_change_nothing(stage: Stage) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from core.database import StoreError
 from core.model import Summary
@@ -41,6 +42,7 @@ class World:
     crashed: bool = False
     asked_again: frozenset[str] = frozenset()  # checkouts that may be asked twice at once
     closed_by_shop: set[str] = field(default_factory=set)
+    refused: frozenset[str] = frozenset()  # sessions that the shop's database does not change
     env: dict[str, str] = field(default_factory=dict)
     workers: list[Worker] = field(default_factory=list)
     passes: int = 0
@@ -103,9 +105,12 @@ class World:
         Without `checks` billing cannot be healed, and it is not asked whether it is.
         """
         self.billing.healed = True
+        # After a call that failed, an environment does not try the bus for five real seconds.
+        worker = self.worker() if self.bus.breaks else None
         self.bus.refuses = self.bus.breaks = False
         if checks:
-            self._every_open_session_is_checked_again()
+            self._every_open_session_is_checked_again(worker)
+            self._what_billing_has_closed_is_closed()
         self._nothing_was_asked_twice()
         self._statuses_are_billings_word()
         self._events_are_the_changes()
@@ -113,14 +118,24 @@ class World:
         self._nothing_is_printed_that_must_not_be()
         assert not [h for h in self.billing.strangers if KEY in h], "the key went to another host"
 
-    def _every_open_session_is_checked_again(self) -> None:
+    def _what_billing_has_closed_is_closed(self) -> None:
+        """But what the shop's database refuses."""
+        for session_id, (checkout, status) in self.sessions().items():
+            word = self.billing.words.get(checkout or "", "open")
+            late = status == "open" and WORDS[word] != "open" and session_id not in self.refused
+            assert not late, f"{session_id} is open, though billing says {word}"
+
+    def _every_open_session_is_checked_again(self, worker: Worker | None) -> None:
         """None is lost: each is claimed or due within a lease, an interval and a backoff."""
+        self.tick(worker)  # which may find that tables are gone, and make them anew
+        self.advance()
+        self.tick(worker)
         was_open = set(self.open())
         before = self._attempts()
         for _ in range(10):
             # A pause that billing asked for may last MAX_RETRY_AFTER_SECONDS.
             self.advance(max(ALL_CHECKED_WITHIN, self._pause_seconds() + 1))
-            assert self.tick() is not None, f"the pass after it fails: {self.failed[-1]}"
+            assert self.tick(worker) is not None, f"the pass after it fails: {self.failed[-1]}"
             after = self._attempts()
             left = [i for i in was_open & set(self.open()) if after.get(i, 0) <= before.get(i, 0)]
             if not left:
@@ -148,7 +163,7 @@ class World:
             again = self.crashed or checkout in self.asked_again
             assert again or asked.most_in_flight == 1, f"{checkout} was asked twice at once"
             moments = sorted(asked.at)
-            gaps = [(b - a).total_seconds() for a, b in zip(moments, moments[1:], strict=False)]
+            gaps = [(b - a).total_seconds() for a, b in pairwise(moments)]
             soon = [gap for gap in gaps if gap < INTERVAL]
             assert again or not soon, f"{checkout} was asked again after {soon[0]} s"
 
