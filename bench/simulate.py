@@ -356,9 +356,9 @@ def main() -> None:
     ) as simulation:
 
         def progress(at: float) -> None:
-            if at % 60 == 0:
+            if at % 30 == 0:
                 checks = simulation.seen.checks
-                tell(f"{at / 60:.0f} of {given.minutes} minutes, {checks:,} checks")
+                tell(f"{at / 60:.1f} of {given.minutes} minutes, {checks:,} checks")
 
         seen = simulation.run(progress)
         left = simulation.left()
