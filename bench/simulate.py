@@ -172,7 +172,6 @@ class Simulation:
 
     def prepare(self) -> None:
         """A day's sessions, each somewhere in its own interval."""
-        logger.setLevel(logging.CRITICAL)
         for statement in statements("sqlite"):
             self.database.run(partial(self.database.execute, statement))
         Store(self.database).prepare()
@@ -332,11 +331,15 @@ def not_later_than(lateness: Counter[int], share: float) -> float:
 
 @contextmanager
 def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa: ANN401 (Simulation's own)
+    """A simulation of a shop that is ready, without the log lines of its passes."""
     simulation = Simulation(*arguments, **keywords)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         simulation.prepare()
         yield simulation
     finally:
+        logger.setLevel(level)
         simulation.close()
 
 
