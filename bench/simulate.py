@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, override
 
 from core.model import Answer, Outcome, Reason, Recorded, Result
 from core.monitor import PassOptions, check_open_checkout_sessions
-from core.observability import logger
 from core.settings import Settings
 from core.sqlite import SQLiteDatabase
 from core.store import Store
@@ -333,13 +332,12 @@ def not_later_than(lateness: Counter[int], share: float) -> float:
 def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa: ANN401 (Simulation's own)
     """A simulation of a shop that is ready, without the log lines of its passes."""
     simulation = Simulation(*arguments, **keywords)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logging.disable()
     try:
         simulation.prepare()
         yield simulation
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
         simulation.close()
 
 
