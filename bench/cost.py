@@ -160,7 +160,7 @@ def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
 def bill(
     load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
 ) -> list[Item]:
-    """A month's items, with data out to billing as the last one."""
+    """A month's items, but for data out."""
     aws_lambda, watch = prices["lambda"], prices["cloudwatch"]
     gb_second = aws_lambda["gb_second"][stack.architecture] * stack.memory_mb / 1024
     slots = MONTH_SECONDS // stack.interval
@@ -181,11 +181,6 @@ def bill(
     log_gb = logged / GB
     kept = log_gb * stack.retention_days / 30 * watch["stored_gb_month"]
 
-    sent, received = (checks * slots * measured["wire"][way] / GB for way in ("sent", "received"))
-    data = {
-        "internet": sent * prices["data"]["internet_gb"],
-        "region": (sent + received) * prices["data"]["region_gb"],
-    }
     express = prices["express"]
     express_gb_seconds = (
         stack.executions
@@ -229,35 +224,55 @@ def bill(
             "on" if stack.traced else "off",
         ),
         Item("secrets", stack.secrets * prices["secrets"]["secret_month"], f"{stack.secrets}"),
-        Item(
-            "data to billing, " + WHERE[load.billing],
-            data[load.billing],
-            f"{sent:,.0f} GB",
-        ),
     ]
 
 
+def data_out(
+    load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
+) -> list[Item]:
+    """What the requests of a month cost on the wire, by HTTP/1.1 and by HTTP/2."""
+    requests = load.checks_a_tick(stack.interval) * MONTH_SECONDS / stack.interval
+    items = []
+    for version, wire in measured["wire"].items():
+        sent, received = (requests * wire[way] / GB for way in ("sent", "received"))
+        if load.billing == "internet":
+            dollars = sent * prices["data"]["internet_gb"]
+        else:
+            dollars = (sent + received) * prices["data"]["region_gb"]
+        name = f"data to billing, {WHERE[load.billing]}, {version.upper().replace('HTTP', 'HTTP/')}"
+        items.append(Item(name, dollars, f"{sent:,.0f} GB"))
+    return items
+
+
 def together(items: Sequence[Item]) -> float:
-    """Without data out, which depends on where billing is."""
-    return sum(item.dollars for item in items[:-1])
+    return sum(item.dollars for item in items)
 
 
-def table(bills: Mapping[int, Sequence[Item]]) -> str:
-    """The bills side by side, by their open sessions, in Markdown."""
-    lines = [f"| US$ a month | {' | '.join(f'{open_:,} open' for open_ in bills)} |"]
-    lines.append("|---|" + "---:|" * len(bills))
-    for items in zip(*bills.values(), strict=True):
-        amounts = [item.amount for item in items]
-        same = len(set(amounts)) == 1
-        name = items[0].name
-        if same and amounts[0]:
-            name += f": {amounts[0]}"
-        cells = [f"{item.dollars:,.2f}" + ("" if same else f" ({item.amount})") for item in items]
-        if items[0] is next(iter(bills.values()))[-1]:
-            sums = (f"**{together(b):,.2f}**" for b in bills.values())
-            lines.append(f"| **together** | {' | '.join(sums)} |")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def table(bills: Mapping[int, Sequence[Item]], data: Mapping[int, Sequence[Item]]) -> str:
+    """The bills side by side, by their open sessions, in Markdown.
+
+    Data out, which depends on where billing is, stands below their sums.
+    """
+    sums = (f"**{together(items):,.2f}**" for items in bills.values())
+    lines = [
+        f"| US$ a month | {' | '.join(f'{open_:,} open' for open_ in bills)} |",
+        "|---|" + "---:|" * len(bills),
+        *(_row(items) for items in zip(*bills.values(), strict=True)),
+        f"| **together** | {' | '.join(sums)} |",
+        *(_row(items) for items in zip(*data.values(), strict=True)),
+    ]
     return "\n".join(lines)
+
+
+def _row(items: Sequence[Item]) -> str:
+    """One item for each number of open sessions; what is the same for all stands in its name."""
+    name, amounts = items[0].name, [item.amount for item in items]
+    if len(set(amounts)) == 1:
+        name += f": {amounts[0]}" if amounts[0] else ""
+        cells = [f"{item.dollars:,.2f}" for item in items]
+    else:
+        cells = [f"{item.dollars:,.2f} ({item.amount})" for item in items]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def template() -> dict[str, Any]:
@@ -300,23 +315,20 @@ def computed(arguments: argparse.Namespace) -> str:
     }
     stack = Stack.of(template(), {name: v for name, v in given.items() if v is not None})
     cadence = Cadence.parse(arguments.cadence or f"{stack.interval}s")
-    measured, prices = read(MEASURED), read(PRICES)
+    loads = [
+        Load(
+            open_,
+            cadence,
+            parse_duration(arguments.sessions_last),
+            arguments.latency / 1000,
+            arguments.billing,
+        )
+        for open_ in arguments.open
+    ]
+    given_all = stack, read(MEASURED), read(PRICES)
     return table(
-        {
-            open_: bill(
-                Load(
-                    open_,
-                    cadence,
-                    parse_duration(arguments.sessions_last),
-                    arguments.latency / 1000,
-                    arguments.billing,
-                ),
-                stack,
-                measured,
-                prices,
-            )
-            for open_ in arguments.open
-        }
+        {load.open: bill(load, *given_all) for load in loads},
+        {load.open: data_out(load, *given_all) for load in loads},
     )
 
 

@@ -166,8 +166,9 @@ def million(machine: Machine, results: Results) -> None:
                 client.run({**job, "warm_up": True})
                 for _ in range(machine.rounds):
                     shop.run(
-                        "UPDATE checkout_session_check SET claimed_until = NULL"
-                        " WHERE claimed_until IS NOT NULL"
+                        "UPDATE checkout_session_check SET next_check_at = first_seen_at,"
+                        " claimed_until = NULL"
+                        " WHERE next_check_at > UTC_TIMESTAMP(3) OR claimed_until IS NOT NULL"
                     )
                     machine.billing.forget_requests()
                     later = client.run({**job, "seconds": 17.0})

@@ -1,8 +1,8 @@
 """A billing service over TLS in a process of its own, which counts what reaches and leaves it.
 
-It answers every request after a while, by HTTP/1.1 or HTTP/2. What a check costs on the wire are IP packets,
-so the kernel's own counts of its connections are read: segments with their headers, TLS records,
-and the acknowledgements without data.
+It answers every request after a while, by HTTP/1.1 or HTTP/2. What a check costs on the wire are IP
+packets, so the kernel's own counts of its connections are read: segments with their headers, TLS
+records, and the acknowledgements without data.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import RequestReceived
 from h2.exceptions import ProtocolError
+from hyperframe.frame import GoAwayFrame
 
 # IPv4's and TCP's headers of a segment, with the timestamps that Linux adds.
 SEGMENT_HEADERS = 20 + 20 + 12
@@ -73,6 +74,7 @@ class Service:
 
     def __init__(self, process: subprocess.Popen[str], port: int, authority: Path) -> None:
         self._process = process
+        self.port = port
         self.url = f"https://localhost:{port}/billing/api/v1/paysession"
         self.authority = authority
 
@@ -87,15 +89,17 @@ class Service:
 def service(
     directory: Path, latency_seconds: float, *, http2: bool = False, most_requests: int = 1_000
 ) -> Iterator[Service]:
-    """Run it with a certificate for localhost, its own authority, made in the directory.
+    """Run it with a certificate for localhost, its own authority, kept in the directory.
 
     It ends an HTTP/2 connection after `most_requests`, as nginx does.
     """
     certificate, key = directory / "server.pem", directory / "server.key"
-    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    new += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    new += ["-addext", "basicConstraints=critical,CA:FALSE"]
-    subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    if not certificate.exists():
+        new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        new += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        new += ["-addext", "basicConstraints=critical,CA:FALSE"]
+        new += ["-keyout", str(key), "-out", str(certificate)]
+        subprocess.run(new, check=True, capture_output=True)
     with subprocess.Popen(
         [
             *(sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)),
@@ -155,11 +159,15 @@ class _Http2Connection(_Connection):
     @override
     def data_received(self, data: bytes) -> None:
         for event in self._http2.receive_data(data):
-            if isinstance(event, RequestReceived):
+            # Requests after the last one are the client's to send again, on another connection.
+            if isinstance(event, RequestReceived) and self._left:
                 assert event.stream_id is not None
                 self._streams += 1
                 self._left -= 1
                 self._answer_later(self._answer, event.stream_id)
+                if not self._left:  # h2 itself would end the streams that are open, too
+                    goodbye = GoAwayFrame(last_stream_id=event.stream_id)
+                    self._transport.write(goodbye.serialize())
         self._flush()
 
     def _answer(self, stream: int) -> None:
@@ -168,9 +176,7 @@ class _Http2Connection(_Connection):
             self._http2.send_data(stream, BODY, end_stream=True)
         self._flush()
         self._streams -= 1
-        if self._left <= 0 and not self._streams:
-            self._http2.close_connection()
-            self._flush()
+        if not self._left and not self._streams:
             self._transport.close()
 
     def _flush(self) -> None:

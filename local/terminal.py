@@ -8,7 +8,7 @@ tells what the newest pass did. Piped, the log is plain lines, and all of them.
 import logging
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from core.observability import logger
@@ -26,24 +26,22 @@ class NewsOnly(logging.Formatter):
         super().__init__("%(message)s")
         self._said: dict[str, str] = {}
         self._in_pass = 0
-        self._workers: list[Mapping[str, Any]] = []  # the summaries of the newest tick's
+        self._workers: list[dict[str, Any]] = []  # the summaries of the newest tick's
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if hasattr(record, "summary"):
-            if self._workers and record.summary["tick"] != self._workers[0]["tick"]:
-                self._workers.clear()
-            self._workers.append(record.summary)
-            return self._newest(digest(self._workers))
-        if hasattr(record, "open_sessions"):  # a pass begins
-            self._in_pass = 0
-            return self._newest(text)
+        match text[0]:
+            case "🔍":  # a pass begins
+                self._in_pass = 0
+                return self._newest(text)
+            case "📊":
+                return self._newest(self._digest(record))
+            case "…":  # how many lines were left out
+                return ""
         session_id = getattr(record, "session_id", None)
-        if session_id is not None:
-            return self._line(text) if self._is_news(session_id, text, record) else ""
-        if hasattr(record, "outcome"):  # how many lines of it were left out
-            return ""
-        return self._line(text)
+        if session_id is None or self._is_news(session_id, text, record):
+            return f"{CLEAR_LINE}{text}\n"
+        return ""
 
     def _is_news(self, session_id: str, text: str, record: logging.LogRecord) -> bool:
         before = self._said.get(session_id)
@@ -58,31 +56,31 @@ class NewsOnly(logging.Formatter):
         self._in_pass += 1
         return self._in_pass <= MOST_IN_A_PASS
 
-    def _line(self, text: str) -> str:
-        return f"{CLEAR_LINE}{text}\n"
-
     def _newest(self, text: str) -> str:
         return f"{CLEAR_LINE}{text[: shutil.get_terminal_size().columns - 2]}"
 
-
-def digest(workers: Sequence[Mapping[str, Any]]) -> str:
-    """A tick's pass in one line, from the summaries of its workers."""
-    newest = workers[-1]
-    seconds = max(one["duration_ms"] for one in workers) / 1000
-    latencies = [one["billing_latency_ms"].get("p95", 0) for one in workers]
-    parts = [
-        f"{newest['started_at'][11:19]} UTC",
-        f"{newest['open']:,} open",
-        f"{sum(one['checked'] for one in workers):,} checked in {seconds:.1f} s",
-        f"{sum(one['errors'] for one in workers):,} failed",
-    ]
-    if len(workers) > 1:
-        parts.append(f"{len(workers)} workers")
-    if any(latencies):
-        parts.append(f"95 % of answers within {max(latencies):,.0f} ms")
-    if newest["paused_until"]:
-        parts.append(f"paused until {newest['paused_until'][11:19]}")
-    return f"📊 {' · '.join(parts)}"
+    def _digest(self, record: logging.LogRecord) -> str:
+        """A tick's pass in one line, from the summaries of its workers; what is zero they lack."""
+        newest: dict[str, Any] = getattr(record, "summary", {})
+        if self._workers and newest.get("tick") != self._workers[0].get("tick"):
+            self._workers.clear()
+        self._workers.append(newest)
+        workers = self._workers
+        seconds = max(one.get("duration_ms", 0) for one in workers) / 1000
+        latencies = [one.get("billing_latency_ms", {}).get("p95", 0) for one in workers]
+        parts = [
+            f"{datetime.fromtimestamp(record.created, UTC):%H:%M:%S} UTC",
+            f"{newest.get('open', 0):,} open",
+            f"{sum(one.get('checked', 0) for one in workers):,} checked in {seconds:.1f} s",
+            f"{sum(one.get('errors', 0) for one in workers):,} failed",
+        ]
+        if len(workers) > 1:
+            parts.append(f"{len(workers)} workers")
+        if any(latencies):
+            parts.append(f"95 % of answers within {max(latencies):,.0f} ms")
+        if paused_until := newest.get("paused_until"):
+            parts.append(f"paused until {paused_until[11:19]}")
+        return f"📊 {' · '.join(parts)}"
 
 
 def show_news_only(*, debug: bool) -> None:

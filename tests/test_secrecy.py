@@ -29,7 +29,7 @@ for event in ("tick", "no-tick"):
         print(check.handler(json.load(open(f"events/{event}.json")), context))
     except Exception:
         traceback.print_exc()
-for event in ("health", "trigger", "trigger-with-ids", "trigger-bad-body"):
+for event in ("health", "status", "trigger", "trigger-with-ids", "trigger-bad-body"):
     print(api.handler(json.load(open(f"events/{event}.json")), context))
 if check.worker.cache_info().currsize:
     print(vars(check.worker()), check.worker()._settings)

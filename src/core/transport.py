@@ -85,6 +85,8 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         )
         self._unkept = _Client(_client(timeout_seconds).pool_max_idle_per_host(0))
         self._timeout_seconds = timeout_seconds
+        self._headers: httpx.Headers | None = None  # those of the last request, and as it took them
+        self._items: list[tuple[str, str]] = []
         # Where a connection of `_either` ends, each request that waits makes another, a hundred
         # handshakes for one. Clients that know the version before make one.
         self._http2: list[_Client] = []
@@ -124,8 +126,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         address = request.address if isinstance(request, Get) else str(request.url)
         sending = (
             client.client.request(request.method, address)
-            # HTTP/2 has another form of `host`, and services refuse both; either is made of the URL.
-            .headers([item for item in request.headers.multi_items() if item[0] != "host"])
+            .headers(self._items_of(request.headers))
             .build_streamed()
         )
         client.requests += 1
@@ -138,11 +139,15 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             raise
         if response.version == "HTTP/2.0":
             self._speaks_http2 = True
-        return httpx.Response(
-            response.status,
-            headers=_readable(response.headers),
-            stream=_Body(client, sending, response.body_reader, request),
-        )
+        body = _Body(client, sending, response.body_reader, request)
+        return _Received(response.status, response.headers, body)
+
+    def _items_of(self, headers: httpx.Headers) -> list[tuple[str, str]]:
+        if headers is not self._headers:  # many requests share them
+            # HTTP/2 has another form of it, and services refuse both; either is made of the URL.
+            self._items = [item for item in headers.multi_items() if item[0] != "host"]
+            self._headers = headers
+        return self._items
 
     async def aclose(self) -> None:
         for client in (self._either, self._unkept, *self._http2):
@@ -168,6 +173,27 @@ def _client(timeout_seconds: float) -> ClientBuilder:
         .zstd(enable=False)
         .deflate(enable=False)
     )
+
+
+class _Received(httpx.Response):
+    """A response whose headers are copied only if someone looks at them.
+
+    httpx.Response copies and normalises each of them: longer than the rest of an answer takes.
+    """
+
+    def __init__(self, status: int, headers: HeaderMap, body: "_Body") -> None:
+        self.status_code = status
+        self.stream = self._body = body
+        self._header_map = headers
+
+    def __getattr__(self, name: str) -> httpx.Headers:
+        if name != "headers":
+            raise AttributeError(name)
+        self.headers = httpx.Headers(_readable(self._header_map))
+        return self.headers
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
 
 
 class _Body(httpx.AsyncByteStream):

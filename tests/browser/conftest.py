@@ -37,6 +37,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Debian's, or what GitHub's machines have.
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NO_CHROMIUM = "no Chromium: apt-get install chromium"
 SECURED = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
 
@@ -159,22 +161,25 @@ class Seen:
         expect(self.page.locator("#verdict")).to_have_class(f"panel {level}")
 
     def keep(self, name: str) -> None:
-        """A screenshot, for people to look at; and what axe finds, for them to mend."""
-        SCREENSHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
-        found = Axe().run(self.page)
-        assert found.violations_count == 0, found.generate_report()
+        keep(self.page, name)
+
+
+def keep(page: Page, name: str) -> None:
+    """A screenshot, for people to look at; and what axe finds, for them to mend."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    if CHROMIUM is None:
         if os.environ.get("CI"):
             pytest.fail(NO_CHROMIUM)
         pytest.skip(NO_CHROMIUM)
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield launched
         launched.close()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.browser.conftest import SCREENSHOTS
+from tests.browser.conftest import keep
 from tests.local.test_run import running
 
 SOON = 30_000  # milliseconds in which a tick or two, and a look at them, are sure to come
@@ -22,15 +22,14 @@ def test_what_billing_is_made_to_do_is_told_by_the_verdict(
         expect(verdict).to_have_text("All 11 open sessions checked on time", timeout=SOON)
         make(page, "down")
         expect(verdict).to_contain_text("Billing cannot be reached since", timeout=SOON)
-        SCREENSHOTS.mkdir(exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / "laptop-down.png", full_page=True)
+        keep(page, "laptop-down")
         make(page, "healthy")
         expect(verdict).to_have_text("All 11 open sessions checked on time", timeout=SOON)
         make(page, "rate-limiting")
         expect(verdict).to_contain_text("Billing asked for a pause until", timeout=SOON)
         page.get_by_role("button", name="Check all now").click()
         expect(page.locator("#triggered")).to_contain_text("billing asked for a pause until")
-        page.screenshot(path=SCREENSHOTS / "laptop-rate-limiting.png", full_page=True)
+        keep(page, "laptop-rate-limiting")
 
 
 def make(page: Page, mode: str) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from core import settings as settings_module
+from core.database import Database
 from core.model import iso
 from core.overview import Overview, settings_in_force
 from core.settings import Settings
 from core.worker import open_database
+from tests.conftest import MYSQL
 from tests.history import SECOND, History
-from tests.support import FakeClock, Shop
+from tests.support import NOON, FakeClock, Shop
 
 
 @pytest.fixture
@@ -223,6 +225,45 @@ def test_the_latest_status_changes_are_told(history: History) -> None:
 def test_a_monitor_without_a_key_says_so(history: History) -> None:
     history.passes(1, row=lambda _: {"skipped": '{"no_api_key": 3}'})
     assert overview(history)["verdict"]["text"] == "No API key: billing is not asked"
+
+
+# SQLite does not count what it reads.
+@pytest.mark.parametrize("shop", ["mariadb", *(["mysql"] if MYSQL else [])], indirect=True)
+def test_however_many_sessions_are_open_a_bounded_number_of_rows_is_read(
+    history: History,
+) -> None:
+    """Also where all of them fail and are late, which is when somebody looks."""
+    history.shop.run(
+        "INSERT INTO checkout_session (id, billing_checkout_id, status)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100)"
+        " SELECT CONCAT('s', a.i, '-', b.i), 'c', 'open' FROM n a, n b"
+    )
+    history.shop.run(
+        "INSERT INTO checkout_session_check"
+        " (session_id, next_check_at, first_seen_at, last_outcome, consecutive_failures)"
+        " SELECT id, %s, %s, 'timeout', 3 FROM checkout_session",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
+    history.passes(720, row=lambda _: {"errors": 10})
+    history.counted({"timeout": 10_000})
+    for table in ("checkout_session", "checkout_session_check", "checkout_session_run"):
+        history.shop.run(f"ANALYZE TABLE {table}")
+    settings = history.settings()
+    database = open_database(settings, clock=FakeClock(history.now))
+    told = Overview(database, settings)
+    told.read()  # the connection's first statements read the schema
+    before = rows_read(database)
+    told.read()
+    read = rows_read(database) - before
+    database.close()
+    assert read < 4000  # mostly the hour's passes, by their tick
+
+
+def rows_read(database: Database) -> int:
+    """How many rows and index entries the connection has made the server read."""
+    sql = "SHOW SESSION STATUS LIKE 'Handler_read_%'"
+    rows = database.run(lambda: database.query(sql))
+    return sum(int(str(count)) for _name, count in rows)
 
 
 def test_every_setting_is_told_by_the_name_of_its_variable(history: History) -> None:
