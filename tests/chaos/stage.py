@@ -1,7 +1,7 @@
 """A world whose database is behind a proxy, on MariaDB or MySQL; set anew for each case."""
 
 import random
-from threading import Thread
+import threading  # noqa: TC003 (no cycle to avoid)
 
 from tests.chaos.proxy import Proxy
 from tests.chaos.world import World
@@ -27,7 +27,7 @@ class Stage:
     def __init__(self, world: World, proxy: Proxy) -> None:
         self.world = world
         self.proxy = proxy
-        self.deed: Thread | None = None  # what the shop does meanwhile
+        self.deed: threading.Thread | None = None  # what the shop does meanwhile
         world.url = proxy.url(world.shop.database)  # type: ignore[attr-defined]
         self.worker = world.worker()
         self.set()

@@ -5,22 +5,21 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from core.database import StoreError
-from core.model import Summary
 from core.settings import Settings
 from core.worker import Worker
 from tests.chaos.conftest import Cases
 from tests.chaos.proxy import Statement
 from tests.chaos.stage import Stage
 from tests.chaos.test_database_faults import SEED
-from tests.chaos.world import TIMEOUT, World
+from tests.chaos.world import World
 from tests.support import add_sessions
 
 SRC = Path(__file__).parents[2] / "src"
@@ -58,6 +57,11 @@ def process(world: World, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def killing(workers: list[subprocess.Popen[str]], _statement: Statement) -> None:
+    workers[0].kill()
+    workers[0].wait()
+
+
 @on_mariadb
 def test_a_worker_that_is_killed_at_some_statement_loses_nothing(
     stage: Stage, cases: Cases
@@ -65,12 +69,10 @@ def test_a_worker_that_is_killed_at_some_statement_loses_nothing(
     for number in [*stage.sometimes(6, random.Random(SEED)), 1]:
         stage.set()
 
-        def kill(_statement: Statement) -> None:
-            worker.kill()
-            worker.wait()
-
-        stage.proxy.before[number] = kill
+        workers: list[subprocess.Popen[str]] = []
+        stage.proxy.before[number] = partial(killing, workers)
         worker = process(stage.world)
+        workers.append(worker)
         worker.communicate()
         with cases.case(f"killed at statement {number}"):
             assert worker.returncode == -9
@@ -143,11 +145,11 @@ def test_near_its_deadline_a_worker_begins_nothing_that_it_cannot_finish(world: 
 
 @pytest.mark.parametrize("when", ["between two passes", "in the middle of one"])
 def test_ten_minutes_frozen_with_every_connection_dead(stage: Stage, when: str) -> None:
-    """What another worker has taken over meanwhile is not overwritten by what this one has heard."""
+    """What another worker has taken over is not overwritten by what this one has heard."""
     world = stage.world
     stage.set()
     other = world.worker()
-    taken_over: list[Summary | None] = []
+    taken_over = []
 
     def freeze(checkout: str | None = "paid-1") -> None:
         if checkout == "paid-1" and not taken_over:
@@ -205,22 +207,3 @@ def test_a_worker_may_be_closed_whatever_has_happened_to_it(stage: Stage) -> Non
         worker.close()
         stage.proxy.refusing = False
     world.invariants(checks=False)
-
-
-def test_a_pass_that_billing_keeps_busy_is_helped_by_the_next_ones(world: World) -> None:
-    """Ticks go on while requests hang, and the healthy sessions keep their rhythm."""
-    hanging = {f"silent-{n}": f"silent-{n}" for n in range(10)}
-    healthy = {f"ok-{n}": f"fine-{n}" for n in range(10)}
-    add_sessions(world.shop, hanging | healthy)
-    workers = [world.worker(MAX_CONCURRENCY="10") for _ in range(3)]
-    threads = []
-    for worker in workers:
-        thread = threading.Thread(target=world.tick, args=(worker,))
-        thread.start()
-        threads.append(thread)
-        time.sleep(TIMEOUT / 4)
-        world.advance()
-    for thread in threads:
-        thread.join()
-    assert not world.failed
-    world.invariants()
