@@ -149,7 +149,7 @@ def test_ten_minutes_frozen_with_every_connection_dead(stage: Stage, when: str) 
     world = stage.world
     stage.set()
     other = world.worker()
-    taken_over = []
+    taken_over: list[object] = []
 
     def freeze(checkout: str | None = "paid-1") -> None:
         if checkout == "paid-1" and not taken_over:
