@@ -1,6 +1,6 @@
 # Every target sets itself up: Python 3.13 and make are all that has to be there.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate check format requirements
+.PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate soak mutants check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -50,6 +50,12 @@ simulate: .venv/ready ## A million open sessions on a virtual clock: how late, h
 
 # Not checkov: of its twelve findings here one is wrong (the queue is encrypted, by SQS's own key), and
 # the others are KMS keys for what holds no secret, a second dead-letter queue, and a cache for health.
+soak: .venv/ready ## Ten minutes of faults drawn at random, with a report, e.g. ARGS="--minutes 3"
+	@exec python -m tests.chaos.soak $(ARGS)
+
+mutants: .venv/ready ## Break each guard of the core by hand, one at a time: does the suite notice?
+	@exec python -m tests.chaos.mutants $(ARGS)
+
 check: .venv/ready ## Lint, format, types, template, workflow, scripts
 	ruff check
 	ruff format --check

@@ -44,17 +44,18 @@ class EventBus:
 
         Why it did not take the others is logged.
         """
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (a second)
-
         if self._monotonic() < self._try_again_at:
             return ()
         try:
             self._client = self._client or _client()
+        except Exception as error:  # noqa: BLE001 (no region, no descriptor: whatever boto3 needs)
+            return self._none_taken(error)
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (a second)
+
+        try:
             answer = self._client.put_events(Entries=[self._entry(change) for change in changes])
         except (BotoCoreError, ClientError) as error:
-            self._try_again_at = self._monotonic() + TRY_AGAIN_SECONDS
-            logger.error(f"❌ No event can be published to {self._name}: {error}")
-            return ()
+            return self._none_taken(error)
         taken = []
         for change, entry in zip(changes, answer["Entries"], strict=True):
             if "ErrorCode" in entry:
@@ -65,6 +66,11 @@ class EventBus:
             else:
                 taken.append(change.session_id)
         return taken
+
+    def _none_taken(self, error: Exception) -> Collection[str]:
+        self._try_again_at = self._monotonic() + TRY_AGAIN_SECONDS
+        logger.error(f"❌ No event can be published to {self._name}: {error}")
+        return ()
 
     def _entry(self, change: StatusChange) -> "PutEventsRequestEntryTypeDef":
         return {

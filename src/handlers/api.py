@@ -104,7 +104,7 @@ def parse_session_ids(body: str | None) -> list[str] | None:
         return None
     try:
         parsed = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BodyError(f"{BODY_FORM}; it is no JSON: {error}.") from None
     if parsed == {}:
         return None

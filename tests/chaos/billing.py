@@ -239,6 +239,7 @@ class Misbehaving:
         self.asked: defaultdict[str, Asked] = defaultdict(Asked)
         self.elsewhere = ""
         self.strangers: list[str] = []  # what came to `elsewhere`
+        self.draw: Callable[[str], Fault | None] | None = None  # a fault for each request, or none
         self.before: Callable[[str], None] = lambda _checkout: None  # called before an answer
         self.connections = 0
         self._clock = clock
@@ -333,7 +334,9 @@ class Misbehaving:
     def _one(self, sock: socket.socket, head: list[str]) -> None:
         checkout = unquote(head[0].split(" ")[1].rpartition("/")[2])
         name = checkout.rpartition("-")[0]
-        fault = None if self.healed else FAULTS.get(name) or LIMITS.get(name)
+        fault = None
+        if not self.healed:
+            fault = self.draw(checkout) if self.draw else FAULTS.get(name) or LIMITS.get(name)
         key = next((h[11:] for h in head if h.lower().startswith("x-api-key: ")), None)
         with self._lock:
             asked = self.asked[checkout]

@@ -11,9 +11,11 @@ import pytest
 
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus, running_bus
+from tests.chaos.proxy import Proxy
+from tests.chaos.stage import ENGINES, Stage
 from tests.chaos.world import World
 from tests.conftest import a_shop
-from tests.support import FakeClock
+from tests.support import FakeClock, MySQLShop
 
 REPORT = os.environ.get("CHAOS_REPORT")
 TABLE = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
@@ -127,3 +129,23 @@ def world(  # noqa: PLR0917 (fixtures)
             yield world
         finally:
             world.close()
+
+
+@pytest.fixture(params=ENGINES)
+def stage(  # noqa: PLR0917 (fixtures)
+    request: pytest.FixtureRequest,
+    mariadb: str | None,
+    tmp_path: Path,
+    clock: FakeClock,
+    misbehaving: Misbehaving,
+    bus: Bus,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Stage]:
+    with a_shop(request.param, mariadb, tmp_path) as shop:
+        assert isinstance(shop, MySQLShop)
+        with Proxy(shop.server) as proxy:
+            world = World(shop, clock, misbehaving, bus, lambda: "".join(capfd.readouterr()))
+            try:
+                yield Stage(world, proxy)
+            finally:
+                world.close()

@@ -5,7 +5,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pymysql
@@ -15,9 +14,10 @@ from core.model import Outcome
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
 from tests.chaos.conftest import Cases
-from tests.chaos.proxy import Action, Cut, Proxy, Statement, cut, refuse
+from tests.chaos.proxy import Action, Cut, Statement, cut, refuse
+from tests.chaos.stage import ENGINES, SESSIONS, WORDS, Stage
 from tests.chaos.world import World
-from tests.conftest import MYSQL, a_shop, without_a_server
+from tests.conftest import MYSQL, without_a_server
 from tests.support import (
     FakeClock,
     MySQLShop,
@@ -30,89 +30,6 @@ from tests.support import (
 
 # What is drawn at random is drawn anew with another seed; a failure shows the statement.
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-ENGINES = ["mariadb", *(["mysql"] if MYSQL else [])]
-
-SESSIONS = {
-    "open-1": "fine-1",
-    "open-2": "fine-2",
-    "paid-1": "paid-1",
-    "paid-2": "paid-2",
-    "failed": "failed-1",
-    "broken": "500-1",
-    "without": None,
-}
-WORDS = {"paid-1": "paid", "paid-2": "paid", "failed-1": "failed"}
-
-
-class Stage:
-    """A world behind a proxy, set anew for each case."""
-
-    def __init__(self, world: World, proxy: Proxy) -> None:
-        self.world = world
-        self.proxy = proxy
-        self.deed: threading.Thread | None = None  # what the shop does meanwhile
-        world.url = proxy.url(world.shop.database)  # type: ignore[attr-defined]
-        self.worker = world.worker()
-        self.set()
-        self.world.tick()  # connects, and makes the tables
-
-    def set(self) -> None:
-        """As it was in the beginning; only the worker is a warm one."""
-        world, run = self.world, self.world.shop.run
-        self.proxy.reset()
-        world.tick()  # makes the tables anew that a case has dropped
-        tables = [name for (name,) in run("SHOW TABLES")]
-        for name in tables:
-            run(f"DELETE FROM {name}")
-        run(
-            "INSERT INTO checkout_session (id, billing_checkout_id, status) VALUES "
-            + ", ".join(["(%s, %s, 'open')"] * len(SESSIONS)),
-            [value for item in SESSIONS.items() for value in item],
-        )
-        world.billing.asked.clear()
-        world.billing.words = dict(WORDS)
-        world.billing.healed = False
-        world.billing.before = lambda _checkout: None
-        world.bus.events.clear()
-        world.closed_by_shop.clear()
-        world.crashed = False
-        world.failed.clear()
-        world.advance(60)
-        self.proxy.reset()
-
-    def statements_of_a_pass(self) -> int:
-        """How many statements a pass has that does all that a pass can do."""
-        self.set()
-        self.world.tick()
-        self.world.invariants()
-        self.set()
-        self.world.tick()
-        return self.proxy.count
-
-    def sometimes(self, many: int, random: random.Random) -> list[int]:
-        return sorted(random.sample(range(1, self.statements_of_a_pass() + 1), many))
-
-
-@pytest.fixture(params=ENGINES)
-def stage(  # noqa: PLR0917 (fixtures)
-    request: pytest.FixtureRequest,
-    mariadb: str | None,
-    tmp_path: Path,
-    clock: FakeClock,
-    misbehaving: Misbehaving,
-    bus: Bus,
-    capfd: pytest.CaptureFixture[str],
-) -> Iterator[Stage]:
-    with a_shop(request.param, mariadb, tmp_path) as shop:
-        assert isinstance(shop, MySQLShop)
-        with Proxy(shop.server) as proxy:
-            world = World(shop, clock, misbehaving, bus, lambda: "".join(capfd.readouterr()))
-            try:
-                yield Stage(world, proxy)
-            finally:
-                world.close()
-
-
 on_mariadb = pytest.mark.parametrize("stage", ["mariadb"], indirect=True)
 
 

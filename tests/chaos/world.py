@@ -15,11 +15,12 @@ from typing import Any
 from core.database import StoreError
 from core.model import Summary, iso
 from core.overview import HISTORY, Overview
+from core.settings import Settings
 from core.status import WORDS
 from core.worker import Worker, open_database
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
-from tests.support import FakeClock, Shop, settings_for
+from tests.support import FakeClock, Shop
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
@@ -51,22 +52,23 @@ class World:
     failed: list[str] = field(default_factory=list)
     _seen: str = ""
 
+    def environment(self, **env: str) -> dict[str, str]:
+        """The environment variables of a worker."""
+        return {
+            "DATABASE_URL": self.url or self.shop.url,
+            "APIKEY": KEY,
+            "BILLING_API_URL": self.billing.url,
+            "REQUEST_TIMEOUT_SECONDS": str(TIMEOUT),
+            "CHECK_BACKOFF_MAX_SECONDS": str(BACKOFF),
+            "STATUS_UPDATES": "true",
+            "EVENT_BUS_NAME": "shop",
+            **self.env,
+            **env,
+        }
+
     def worker(self, **env: str) -> Worker:
         """One more execution environment."""
-        settings = settings_for(
-            self.shop,
-            **{
-                "DATABASE_URL": self.url or self.shop.url,
-                "APIKEY": KEY,
-                "BILLING_API_URL": self.billing.url,
-                "REQUEST_TIMEOUT_SECONDS": str(TIMEOUT),
-                "CHECK_BACKOFF_MAX_SECONDS": str(BACKOFF),
-                "STATUS_UPDATES": "true",
-                "EVENT_BUS_NAME": "shop",
-                **self.env,
-                **env,
-            },
-        )
+        settings = Settings.from_env(self.environment(**env))
         worker = Worker(settings, clock=self.clock)
         self.workers.append(worker)
         return worker

@@ -1,0 +1,139 @@
+"""Whoever calls the API, with whatever: documented answers, bounded work, nothing injected."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import given, settings
+from schemathesis import openapi
+from schemathesis.core.result import Ok
+
+from core.settings import Settings
+from local.api import running_api
+from local.workers import Workers
+from tests.chaos.world import KEY, World
+from tests.support import add_sessions
+
+SESSIONS = {f"ok-{n}": f"fine-{n}" for n in range(8)}
+
+
+@pytest.fixture
+def api(world: World) -> Iterator[str]:
+    """The laptop's API, whose routes are the Lambda's, with three workers behind it."""
+    add_sessions(world.shop, SESSIONS)
+    world.asked_again = frozenset(SESSIONS.values())  # by hand, as often as is wanted
+    workers = Workers(Settings.from_env(world.environment()), 3)
+    try:
+        with running_api(0, lambda: workers) as port:
+            yield f"http://127.0.0.1:{port}"
+    finally:
+        workers.close()
+
+
+def test_the_api_does_what_its_openapi_document_says(api: str) -> None:
+    """Every operation, with requests as the document describes them, and with others."""
+    schema = openapi.from_url(f"{api}/api/openapi.json")
+    tried = 0
+
+    for operation in schema.get_all_operations():
+        assert isinstance(operation, Ok)
+
+        @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+        @given(case=operation.ok().as_strategy())
+        def answers(case: schemathesis.Case[Any]) -> None:
+            nonlocal tried
+            tried += 1
+            response = case.call(base_url=api)
+            assert response.status_code != 500
+            case.validate_response(response)
+
+        answers()
+    assert tried >= 50
+
+
+BODIES = {
+    "an empty list": (b"[]", 400),
+    "no JSON": (b"{", 400),
+    "not UTF-8": (b'{"session_ids": ["\xff"]}', 200),
+    "null": (b"null", 400),
+    "a number": (b"1", 400),
+    "NaN": (b"NaN", 400),
+    "JSON 100,000 deep": (b"[" * 100_000, 400),
+    "a number of 10,000 digits": (b"9" * 10_000, 400),
+    "a megabyte of ids": (json.dumps({"session_ids": ["x" * 255] * 4000}).encode(), 400),
+    "an id that is too long": (json.dumps({"session_ids": ["x" * 256]}).encode(), 400),
+    "a list of lists": (b'{"session_ids": [["a"]]}', 400),
+    "no ids": (b'{"session_ids": []}', 400),
+    "another key": (b'{"session_ids": ["a"], "x": 1}', 400),
+    "half a surrogate pair": (b'{"session_ids": ["\\ud800"]}', 200),
+    "a NUL": (b'{"session_ids": ["\\u0000"]}', 200),
+    "an injection": (b'{"session_ids": ["\'; DROP TABLE checkout_session; --"]}', 200),
+    "a forged log line": (b'{"session_ids": ["a\\n{\\"level\\": \\"ERROR\\"}\\u001b[31m"]}', 200),
+    "the same id 100 times": (json.dumps({"session_ids": ["ok-1"] * 100}).encode(), 200),
+    "whitespace": (b" \n\t", 200),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_body_of_any_kind_gets_an_honest_answer(api: str, world: World, body: str) -> None:
+    content, status = BODIES[body]
+    answer = httpx.post(f"{api}/api/test/checkout-sessions", content=content, timeout=30)
+    assert answer.status_code == status, answer.text[:300]
+    assert answer.json()["success"] is (status == 200)
+    assert KEY not in answer.text
+    assert "Traceback" not in answer.text
+    assert len(answer.content) < 5000
+    httpx.post(f"{api}/api/test/checkout-sessions", timeout=30)
+    world.invariants(checks=False)  # these workers have a real clock
+
+
+HEADERS: dict[str, dict[str, str]] = {
+    "none": {},
+    "a long one": {"X-Y": "z" * 20_000},
+    "many": {f"X-{n}": "y" for n in range(90)},
+    "another host": {"Host": "evil.example"},
+    "another type": {"Content-Type": "text/html; charset=utf-7"},
+    "another method": {"X-HTTP-Method-Override": "DELETE"},
+}
+
+
+@pytest.mark.parametrize("headers", HEADERS)
+def test_headers_change_nothing(api: str, headers: str) -> None:
+    answer = httpx.get(f"{api}/api/health", headers=HEADERS[headers], timeout=30)
+    assert answer.status_code in (200, 400, 431, 503)
+    assert "evil.example" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/%2e%2e/", "/api/health%00", "/api//health", "/%ff", "/x" * 500]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "TRACE"])
+def test_a_path_that_is_none_is_404_and_says_nothing_of_us(
+    api: str, method: str, path: str
+) -> None:
+    answer = httpx.request(method, f"{api}{path}", timeout=30)
+    assert answer.status_code in (400, 403, 404, 405)
+    assert "Traceback" not in answer.text
+
+
+def test_fifty_triggers_at_once_are_bounded_work_and_honest_answers(api: str, world: World) -> None:
+    """Never more than three passes at once, and none asks about a session that another has."""
+    world.billing.before = lambda _checkout: time.sleep(0.05)
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(
+            pool.map(
+                lambda _: httpx.post(f"{api}/api/test/checkout-sessions", timeout=60), range(50)
+            )
+        )
+    assert {answer.status_code for answer in answers} == {200}
+    checked = sum(answer.json()["summary"]["checked"] for answer in answers)
+    assert checked == world.billing.requests
+    assert all(asked.most_in_flight == 1 for asked in world.billing.asked.values())
+    for answer in answers:
+        summary = answer.json()["summary"]
+        assert summary["checked"] + sum(summary["skipped"].values()) == summary["open"]
