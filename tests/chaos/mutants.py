@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant(
         "a lapsed claim is recorded",
         "queue.py",
-        'f" WHERE claimed_until = %s AND session_id IN {marks(some)}",\n                        (\n',
+        'f" WHERE claimed_until = %s AND session_id IN {marks(some)}",\n                        (\n',  # noqa: E501
         'f" WHERE %s IS NOT NULL AND session_id IN {marks(some)}",\n                        (\n',
         QUEUE,
     ),

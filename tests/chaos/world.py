@@ -20,7 +20,7 @@ from core.status import WORDS
 from core.worker import Worker, open_database
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
-from tests.support import FakeClock, Shop
+from tests.support import FakeClock, Shop, settings_for
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
