@@ -11,6 +11,9 @@ from datetime import datetime, timedelta
 from core.database import Database, Value, integer, marks, moment
 from core.model import Outcome, Reason, Skip, Summary
 
+# A monitor whose newest pass began longer ago than this many intervals is not working.
+FRESH_INTERVALS = 6
+
 KEEP_RUNS = timedelta(days=1)
 
 # A pass that is under way says so every second. One that has said nothing for this long was killed,

@@ -19,11 +19,9 @@ from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
 from core.mysql import MySQLDatabase
 from core.observability import logger
-from core.overview import Overview
+from core.runs import FRESH_INTERVALS
 from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
-from core.sqlite import SQLiteDatabase
 from core.store import Store
-from core.verdict import FRESH_INTERVALS
 
 # Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
 FINISH_SECONDS = 5.0
@@ -68,9 +66,8 @@ class Worker:
         self._settings = settings
         self._start_worker = start_worker
         bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
-        database = open_database(settings, clock=clock)
-        self._store = Store(database, bus)
-        self._overview = Overview(database, settings)
+        self._database = open_database(settings, clock=clock)
+        self._store = Store(self._database, bus)
         self._billing = _billing(settings, transport)
         # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
@@ -128,10 +125,11 @@ class Worker:
 
     def status(self) -> JsonObject:
         """How everything stands; see `core.overview.Overview`. Raises StoreError."""
+        from core.overview import Overview  # noqa: PLC0415 (a cold worker does without)
 
         def read() -> JsonObject:
             self._prepare()
-            return self._overview.read()
+            return Overview(self._database, self._settings).read()
 
         return self._database_thread.submit(read).result()
 
@@ -172,6 +170,8 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
         case MySQLAddress() as address:
             return MySQLDatabase(lambda *, refresh: address, clock=clock)  # noqa: ARG005
         case SQLitePath(path):
+            from core.sqlite import SQLiteDatabase  # noqa: PLC0415 (a cold worker does without)
+
             return SQLiteDatabase(path, clock=clock)
         case None:
             arn = settings.database_secret_arn
