@@ -45,7 +45,7 @@ bench: .venv/ready ## Measure this and what would otherwise be run, side by side
 cost: .venv/ready ## What a month costs, computed from the template, list prices and measured passes
 	@exec python -m bench.cost $(ARGS)
 
-simulate: .venv/ready ## A million open sessions for an hour, on a virtual clock: how late, how many workers, what it costs
+simulate: .venv/ready ## A million open sessions on a virtual clock: how late, how many workers
 	@exec python -m bench.simulate $(ARGS)
 
 # Not checkov: of its twelve findings here one is wrong (the queue is encrypted, by SQS's own key), and

@@ -17,7 +17,6 @@ CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "throughput": throughput.measure,
     "processor": passes.processor,
     "loop": loop.at_size,
-    "hanging": loop.hanging,
     "gaps": loop.gaps,
     "slow": passes.slow_billing,
     "million": passes.million,

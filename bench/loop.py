@@ -83,35 +83,41 @@ class Seen:
 
 
 def at_size(machine: Machine, results: Results) -> None:
-    for open_ in OPEN[:1] if machine.quick else OPEN:
+    """Billing is well; and with the most sessions it hangs, too."""
+    sizes = OPEN[:1] if machine.quick else OPEN
+    for open_ in sizes:
         for program in machine.versions(MARIADB):
             seen = _watch(machine, program, numbered(open_), "100ms")
-            what = f"the loop, {open_:,} open, billing after 100 ms, {_whose(program)}"
-            told = (
-                f"{seen.made:.1%} of the checks due; requests leave within {seen.late(0.5):.1f} s"
-                f" of their tick (50 %), {seen.late(0.99):.1f} s (99 %); at most"
-                f" {seen.most_in_flight:,} in flight; MariaDB {seen.database:.0%} of a core"
-            )
-            if program is MARIADB:
-                met = seen.made >= 0.999 and seen.late(0.99) <= 1.5
-                results.target(what, "99.9 %, 1.5 s", told, met=met)
-            else:
-                results.state(what, told)
+            _tell_of(seen, results, program, open_)
+            if open_ == sizes[-1]:
+                hangs = _watch(machine, program, numbered(open_), "hang")
+                _compare_in_flight(seen, hangs, results, program, open_)
 
 
-def hanging(machine: Machine, results: Results) -> None:
-    """Billing that hangs gets no more requests in flight than when it was well."""
-    open_ = 1000 if machine.quick else max(OPEN)
-    for program in machine.versions(MARIADB):
-        well = _watch(machine, program, numbered(open_), "100ms")
-        hangs = _watch(machine, program, numbered(open_), "hang")
-        what = f"requests in flight at most while billing hangs, {open_:,} open, {_whose(program)}"
-        told = f"{hangs.most_in_flight:,}; {well.most_in_flight:,} when it is well"
-        if program is MARIADB:
-            met = hangs.most_in_flight <= well.most_in_flight
-            results.target(what, "not more than when it is well", told, met=met)
-        else:
-            results.state(what, told)
+def _tell_of(seen: Seen, results: Results, program: Program, open_: int) -> None:
+    what = f"the loop, {open_:,} open, billing after 100 ms, {_whose(program)}"
+    told = (
+        f"{seen.made:.1%} of the checks due; requests leave within {seen.late(0.5):.1f} s"
+        f" of their tick (50 %), {seen.late(0.99):.1f} s (99 %); at most"
+        f" {seen.most_in_flight:,} in flight; MariaDB {seen.database:.0%} of a core"
+    )
+    if program is MARIADB:
+        met = seen.made >= 0.999 and seen.late(0.99) <= 1.5
+        results.target(what, "99.9 %, 1.5 s", told, met=met)
+    else:
+        results.state(what, told)
+
+
+def _compare_in_flight(
+    well: Seen, hangs: Seen, results: Results, program: Program, open_: int
+) -> None:
+    what = f"requests in flight at most while billing hangs, {open_:,} open, {_whose(program)}"
+    told = f"{hangs.most_in_flight:,}; {well.most_in_flight:,} when it is well"
+    if program is MARIADB:
+        met = hangs.most_in_flight <= well.most_in_flight
+        results.target(what, "not more than when it is well", told, met=met)
+    else:
+        results.state(what, told)
 
 
 def gaps(machine: Machine, results: Results) -> None:

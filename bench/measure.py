@@ -75,7 +75,7 @@ def measure() -> str:
             version: stack.enter_context(
                 wire.service(directory, LATENCY_SECONDS, http2=version == "http2")
             )
-            for version in ("http1.1", "http2")
+            for version in ("http2", "http1.1")
         }
         shop = stack.enter_context(mysql_shop(server))
         os.environ |= {
@@ -108,9 +108,10 @@ def _measured(shop: Shop, services: Mapping[str, wire.Service]) -> str:
     best, quiet, second = (
         min(some, key=lambda found: found.seconds) for some in (passes, idle, again)
     )
+    worked = min(found.processor_seconds for found in passes)
     parts: dict[str, dict[str, float]] = {
         "time": {
-            "check_processor_ms": (best.processor_seconds - quiet.processor_seconds) / OPEN * 1000,
+            "check_processor_ms": (worked - quiet.processor_seconds) / OPEN * 1000,
             "idle_processor_ms": quiet.processor_seconds * 1000,
             "idle_database_ms": (quiet.seconds - quiet.processor_seconds) * 1000,
             "again_processor_ms": second.processor_seconds * 1000,

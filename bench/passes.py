@@ -171,7 +171,7 @@ def million(machine: Machine, results: Results) -> None:
                         " WHERE next_check_at > UTC_TIMESTAMP(3) OR claimed_until IS NOT NULL"
                     )
                     machine.billing.forget_requests()
-                    later = client.run({**job, "seconds": 17.0})
+                    later = client.run({**job, "seconds": 25.0})
                     [request, *_more] = machine.billing.requests()
                     delays.append(request.began - later["began"])
             what = f"{program.label}: from the tick to the first request, {open_:,} open"

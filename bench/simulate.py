@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, override
 
 from core.model import Answer, Outcome, Reason, Recorded, Result
 from core.monitor import PassOptions, check_open_checkout_sessions
-from core.observability import logger
 from core.settings import Settings
 from core.sqlite import SQLiteDatabase
 from core.store import Store
@@ -172,7 +171,6 @@ class Simulation:
 
     def prepare(self) -> None:
         """A day's sessions, each somewhere in its own interval."""
-        logger.setLevel(logging.CRITICAL)
         for statement in statements("sqlite"):
             self.database.run(partial(self.database.execute, statement))
         Store(self.database).prepare()
@@ -332,11 +330,14 @@ def not_later_than(lateness: Counter[int], share: float) -> float:
 
 @contextmanager
 def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa: ANN401 (Simulation's own)
+    """A simulation of a shop that is ready, without the log lines of its passes."""
     simulation = Simulation(*arguments, **keywords)
+    logging.disable()
     try:
         simulation.prepare()
         yield simulation
     finally:
+        logging.disable(logging.NOTSET)
         simulation.close()
 
 
@@ -356,9 +357,9 @@ def main() -> None:
     ) as simulation:
 
         def progress(at: float) -> None:
-            if at % 60 == 0:
+            if at % 30 == 0:
                 checks = simulation.seen.checks
-                tell(f"{at / 60:.0f} of {given.minutes} minutes, {checks:,} checks")
+                tell(f"{at / 60:.1f} of {given.minutes} minutes, {checks:,} checks")
 
         seen = simulation.run(progress)
         left = simulation.left()

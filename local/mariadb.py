@@ -50,6 +50,7 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
             [
                 shutil.which("mariadbd") or "/usr/sbin/mariadbd",
                 "--no-defaults",
+                "--skip-ssl",  # MariaDB 11.4 and later would offer it by themselves
                 f"--datadir={data}",
                 f"--port={port}",
                 "--bind-address=127.0.0.1",

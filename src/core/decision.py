@@ -43,6 +43,8 @@ def decide(
         backoff_max_seconds=settings.backoff_max_seconds,
         choose=choose,
     )
+    if new_status is None and next_check_at > answered_at:
+        return Result(claim, answer, next_check_at)
     next_slot = slot_at(max(answered_at, tick), interval) + timedelta(seconds=interval)
     return Result(
         claim,

@@ -137,6 +137,17 @@ def milliseconds(seconds: float) -> float:
     return round(found) if found >= WHOLE_FROM else round(found, 1)
 
 
+def _say_checked(claim: Claim, answer: Answer) -> None:
+    fields = {
+        "session_id": claim.session_id,
+        "billing_checkout_id": claim.billing_checkout_id,
+        "outcome": answer.outcome.value,
+        "status_code": answer.status_code,
+    }
+    say = logger.warning if answer.outcome.is_error else logger.info
+    say(line(claim, answer), extra=fields)
+
+
 class PassLog:
     """The lines of one pass, bounded by outcome; of `active`, all of them where None is given.
 
@@ -161,14 +172,7 @@ class PassLog:
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
             return
-        fields = {
-            "session_id": claim.session_id,
-            "billing_checkout_id": claim.billing_checkout_id,
-            "outcome": outcome.value,
-            "status_code": answer.status_code,
-        }
-        say = logger.warning if outcome.is_error else logger.info
-        self._bounded(outcome, partial(say, line(claim, answer), extra=fields))
+        self._bounded(outcome, partial(_say_checked, claim, answer))
 
     def changed(self, results: Sequence[Result]) -> None:
         """Tell of status changes that have been committed."""

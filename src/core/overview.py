@@ -58,15 +58,15 @@ class Overview:
         last_pass_at, has_api_key = self._newest_tick()
         ticks = self._ticks(since=now - HISTORY)
         under_way = self._under_way(now)
-        installed_at = self._oldest_row()
-        slots, missed = self._missed(ticks, max(installed_at or now, now - HISTORY), now)
+        since = max(self._first_tick() or now, now - HISTORY)
+        slots, missed = self._missed(ticks, since, now)
         failing = self._failing()
         killed = [p.started_at for p in under_way if not p.alive and p.started_at > now - HISTORY]
         facts = Facts(
             now=now,
             interval_seconds=self._settings.interval_seconds,
             last_pass_at=last_pass_at,
-            installed_at=installed_at,
+            installed_at=None if last_pass_at else self._installed_at(),
             open=counts["open"] if counts else None,
             outcomes=counts["outcomes"] if counts else {},
             overdue_seconds=self._overdue_seconds(now),
@@ -100,7 +100,7 @@ class Overview:
             "last_pass_at": _iso(last_pass_at),
             "passes": self._passes(ticks, under_way, now),
             "missed_ticks": {
-                "since": iso(max(installed_at or now, now - HISTORY)),
+                "since": iso(since),
                 "expected": slots,
                 "missed": len(missed),
                 "newest": [iso(slot) for slot in missed[:MISSED]],
@@ -131,9 +131,16 @@ class Overview:
             return moment(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
         return None, True
 
-    def _oldest_row(self) -> datetime | None:
+    def _installed_at(self) -> datetime | None:
         rows = self._database.query(
             "SELECT started_at FROM checkout_session_run ORDER BY id LIMIT 1"
+        )
+        return moment(rows[0][0]) if rows else None
+
+    def _first_tick(self) -> datetime | None:
+        """Of those that are kept; before it no tick is missed: there was no loop yet."""
+        rows = self._database.query(
+            "SELECT tick FROM checkout_session_run WHERE tick IS NOT NULL ORDER BY tick LIMIT 1"
         )
         return moment(rows[0][0]) if rows else None
 
@@ -153,7 +160,7 @@ class Overview:
         slot = slot_at(now - max(interval, timedelta(seconds=START_SECONDS)), interval.seconds)
         had = set(ticks)
         slots = []
-        while slot > since:
+        while slot >= since:
             slots.append(slot)
             slot -= interval
         return len(slots), [slot for slot in slots if slot not in had]

@@ -9,6 +9,8 @@ from core.model import JsonObject, Outcome
 
 # A monitor whose newest pass began longer ago than this many intervals is not working.
 FRESH_INTERVALS = 6
+# The schedule's first start comes within a minute of its first minute.
+FIRST_PASS_SECONDS = 120
 # Later than this many intervals, a session has lost a slot of its own.
 LATE_INTERVALS = 2
 # As the alarms Overdue and FailedChecks have it.
@@ -92,7 +94,8 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
     """What holds, the worst first."""
     began = facts.last_pass_at or facts.installed_at
     silent = (facts.now - began).total_seconds() if began else 0.0
-    if silent > FRESH_INTERVALS * facts.interval_seconds:
+    fresh = FRESH_INTERVALS * facts.interval_seconds
+    if silent > (fresh if facts.last_pass_at else max(fresh, FIRST_PASS_SECONDS)):
         yield Level.CRITICAL, f"No pass for {duration(silent)}"
     if facts.last_pass_at is None:
         yield Level.WAITING, "Waiting for the first pass"

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 QUEUE = "tests/core/test_store.py tests/core/test_monitor.py tests/core/test_interleavings.py"
 CHANGES = (
     "tests/core/test_changes.py tests/core/test_status_changes.py"
-    " tests/chaos/test_database_faults.py::test_a_row_that_the_shops_database_refuses_holds_up_no_other"
+    " tests/chaos/test_database_faults.py::"
+    "test_a_row_that_the_shops_database_refuses_holds_up_no_other"
 )
 PAUSE = "tests/core/test_pause.py"
 MYSQL = "tests/core/test_mysql_connection.py tests/core/test_mysql.py"

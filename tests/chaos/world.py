@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from typing import Any
 
 from core.database import StoreError
-from core.model import Summary
+from core.model import Summary, iso
+from core.overview import HISTORY, Overview
 from core.settings import Settings
 from core.status import WORDS
-from core.worker import Worker
+from core.worker import Worker, open_database
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
-from tests.support import FakeClock, Shop
+from tests.support import FakeClock, Shop, settings_for
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
@@ -117,6 +119,7 @@ class World:
         self._statuses_are_billings_word()
         self._events_are_the_changes()
         self._runs_tell_the_truth(elsewhere=not checks)
+        self._status_is_what_the_tables_say()
         self._nothing_is_printed_that_must_not_be()
         assert not [h for h in self.billing.strangers if KEY in h], "the key went to another host"
 
@@ -156,9 +159,7 @@ class World:
         ) or [(None,)]
         if until is None:
             return 0.0
-        moment = datetime.fromisoformat(until) if isinstance(until, str) else until
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return float((moment - self.clock.now).total_seconds())
+        return float((_moment(until) - self.clock.now).total_seconds())
 
     def _nothing_was_asked_twice(self) -> None:
         for checkout, asked in self.billing.asked.items():
@@ -213,6 +214,46 @@ class World:
         if not self.crashed and not self.failed:
             assert changes == made, f"{changes} changes in the run log, {made} published"
 
+    def _status_is_what_the_tables_say(self) -> None:
+        settings = settings_for(self.shop)
+        database = open_database(settings, clock=self.clock)
+        try:
+            told: Any = Overview(database, settings).read()
+        finally:
+            database.close()
+        since = self.clock.now - HISTORY
+        ticks: dict[str, Counter[str]] = {}
+        for tick, *counts in self.shop.run(
+            "SELECT tick, checked, errors, status_changes FROM checkout_session_run"
+            " WHERE reason = 'tick'"
+        ):
+            if _moment(tick) > since:
+                key = iso(_moment(tick))
+                names = ("checked", "errors", "status_changes")
+                ticks.setdefault(key, Counter())
+                ticks[key].update(dict(zip(names, counts, strict=True)), workers=1)
+        passes = {p["tick"]: p for p in told["passes"] if p["tick"]}
+        newest = sorted(ticks, reverse=True)[:60]
+        assert sorted(passes, reverse=True) == newest
+        for tick in newest:
+            assert {n: passes[tick][n] for n in ticks[tick]} == dict(ticks[tick]), f"of {tick}"
+        failing = self.shop.run(
+            "SELECT session_id, consecutive_failures FROM checkout_session_check"
+            " WHERE consecutive_failures > 0"
+        )
+        most = sorted((int(n) for _, n in failing), reverse=True)[:10]
+        assert [f["consecutive_failures"] for f in told["failing"]] == most
+        assert {(f["session_id"], f["consecutive_failures"]) for f in told["failing"]} <= {
+            (str(i), n) for i, n in failing
+        }
+        changes = self.shop.run(
+            "SELECT session_id, new_status FROM checkout_session_change ORDER BY id DESC LIMIT 10"
+        )
+        assert [(c["session_id"], c["new_status"]) for c in told["changes"]] == [
+            (str(i), status) for i, status in changes
+        ]
+        assert told["open"]["count"] is None or told["open"]["count"] >= len(self.open())
+
     def _nothing_is_printed_that_must_not_be(self) -> None:
         self._seen += self.printed()
         assert KEY not in self._seen
@@ -223,6 +264,12 @@ class World:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
+
+
+def _moment(value: str | datetime) -> datetime:
+    """As a driver without the monitor's conversions returns it."""
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def outcomes(summaries: Sequence[Summary | None]) -> Counter[str]:

@@ -35,7 +35,7 @@ def ago(seconds: float) -> object:
         ({"last_pass_at": ago(30)}, Level.OK, "All 128 open sessions checked on time"),
         ({"last_pass_at": ago(40)}, Level.CRITICAL, "No pass for 40 s"),
         (
-            {"last_pass_at": None, "installed_at": ago(4)},
+            {"last_pass_at": None, "installed_at": ago(119)},
             Level.WAITING,
             "Waiting for the first pass",
         ),
