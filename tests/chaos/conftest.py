@@ -146,6 +146,6 @@ def stage(  # noqa: PLR0917 (fixtures)
         with Proxy(shop.server) as proxy:
             world = World(shop, clock, misbehaving, bus, lambda: "".join(capfd.readouterr()))
             try:
-                yield Stage(world, proxy)
+                yield Stage(request.param, world, proxy)
             finally:
                 world.close()

@@ -225,7 +225,7 @@ class World:
         ticks: dict[str, Counter[str]] = {}
         for tick, *counts in self.shop.run(
             "SELECT tick, checked, errors, status_changes FROM checkout_session_run"
-            " WHERE reason = 'tick'"
+            " WHERE reason = 'tick' AND tick IS NOT NULL"
         ):
             if _moment(tick) > since:
                 key = iso(_moment(tick))

@@ -18,10 +18,14 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 
 async def main():
     client = BillingClient(api_url=sys.argv[1], api_key="key", timeout_seconds=1)
-    for _ in range(3):  # the next thousand begin while the sockets of the last are being closed
-        answers = await asyncio.gather(*(client.check(f"c{n}") for n in range(1000)))
-        print(sorted(Counter((a.outcome.value, a.detail) for a in answers).items()))
-        open("/proc/self/stat").close()  # there is one for the database, too
+    hands = asyncio.Semaphore(1000)
+
+    async def check(n):  # begins while the socket of the one before is being closed
+        async with hands:
+            return await client.check(f"c{n}")
+
+    answers = await asyncio.gather(*(check(n) for n in range(3000)))
+    print(sorted(Counter((a.outcome.value, a.detail) for a in answers).items()))
 
 asyncio.run(main())
 """
@@ -46,4 +50,4 @@ def test_a_thousand_requests_in_flight_that_all_time_out_never_run_out_of_descri
         server.abort_clients()
         return said.decode()
 
-    assert asyncio.run(scenario()).splitlines() == ["[(('timeout', ''), 1000)]"] * 3
+    assert asyncio.run(scenario()).splitlines() == ["[(('timeout', ''), 3000)]"]
