@@ -93,7 +93,7 @@ class Recorder:
                 finally:
                     self._closing = True
                     self._hurry.set()
-                    await asyncio.wait([writing])
+                    await _uncut(writing)
         except ExceptionGroup as failed:
             store_errors, others = failed.split(StoreError)
             if store_errors is None or others is not None:
@@ -200,6 +200,18 @@ class _Settled:
     def __init__(self) -> None:
         self.results: list[Result] = []
         self.unwanted: list[Claim] = []
+
+
+async def _uncut(writing: asyncio.Task[None]) -> None:
+    """Wait for the last write, and let a cancellation wait for it, too."""
+    cancelled = None
+    while not writing.done():
+        try:
+            await asyncio.wait([writing])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def _first(group: BaseExceptionGroup[StoreError]) -> StoreError:

@@ -39,14 +39,16 @@ def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
     """Check what is due. `event` is `{"tick": "2026-01-15T10:30:05.000Z"}`, the tick optional.
 
     Returns the pass's summary. Raises SettingsError, TickError or StoreError, each logged in one
-    sentence first, so that the invocation counts as an error of the function.
+    sentence first, so that the invocation counts as an error of the function; and whatever a bug
+    raises, which counts as a failed pass like these.
     """
     try:
         summary = worker().check_open_checkout_sessions(
             parse_tick(event), seconds=context.get_remaining_time_in_millis() / 1000
         )
-    except (SettingsError, TickError, StoreError) as error:
-        observability.logger.error(f"❌ {error}")
+    except Exception as error:
+        if isinstance(error, SettingsError | TickError | StoreError):
+            observability.logger.error(f"❌ {error}")
         observability.measure_failure()
         raise
     if summary.led or summary.checked:  # not of a tick that was delivered twice

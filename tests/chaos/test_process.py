@@ -117,7 +117,6 @@ def test_a_worker_that_is_stopped_at_some_statement_loses_nothing(
 
 
 @on_mariadb
-@pytest.mark.xfail(reason="a pass that is stopped at its last writing leaves its claims to lapse")
 def test_a_worker_that_is_stopped_gives_its_claims_back(stage: Stage) -> None:
     """What is left is due at once, not after a lease."""
     left = {}

@@ -92,3 +92,13 @@ def test_without_an_api_key_the_pass_asks_nothing_and_does_not_crash(
     add_sessions(sqlite_shop, {"a": "checkout_active_1"})
     assert check.handler({}, context)["skipped"] == {"no_api_key": 1}
     assert simulated.requests.total() == 0
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_bug_counts_as_a_failed_pass(
+    context: LambdaContext, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("core.worker.monitor.Store.view", lambda *_args, **_kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        check.handler({}, context)
+    assert '"PassesFailed":1' in capsys.readouterr().out
