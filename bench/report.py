@@ -91,6 +91,8 @@ def _table(what: str, figures: Figures, cell: Any) -> str:  # noqa: ANN401 (a fu
     if not figures:
         return ""
     programs = list(dict.fromkeys(label for rounds in figures.values() for label in rounds))
+    if cell is not _rate_and_lost:  # what wrk takes is in a process of its own
+        programs = [program for program in programs if "wrk" not in program]
     rows = [
         [program, *(cell(rounds[program]) for rounds in figures.values())] for program in programs
     ]
