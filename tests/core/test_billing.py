@@ -19,7 +19,7 @@ import respx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from core.billing import (
@@ -125,6 +125,8 @@ PIECES = ("a", ".", "..", "/", "\\", "?", "#", "%", "%2e", "%2F", ";", "@", ":",
 def test_an_id_is_one_segment_of_the_path_or_is_not_asked_for(
     simulated: SimulatedBilling, checkout_id: str
 ) -> None:
+    # The simulated service answers these with the status that they name.
+    assume(not re.match("(checkout_)?[2-5][0-9]{2}(_|$)", checkout_id))
     simulated.requests.clear()
     answer = asyncio.run(ask(simulated.url, checkout_id))
     if checkout_id == "" or path_segment(checkout_id) is None:
