@@ -310,8 +310,8 @@ class Misbehaving:
 
     def _until_it_ends(self, sock: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         try:
-            sock.settimeout(FOR_EVER * 4)
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):  # a case may end it before its thread has begun
+                sock.settimeout(FOR_EVER * 4)
                 serve(sock)
         finally:
             with self._lock:
