@@ -13,6 +13,7 @@ from typing import Any
 from core.cadence import slot_at
 from core.database import Database, Row, integer, moment, moment_or_none
 from core.model import JsonObject, Reason, Skip, iso
+from core.queue import longest_due
 from core.runs import ALIVE_SECONDS
 from core.settings import MySQLAddress, Settings, SQLitePath
 from core.verdict import Facts, judge
@@ -208,12 +209,9 @@ class Overview:
 
     def _overdue_seconds(self, now: datetime) -> float:
         """How late the most overdue session is that nobody is checking."""
-        rows = self._database.query(
-            "SELECT next_check_at FROM checkout_session_check"
-            " WHERE (claimed_until IS NULL OR claimed_until <= %s) ORDER BY next_check_at LIMIT 1",
-            (now,),
-        )
-        return max(0.0, (now - moment(rows[0][0])).total_seconds()) if rows else 0.0
+        [(due,)] = self._database.query(f"SELECT {longest_due(self._database)}")
+        due_at = moment_or_none(due)
+        return max(0.0, (now - due_at).total_seconds()) if due_at else 0.0
 
     def _failing(self) -> list[dict[str, Any]]:
         rows = self._database.query(

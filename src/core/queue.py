@@ -18,6 +18,18 @@ UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
 _AFTER_CLAIM = timedelta(milliseconds=1)
 
 
+def longest_due(database: Database) -> str:
+    """An expression: when the longest due of the sessions that nobody is checking was due, or NULL.
+
+    What is claimed is passed over one by one: there are few of them, and they come first.
+    """
+    return (
+        f"(SELECT next_check_at FROM checkout_session_check {database.in_due_order}"
+        f" WHERE claimed_until IS NULL OR claimed_until <= {database.now_sql}"
+        " ORDER BY next_check_at LIMIT 1)"
+    )
+
+
 class Queue:
     """Claims out, results in. Every method raises StoreError."""
 

@@ -14,7 +14,7 @@ from core.census import Census
 from core.changes import Changes, Publisher
 from core.database import Database, moment_or_none
 from core.model import Count, Pause, Recorded, Result
-from core.queue import Queue
+from core.queue import Queue, longest_due
 from core.runs import Runs
 from core.shared import Shared, Standing
 
@@ -95,13 +95,9 @@ class Store:
         """
 
         def work() -> View:
-            # The longest due of those that nobody is checking.
-            next_due_at = (
-                f"(SELECT next_check_at FROM checkout_session_check {self._database.in_due_order}"
-                f" WHERE claimed_until IS NULL OR claimed_until <= {self._database.now_sql}"
-                " ORDER BY next_check_at LIMIT 1)"
+            standing, (now_value, due_value) = self.shared.read(
+                self._database.now_sql, longest_due(self._database)
             )
-            standing, (now_value, due_value) = self.shared.read(self._database.now_sql, next_due_at)
             now, due = moment_or_none(now_value), moment_or_none(due_value)
             assert now is not None  # noqa: S101 (a database knows the time)
             interval = timedelta(seconds=interval_seconds)
