@@ -12,9 +12,9 @@ import pytest
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.proxy import Proxy
-from tests.chaos.stage import ENGINES, Stage
+from tests.chaos.stage import Stage
 from tests.chaos.world import World
-from tests.conftest import a_shop
+from tests.conftest import SERVERS, a_shop
 from tests.support import FakeClock, MySQLShop
 
 REPORT = os.environ.get("CHAOS_REPORT")
@@ -131,7 +131,7 @@ def world(  # noqa: PLR0917 (fixtures)
             world.close()
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=SERVERS)
 def stage(  # noqa: PLR0917 (fixtures)
     request: pytest.FixtureRequest,
     mariadb: str | None,

@@ -5,9 +5,6 @@ import threading  # noqa: TC003 (no cycle to avoid)
 
 from tests.chaos.proxy import Proxy
 from tests.chaos.world import World
-from tests.conftest import MYSQL
-
-ENGINES = ["mariadb", *(["mysql"] if MYSQL else [])]
 
 SESSIONS = {
     "open-1": "fine-1",

@@ -15,9 +15,9 @@ from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
 from tests.chaos.conftest import Cases
 from tests.chaos.proxy import Action, Cut, Statement, cut, refuse
-from tests.chaos.stage import ENGINES, SESSIONS, WORDS, Stage
+from tests.chaos.stage import SESSIONS, WORDS, Stage
 from tests.chaos.world import World
-from tests.conftest import MYSQL, without_a_server
+from tests.conftest import MYSQL, SERVERS, without_a_server
 from tests.support import (
     FakeClock,
     MySQLShop,
@@ -340,7 +340,7 @@ IDS: dict[str, Sequence[str | int]] = {
 
 
 @pytest.mark.parametrize("id_type", IDS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SERVERS)
 def test_ids_of_every_kind_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
     engine: str,
     id_type: str,
