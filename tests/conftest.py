@@ -21,7 +21,8 @@ from tests.support import (
 
 NO_SERVER = (
     "no MariaDB or MySQL server: install mariadb-server, or set TEST_DATABASE_URL, and "
-    "TEST_MYSQL_URL for a MySQL beside it, to mysql://user:password@host:port/ (the tests make and drop databases of their own there)"
+    "TEST_MYSQL_URL for a MySQL beside it, to mysql://user:password@host:port/ "
+    "(the tests make and drop databases of their own there)"
 )
 
 # A MySQL server beside the MariaDB one; not every machine can have both, but CI has to.
