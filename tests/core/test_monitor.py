@@ -13,8 +13,8 @@ from functools import partial
 
 import pytest
 
-from core import monitor
-from core.database import StoreError
+from core import monitor, recorder
+from core.database import STATEMENT_ROWS, StoreError
 from core.decision import decide
 from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip
 from core.monitor import PassOptions, check_open_checkout_sessions, trigger_checkout_session_check
@@ -123,6 +123,22 @@ def test_results_are_recorded_while_other_requests_are_in_flight(
         await until(lambda: passes.recorded(2))
         hanging.set()
         await running
+
+    asyncio.run(scenario())
+
+
+def test_results_that_fill_a_statement_are_recorded_at_once(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    add_sessions(passes.shop, numbered(STATEMENT_ROWS + 1))
+    hanging = billing.held["checkout_active_0"] = asyncio.Event()
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run())
+        await until(partial(passes.recorded, STATEMENT_ROWS))
+        hanging.set()
+        assert (await running).checked == STATEMENT_ROWS + 1
 
     asyncio.run(scenario())
 
