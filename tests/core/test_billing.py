@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -469,6 +470,37 @@ def test_after_a_timeout_billing_sees_the_connection_closed(word: str) -> None:
             assert billing.connections == 5
 
     asyncio.run(scenario())
+
+
+def test_a_request_that_is_sent_again_has_what_is_left_of_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connections = 0
+
+    async def answer_once_then_close_then_be_silent(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        if connections == 1:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+
+    async def scenario() -> None:
+        async with (
+            serving(answer_once_then_close_then_be_silent) as url,
+            client_of(url, timeout_seconds=LONG) as client,
+        ):
+            assert (await client.check("checkout_1")).outcome is Outcome.ACTIVE
+            times = iter((0.0, LONG - SHORT))
+            clock = SimpleNamespace(monotonic=lambda: next(times))
+            monkeypatch.setattr("core.transport.time", clock)
+            async with asyncio.timeout(LONG / 2):
+                assert (await client.check("checkout_2")).outcome is Outcome.TIMEOUT
+
+    asyncio.run(scenario())
+    assert connections == 2
 
 
 @pytest.mark.parametrize("header", ["X-Shop", "Retry-After"])
