@@ -638,7 +638,7 @@ def main() -> int:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = os.environ.get("TEST_DATABASE_URL") or stack.enter_context(
-            mariadb_server(directory / "mariadb")
+            mariadb_server(directory)
         )
         shop = stack.enter_context(mysql_shop(server))
         billing = stack.enter_context(Misbehaving(lambda: datetime.now(UTC)))
