@@ -489,8 +489,10 @@ def faults_survived(soak: Soak, group: str) -> str:
     """How many, of how many kinds; and of which, where the kinds are few."""
     by_kind = {kind: n for (of, kind), n in soak.faults.items() if of == group}
     told = f"{sum(by_kind.values()):,}, {len(by_kind)} of {soak.kinds_of(group)} kinds"
-    if group == "billing":
+    if not by_kind:
         return told
+    if group == "billing":
+        return f"{told}, {min(by_kind.values())} to {max(by_kind.values())} of each"
     return f"{told}: {', '.join(f'{kind} ({n})' for kind, n in sorted(by_kind.items()))}"
 
 
@@ -504,6 +506,7 @@ def report(
     [(checked,)] = soak.shop.run("SELECT SUM(checked) FROM checkout_session_run")
     between = sorted(gaps(soak))
     median, most = between[len(between) // 2], between[int(len(between) * 0.99)]
+    published = len({event["event_id"] for event in soak.bus.events})
     completed, failed = log.count('"PassesCompleted":1'), log.count('"PassesFailed":1')
     rows = {
         "seed, minutes, sessions open": told,
@@ -513,10 +516,11 @@ def report(
             f"{group} faults survived": faults_survived(soak, group)
             for group in ("billing", *soak.kinds)
         },
-        "status changes published": f"{len({e['event_id'] for e in soak.bus.events}):,}",
-        "events that came twice; and of a change that the shop overruled when its commit was cut": (
-            f"{len(soak.bus.events) - len({e['event_id'] for e in soak.bus.events}):,};"
-            f" {len(overtaken(soak)):,}"
+        "status changes published, and those published twice": (
+            f"{published:,}, {len(soak.bus.events) - published:,}"
+        ),
+        "published, and overruled by the shop when their commit was cut": (
+            f"{len(overtaken(soak)):,}"
         ),
         "between two checks of a healthy session: median, 99 %, longest": (
             f"{median:.1f} s, {most:.1f} s, {between[-1]:.1f} s"
