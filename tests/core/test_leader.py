@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 
+import httpx
 import pytest
 
 from core import census as census_module
@@ -16,6 +17,7 @@ from core.database import Value
 from core.model import Answer, Outcome, Reason, Skip, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.store import Store
+from core.worker import Worker
 from tests.support import (
     NOON,
     FakeBilling,
@@ -360,16 +362,20 @@ def test_a_tick_from_a_clock_that_went_wrong_does_not_stop_the_next_ones(
 
 
 def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
-    shop: Shop, clock: FakeClock, billing: FakeBilling
+    shop: Shop, clock: FakeClock
 ) -> None:
-    passes = Passes(shop, clock, billing)
+    """In an environment that has found it there before."""
     add_sessions(shop, numbered(1))
-    shop.run("DELETE FROM checkout_session_pause")
-    summary = asyncio.run(passes.run())
-    assert (summary.led, summary.checked) == (True, 1)
-    shop.run("DELETE FROM checkout_session_pause")
+    healthy = httpx.MockTransport(lambda _request: httpx.Response(200))
+    worker = Worker(settings_for(shop), transport=healthy, clock=clock)
+    for _ in range(2):
+        summary = worker.check_open_checkout_sessions(clock.now)
+        assert (summary.led, summary.checked) == (True, 1)
+        shop.run("DELETE FROM checkout_session_pause")
+        clock.advance(5)
+    worker.close()
     store = Store(database_of(shop, clock))
-    assert store.shared.pause(30).until == NOON + timedelta(seconds=30)
+    assert store.shared.pause(30).until == clock.now + timedelta(seconds=30)
     store.close()
 
 

@@ -174,9 +174,9 @@ def test_a_pass_that_begins_is_one_row_though_its_connection_breaks_behind_the_i
     monkeypatch.setattr(database, "execute", breaking)
     server_store.runs.begin(Summary(Reason.TICK, NOON))
     assert inserts == 2
-    assert server_shop.run(
-        "SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'"
-    ) == [(1,)]
+    assert server_shop.run("SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'") == [
+        (1,)
+    ]
 
 
 def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_back(
