@@ -7,6 +7,7 @@ notice. Not part of CI: it takes half an hour.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -673,8 +674,9 @@ def _failure(tree: Path, tests: str) -> str:
     )
     if not ran.returncode:
         return ""
-    failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].partition("::")[2].partition(" - ")[0] if failed else ran.stdout[-300:]
+    # Not what it has logged: such lines begin with ERROR, too.
+    failed = re.search(r"^(?:FAILED|ERROR) tests/\S+?::(.+?)(?: - |$)", ran.stdout, re.MULTILINE)
+    return failed[1] if failed else f"?? pytest ended with {ran.returncode}: {ran.stdout[-300:]}"
 
 
 def main() -> int:
