@@ -9,6 +9,7 @@ import argparse
 import math
 import re
 import shlex
+import statistics
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
+from bench.executions import Clock
 from core.cadence import Cadence, parse_duration
 from local import loop
 
@@ -50,7 +52,7 @@ class Stack:
     traced: bool
     executions: int  # of the loop, in a month
     execution_seconds: float
-    ticks: int  # of one execution
+    ticks: float  # of one execution
 
     @classmethod
     def of(cls, template: Mapping[str, Any], given: Mapping[str, object]) -> Self:
@@ -58,7 +60,7 @@ class Stack:
         values = {name: p.get("Default") for name, p in template["Parameters"].items()}
         values |= given
         interval = int(values["CheckIntervalSeconds"])
-        seconds, ticks = execution(interval)
+        seconds, ticks = executions(interval)
         schedule = template["Resources"]["CheckLoop"]["Properties"]["Events"]["EveryMinute"]
         [minutes] = re.findall(
             r"rate\((\d+) minutes?\)", schedule["Properties"]["ScheduleExpression"]
@@ -92,21 +94,31 @@ class Stack:
         return self.memory_mb / FULL_CPU_MB
 
 
-def execution(interval: int) -> tuple[float, int]:
-    """How long one execution of CheckLoop takes, in seconds, and how often it ticks."""
-    now = 0.0
-    ticks = 0
+def executions(interval: int) -> tuple[float, float]:
+    """How long an execution of CheckLoop takes on average, in seconds, and how often it ticks.
 
-    def invoke(_: loop.Arguments) -> None:
-        nonlocal ticks
-        ticks += 1
+    One begins each minute, as they do while none is lost; each ends when it hears of the next one.
+    """
+    clock, latest = Clock(), loop.Parameter()
+    definition = loop.definition(interval)
+    seconds, ticks = [], []
 
-    def wait_until(moment: float) -> None:
-        nonlocal now
-        now = max(now, moment)
+    def execution() -> None:
+        begins = clock.now
+        arguments: list[loop.Arguments] = []
+        loop.execute(
+            definition,
+            arguments.append,
+            latest,
+            now=lambda: clock.now,
+            wait_until=clock.wait_until,
+        )
+        seconds.append(clock.now - begins)
+        ticks.append(len(arguments))
 
-    loop.execute(loop.definition(interval), invoke, now=lambda: now, wait_until=wait_until)
-    return now, ticks
+    clock.run(execution, [60.0 * minute for minute in range(20)])
+    # The last ones are followed by none.
+    return statistics.mean(seconds[:10]), statistics.mean(ticks[:10])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +180,7 @@ def bill(
     alone = pass_seconds(checks, stack, load.latency, measured)
     workers = math.ceil(alone / stack.interval)
     worked = alone + (workers - 1) * without_checks(stack, measured)
-    again = stack.executions * stack.ticks - slots
+    again = round(stack.executions * stack.ticks) - slots
     again_seconds = float(measured["time"]["again_database_ms"]) / 1000
     again_seconds += float(measured["time"]["again_processor_ms"]) / 1000 / stack.vcpu
     invocations = slots * workers + again

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from string import Template
@@ -24,12 +25,28 @@ type Definition = Mapping[str, Any]
 type Arguments = Mapping[str, Any]  # of an invocation: FunctionName, InvocationType, Payload
 
 
-class StartError(Exception):
-    """A start that failed; `error` is its name in Step Functions, e.g. Lambda.ServiceException."""
+class TaskError(Exception):
+    """A task that failed; `error` is its name in Step Functions, e.g. Lambda.ServiceException."""
 
     def __init__(self, error: str) -> None:
         super().__init__(error)
         self.error = error
+
+
+@dataclass
+class Parameter:
+    """LatestExecution, the parameter by which executions know of each other, as a new stack has it.
+
+    `get` and `put` may raise TaskError.
+    """
+
+    value: str = "0"
+
+    def get(self) -> str:
+        return self.value
+
+    def put(self, value: str) -> None:
+        self.value = value
 
 
 class _Stopped(Exception):  # noqa: N818 (the end, not an error)
@@ -60,30 +77,39 @@ def run(
     loop = definition(interval_seconds)
     with contextlib.suppress(_Stopped):
         while not stopping.is_set():
-            execute(loop, invoke, now=now, wait_until=wait_until)
+            execute(loop, invoke, Parameter(), now=now, wait_until=wait_until)
 
 
 def execute(
     loop: Definition,
     invoke: Callable[[Arguments], None],
+    latest: Parameter,
     *,
     now: Callable[[], float],
     wait_until: Callable[[float], None],
 ) -> None:
-    """Run one execution, some three minutes by the clock that `now` and `wait_until` share.
+    """Run one execution: until a later one is in `latest`, for some three minutes at most.
 
-    Both count seconds since 1970. `invoke` may raise StartError, which meets the definition's Retry
-    (at once: sfnx does not wait between attempts) and Catch.
+    `now` and `wait_until` share a clock and count seconds since 1970. `invoke` may raise TaskError,
+    which meets the definition's Retry (at once: sfnx does not wait between attempts) and Catch.
     """
 
     def task(call: sfnx.testing.Call) -> object:
         arguments = call.arguments
         assert isinstance(arguments, dict)  # noqa: S101 (sfnx does not type what it evaluates)
         try:
-            invoke(arguments)
-        except StartError as error:
+            match call.resource.partition(":states:::")[2]:
+                case "lambda:invoke":
+                    invoke(arguments)
+                    return {"StatusCode": 202}
+                case "aws-sdk:ssm:getParameter":
+                    return {"Parameter": {"Value": latest.get()}}
+                case "aws-sdk:ssm:putParameter":
+                    latest.put(arguments["Value"])
+                    return {}
+        except TaskError as error:
             raise sfnx.testing.Failure(error.error) from error
-        return {"StatusCode": 202}
+        raise NotImplementedError(call.resource)
 
     def wait(state: sfnx.testing.Wait) -> None:
         assert state.timestamp is not None  # noqa: S101 (the loop waits for moments only)

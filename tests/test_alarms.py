@@ -29,7 +29,7 @@ def passes(**given: Any) -> Minute:  # noqa: ANN401 (a Summary's fields)
     """A minute of passes that end like this."""
 
     def emit(watch: CloudWatch) -> None:
-        loop_starts(watch)
+        scheduled(watch)
         for _pass in range(PASSES_A_MINUTE):
             summary = Summary(Reason.TICK, NOON, led=True, counted=True, duration_seconds=0.2)
             observability.measure(replace(summary, **given))
@@ -52,16 +52,16 @@ def aws(namespace: str, name: str, *values: float) -> Minute:
 
 
 def nothing(_: CloudWatch) -> None:
-    """No metric at all: the loop is not started either."""
+    """No metric at all: the schedule has stopped."""
 
 
-def loop_starts(watch: CloudWatch) -> None:
-    """The loop is started, and no pass reports."""
-    watch.put("AWS/States", "ExecutionsStarted", [1])
+def scheduled(watch: CloudWatch) -> None:
+    """The schedule tries to start the loop, and no pass reports."""
+    watch.put("AWS/Scheduler", "InvocationAttemptCount", [1])
 
 
 def failures(watch: CloudWatch) -> None:
-    loop_starts(watch)
+    scheduled(watch)
     for _pass in range(PASSES_A_MINUTE):
         observability.measure_failure()
 
@@ -82,7 +82,7 @@ IDLE = passes()
 
 # What each alarm is for, and after how many such minutes in a row it has to say so.
 FOR: Mapping[str, list[tuple[Minute, int]]] = {
-    "NoPassAlarm": [(loop_starts, 2), (failures, 2), (nothing, 2)],
+    "NoPassAlarm": [(scheduled, 2), (failures, 2), (nothing, 2)],
     "OverdueAlarm": [
         (checks(Outcome.ACTIVE, overdue_seconds=61), 3),
         (
@@ -180,7 +180,7 @@ def test_no_alarm_comes_when_nothing_is_wrong(run: Run, minute: Minute) -> None:
         assert run(minute) == set()
 
 
-@pytest.mark.parametrize("minute", [nothing, loop_starts, failures])
+@pytest.mark.parametrize("minute", [nothing, scheduled, failures])
 def test_where_no_pass_reports_no_other_alarm_than_no_pass_comes(run: Run, minute: Minute) -> None:
     assert run(minute, 10) == {"NoPassAlarm"}
 
@@ -191,7 +191,7 @@ def test_a_monitor_that_never_passes_makes_a_change_of_state_and_so_sends_a_mail
     run, alarm = Run(capsys), ALARMS["NoPassAlarm"]
     run(nothing, 5)
     assert run.watch.state(alarm) == "INSUFFICIENT_DATA"
-    run(loop_starts, 2)
+    run(scheduled, 2)
     assert run.watch.state(alarm) == "ALARM"
 
 

@@ -1,5 +1,6 @@
 """The template's own loop on virtual clocks: an hour of executions takes a second."""
 
+import itertools
 import random
 import threading
 from collections import Counter
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.executions import Clock
 from local import loop
-from local.loop import Arguments, Definition, StartError
+from local.loop import Arguments, Definition, Parameter, TaskError
 
 NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC).timestamp()
 MINUTES = [NOON + 60 * minute for minute in range(61)]  # an hour, and the start that ends it
@@ -29,65 +31,102 @@ class Start:
     slot: float
 
 
+@dataclass(frozen=True)
+class Execution:
+    """From when to when one ran, in seconds since 1970."""
+
+    begun: float
+    ended: float
+
+
+class SlowParameter(Parameter):
+    """The parameter on a virtual clock; with an error, it has nothing else to say."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[], float], error: str | None) -> None:
+        super().__init__()
+        self.calls: list[tuple[float, str]] = []  # the moment, and "get" or "put"
+        self._clock = clock
+        self._seconds = seconds
+        self._error = error
+
+    def get(self) -> str:
+        self._call("get")
+        return super().get()
+
+    def put(self, value: str) -> None:
+        self._call("put")
+        super().put(value)
+
+    def _call(self, what: str) -> None:
+        self.calls.append((self._clock.now, what))
+        self._clock.wait_until(self._clock.now + self._seconds())
+        if self._error is not None:
+            raise TaskError(self._error)
+
+
 @dataclass
 class StepFunctions:
-    """Step Functions as one execution of the loop meets it, latencies included.
-
-    An execution has a clock of its own, so overlapping ones are run one after the other and their
-    starts are put in order afterwards.
-    """
+    """Step Functions as the loop meets it, latencies included, on one virtual clock."""
 
     interval_seconds: int = 5
     wait_ends_late: Callable[[], float] = lambda: 0.05
     invoke_seconds: Callable[[], float] = lambda: 0.05
+    parameter_seconds: Callable[[], float] = lambda: 0.03
+    parameter_error: str | None = None
     worker_seconds: float = 0.2
     fails: Fails = lambda _slot, _attempt: None
     attempts: Counter[float] = field(default_factory=Counter)
+    ran: list[Execution] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
     definition: Definition = field(init=False)
+    latest: SlowParameter = field(init=False)
 
     def __post_init__(self) -> None:
         self.definition = loop.definition(self.interval_seconds)
+        self.latest = SlowParameter(self.clock, self.parameter_seconds, self.parameter_error)
 
     def executions(self, begins: Iterable[float]) -> list[Start]:
         """The checks that executions begun at these times start, in the order of time."""
-        return sorted(start for at in begins for start in self.execution(at))
+        starts: list[Start] = []
+        self.clock.run(lambda: self._execution(starts), begins)
+        return sorted(starts)
 
     def execution(self, begins: float) -> list[Start]:
-        """The checks that one execution starts."""
+        """The checks that one execution starts, when none follows it."""
+        return self.executions([begins])
+
+    def _execution(self, starts: list[Start]) -> None:
         start_check = self.definition["States"]["StartCheck"]
         [retry] = start_check["Retry"]
-        clock = begins
-        starts: list[Start] = []
+        clock, begun = self.clock, self.clock.now
         attempts: Counter[float] = Counter()
 
-        def now() -> float:
-            return clock
-
         def wait_until(moment: float) -> None:
-            nonlocal clock
-            clock = max(clock, moment + self.wait_ends_late())
+            clock.wait_until(moment + self.wait_ends_late())
 
         def invoke(arguments: Arguments) -> None:
-            nonlocal clock
             slot = datetime.fromisoformat(arguments["Payload"]["tick"]).timestamp()
-            starts_at = clock
-            clock += self.invoke_seconds()
+            starts_at = clock.now
+            seconds = self.invoke_seconds()
             if arguments["InvocationType"] != "Event":
-                clock += self.worker_seconds
+                seconds += self.worker_seconds
             error = self.fails(slot, attempts[slot])
             attempts[slot] += 1
             self.attempts[slot] += 1
             if error is None:
                 starts.append(Start(starts_at, slot))
-                return
-            if error == "States.Timeout":
-                clock += start_check["TimeoutSeconds"]
+            elif error == "States.Timeout":
+                seconds += start_check["TimeoutSeconds"]
             elif error in retry["ErrorEquals"] and attempts[slot] <= retry["MaxAttempts"]:
-                clock += retry["IntervalSeconds"] * retry["BackoffRate"] ** (attempts[slot] - 1)
-            raise StartError(error)
+                seconds += retry["IntervalSeconds"] * retry["BackoffRate"] ** (attempts[slot] - 1)
+            clock.wait_until(clock.now + seconds)
+            if error is not None:
+                raise TaskError(error)
 
-        loop.execute(self.definition, invoke, now=now, wait_until=wait_until)
-        return starts
+        loop.execute(
+            self.definition, invoke, self.latest, now=lambda: clock.now, wait_until=wait_until
+        )
+        self.ran.append(Execution(begun, clock.now))
 
 
 def slots(first: float, last: float, interval_seconds: int) -> list[float]:
@@ -119,18 +158,23 @@ def without_one_in_thirty(begins: Sequence[float]) -> list[float]:
     return [at for number, at in enumerate(begins) if number % 30 != 17]
 
 
-@pytest.mark.parametrize(
+STARTS = pytest.mark.parametrize(
     "begins",
     [jittered(1), jittered(2), jittered(3), from_one_extreme_to_the_other(), MINUTES],
     ids=["jitter", "other jitter", "more jitter", "extremes", "on the minute"],
 )
+
+
+@STARTS
 @pytest.mark.parametrize("loses", [False, True], ids=["none lost", "one in thirty lost"])
 def test_over_an_hour_of_late_and_lost_starts_and_one_duplicate_no_slot_is_missed(
     begins: list[float], loses: bool
 ) -> None:
     draw = random.Random(0)
     step_functions = StepFunctions(
-        wait_ends_late=lambda: draw.uniform(0, 0.4), invoke_seconds=lambda: draw.uniform(0.01, 0.3)
+        wait_ends_late=lambda: draw.uniform(0, 0.4),
+        invoke_seconds=lambda: draw.uniform(0.01, 0.3),
+        parameter_seconds=lambda: draw.uniform(0.01, 0.9),
     )
     made = without_one_in_thirty(begins) if loses else begins
 
@@ -141,6 +185,69 @@ def test_over_an_hour_of_late_and_lost_starts_and_one_duplicate_no_slot_is_misse
     assert lateness(starts) < 0.5
 
 
+def test_nor_is_one_while_executions_cannot_hear_of_each_other() -> None:
+    begins = without_one_in_thirty(from_one_extreme_to_the_other())[:40]
+
+    starts = StepFunctions(parameter_error="Ssm.SsmException").executions(begins)
+
+    assert set(slots(NOON, begins[-1], 5)) <= set(served(starts))
+    assert lateness(starts) < 0.5
+
+
+@STARTS
+def test_an_execution_ends_within_two_slots_of_the_first_check_that_a_later_one_starts(
+    begins: list[float],
+) -> None:
+    step_functions = StepFunctions()
+
+    step_functions.executions(begins)
+
+    ran = sorted(step_functions.ran, key=lambda execution: execution.begun)
+    for one, later in itertools.pairwise(ran):
+        assert one.ended <= max(one.begun + 65, later.begun + 5) + 5.5
+
+
+def test_an_hour_of_executions_takes_an_hour_and_a_few_calls_that_cloudtrail_records() -> None:
+    step_functions = StepFunctions()
+
+    step_functions.executions(MINUTES)
+
+    *followed, last = sorted(step_functions.ran, key=lambda execution: execution.begun)
+    assert max(execution.ended - execution.begun for execution in followed) <= 70.5
+    assert last.ended - last.begun > LASTS
+    calls = Counter(what for at, what in step_functions.latest.calls if at < last.begun)
+    assert calls["put"] == len(followed)
+    assert calls["get"] <= 2 * len(followed)
+
+
+def test_an_execution_that_starts_no_check_announces_nothing_so_the_one_before_goes_on() -> None:
+    step_functions = StepFunctions(fails=lambda _slot, _attempt: "Lambda.ServiceException")
+
+    step_functions.execution(NOON)
+
+    assert step_functions.latest.calls == []
+
+
+@pytest.mark.parametrize("value", ["", "soon", str(int((NOON + 86400) * 1000)), "-1", "NaN"])
+def test_what_somebody_else_wrote_into_the_parameter_costs_no_tick_and_is_gone_a_minute_later(
+    value: str,
+) -> None:
+    step_functions = StepFunctions()
+    step_functions.latest.value = value
+    overwritten = itertools.count()
+    put = step_functions.latest.put
+
+    def put_and_overwrite(value_: str) -> None:
+        put(value if next(overwritten) == 0 else value_)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_functions.latest, "put", put_and_overwrite)
+        starts = step_functions.executions([NOON, NOON + 60, NOON + 120])
+
+    assert set(slots(NOON, NOON + 300, 5)) <= set(served(starts))
+    assert step_functions.latest.value == str(int((NOON + 120) * 1000))
+
+
 def test_every_start_says_its_slot_in_iso_8601_with_milliseconds() -> None:
     ticks: list[str] = []
     clock = [NOON + 0.2]
@@ -148,6 +255,7 @@ def test_every_start_says_its_slot_in_iso_8601_with_milliseconds() -> None:
     loop.execute(
         loop.definition(5),
         lambda arguments: ticks.append(arguments["Payload"]["tick"]),
+        Parameter(),
         now=lambda: clock[0],
         wait_until=lambda moment: clock.__setitem__(0, moment),
     )

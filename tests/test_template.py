@@ -53,7 +53,7 @@ AWS_METRICS = {
     ("AWS/Lambda", "Errors"): "FunctionName",
     ("AWS/Lambda", "Throttles"): "FunctionName",
     ("AWS/Lambda", "ConcurrentExecutions"): "FunctionName",
-    ("AWS/States", "ExecutionsStarted"): "StateMachineArn",
+    ("AWS/Scheduler", "InvocationAttemptCount"): "ScheduleGroup",
     ("AWS/States", "ExecutionsFailed"): "StateMachineArn",
     ("AWS/States", "ExecutionsTimedOut"): "StateMachineArn",
     ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): "QueueName",
@@ -536,17 +536,17 @@ class TestMonitoring:
             assert alarm["AlarmActions"] == [{"Ref": "Alarms"}]
             assert alarm["AlarmDescription"]
 
-    def test_two_minutes_without_a_completed_pass_alarm_and_so_does_a_loop_that_stops(
+    def test_two_minutes_without_a_completed_pass_alarm_and_so_does_a_loop_that_never_starts(
         self, resources: dict[str, Resource]
     ) -> None:
-        """Not before the first start, nor while the monitor is off: then nothing would change."""
+        """Not before the schedule's first minute, nor while it is off: nothing would change."""
         alarm = resources["NoPassAlarm"]["Properties"]
         queries = {query["Id"]: query for query in alarm["Metrics"]}
         stats = {name: query.get("MetricStat") for name, query in queries.items()}
 
         assert stats["passes"]["Metric"]["MetricName"] == "PassesCompleted"
-        assert stats["started"]["Metric"]["MetricName"] == "ExecutionsStarted"
-        assert queries["completed"]["Expression"] == "SUM([passes, 0 * started])"
+        assert stats["scheduled"]["Metric"]["MetricName"] == "InvocationAttemptCount"
+        assert queries["completed"]["Expression"] == "SUM([passes, 0 * scheduled])"
         assert stats["passes"]["Period"] * alarm["EvaluationPeriods"] == 120
         assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("LessThanThreshold", 1)
         assert alarm["TreatMissingData"] == "missing"

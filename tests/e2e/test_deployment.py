@@ -130,6 +130,11 @@ def test_ticks_come_without_a_gap_for_a_minute_and_check_each_session_once_a_slo
     assert site.billing.requests.total() >= len(SESSIONS) * len(slots)
 
 
+def test_an_execution_of_the_loop_ends_when_it_hears_of_the_next_one(site: Site) -> None:
+    # It would go on for three minutes; the ticks before took one.
+    site.wait_for_ticks(START_SECONDS, lambda _: "SUCCEEDED" in site.executions().values())
+
+
 def test_health_needs_no_key(site: Site) -> None:
     reply = curl(site.stack.outputs()["HealthUrl"])
 
@@ -248,6 +253,8 @@ def resources(url: str) -> dict[str, set[str]]:
         "functions": ("lambda", "list_functions", "Functions", "FunctionName"),
         "state machines": ("stepfunctions", "list_state_machines", "stateMachines", "name"),
         "schedules": ("scheduler", "list_schedules", "Schedules", "Name"),
+        "schedule groups": ("scheduler", "list_schedule_groups", "ScheduleGroups", "Name"),
+        "parameters": ("ssm", "describe_parameters", "Parameters", "Name"),
         "log groups": ("logs", "describe_log_groups", "logGroups", "logGroupName"),
         "queues": ("sqs", "list_queues", "QueueUrls", ""),
         "topics": ("sns", "list_topics", "Topics", "TopicArn"),
