@@ -135,9 +135,13 @@ MUTANTS = [
     Mutant(
         "a claim is held only where it is awaited",
         "recorder.py",
-        "self._held |= {claim.session_id: claim for claim in claims}",
-        "pass",
-        MONITOR,
+        "            self._held |= {claim.session_id: claim for claim in claims}\n"
+        "            return pause, claims\n\n"
+        "        pause, claims = await self._database.run(step)\n",
+        "            return pause, claims\n\n"
+        "        pause, claims = await self._database.run(step)\n"
+        "        self._held |= {claim.session_id: claim for claim in claims}\n",
+        f"{MONITOR}::test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim",
     ),
     Mutant(
         "a claim is given back for the one before it",
@@ -249,7 +253,7 @@ MUTANTS = [
         CHANGES,
     ),
     Mutant(
-        "what is not published waits its whole cadence step",
+        "a change that was not made waits its whole cadence step",
         "changes.py",
         "*(_at_next_slot(by_id[i]) for",
         "*(by_id[i] for",
