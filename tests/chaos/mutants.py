@@ -270,7 +270,8 @@ MUTANTS = [
         "committed before it is published",
         "changes.py",
         "        published = self._publisher.publish(changes)",
-        '        self._database.execute("COMMIT")\n'
+        '        for sql in ("COMMIT", "BEGIN", "SAVEPOINT unwritten"):\n'
+        "            self._database.execute(sql)\n"
         "        published = self._publisher.publish(changes)",
         CHANGES,
     ),
