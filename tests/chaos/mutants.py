@@ -29,6 +29,7 @@ CONNECTION = "tests/core/test_mysql_connection.py"
 MYSQL = "tests/core/test_mysql.py"
 BILLING = "tests/core/test_billing.py"
 WHOLE = "tests/core tests/chaos tests/handlers tests/test_http2.py"
+LONGEST_SECONDS = 30 * 60  # of one run of tests; several times what the whole takes
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,41 @@ MUTANTS = [
         "queue.py",
         '"next_check_at <= %s"',
         '"(next_check_at <= %s OR TRUE)"',
+        STORE,
+    ),
+    Mutant(
+        "what is due at the tick waits for a database's clock that is behind",
+        "queue.py",
+        "lambda now: (max(now, tick),)",
+        "lambda now: (now,)",
+        STORE,
+    ),
+    Mutant(
+        "a pass that takes long claims only what was due when it began",
+        "queue.py",
+        "lambda now: (max(now, tick),)",
+        "lambda _now: (tick,)",
+        LEADER,
+    ),
+    Mutant(
+        "what is due behind closed sessions waits",
+        "queue.py",
+        "while found == limit and not claims:",
+        "for _ in range(1):",
+        STORE,
+    ),
+    Mutant(
+        "a manual pass checks what has been checked since it began",
+        "queue.py",
+        '"(last_checked_at IS NULL OR last_checked_at <= %s)"',
+        '"%s IS NOT NULL"',
+        STORE,
+    ),
+    Mutant(
+        "a check in the millisecond in which a manual pass begins counts as older",
+        "queue.py",
+        "max(now, claimed_at + _AFTER_CLAIM)",
+        "now",
         STORE,
     ),
     Mutant(
@@ -144,6 +180,13 @@ MUTANTS = [
         f"{MONITOR}::test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim",
     ),
     Mutant(
+        "a pass that is told twice to stop leaves its last write",
+        "recorder.py",
+        "await _uncut(writing)",
+        "await writing",
+        MONITOR,
+    ),
+    Mutant(
         "a claim is given back for the one before it",
         "recorder.py",
         "if self._held.get(claim.session_id) is claim:",
@@ -158,6 +201,13 @@ MUTANTS = [
         MONITOR,
     ),
     # compare and set
+    Mutant(
+        "an old session times out though billing has said nothing",
+        "decision.py",
+        "if new_status is SessionStatus.OPEN:",
+        "if new_status in (SessionStatus.OPEN, None):",
+        CHANGES,
+    ),
     Mutant(
         "a status is updated without asking whether it is still open",
         "changes.py",
@@ -326,6 +376,13 @@ MUTANTS = [
         "return None",
         PAUSE,
     ),
+    Mutant(
+        "of the 429s of one batch the shortest counts",
+        "recorder.py",
+        "max(asked, default=None)",
+        "min(asked, default=None)",
+        MONITOR,
+    ),
     Mutant("a pause is made shorter", "shared.py", "max(until, paused.until)", "until", PAUSE),
     Mutant(
         "of two pauses at once the last one stands",
@@ -362,6 +419,14 @@ MUTANTS = [
         "if ended else paused",
         PAUSE,
     ),
+    Mutant(
+        "a pause that is news is followed by the end of the one before it",
+        "recorder.py",
+        "self._pause.count and not self._is_news(pause):",
+        "self._pause.count:",
+        PAUSE,
+        nothing="the end of a pause leaves a newer one as it is",
+    ),
     # leader
     Mutant("every worker leads", "shared.py", "return led > 0", "return True", LEADER),
     Mutant(
@@ -376,6 +441,13 @@ MUTANTS = [
         "store.py",
         "or led > soon)",
         ")",
+        LEADER,
+    ),
+    Mutant(
+        "a clock that went wrong has led for ever",
+        "shared.py",
+        " OR last_tick > %s)",
+        " OR %s IS NULL)",
         LEADER,
     ),
     Mutant(
@@ -487,6 +559,13 @@ MUTANTS = [
         "monitor.py",
         "asyncio.timeout_at(ends)",
         "asyncio.timeout(None)",
+        MONITOR,
+    ),
+    Mutant(
+        "a manual pass begins checks until its end",
+        "monitor.py",
+        "start_seconds = max(1.0, MANUAL_SECONDS - settings.request_timeout_seconds)",
+        "start_seconds = MANUAL_SECONDS",
         MONITOR,
     ),
     Mutant(
@@ -669,14 +748,18 @@ def _copy() -> Iterator[Path]:
 
 def _failure(tree: Path, tests: str) -> str:
     """The first of the tests that fails in that tree, or nothing."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tree}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tree}"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return "?? the tests have not come to an end: bound the one that hangs"
     if not ran.returncode:
         return ""
     # Not what it has logged: such lines begin with ERROR, too.

@@ -390,7 +390,10 @@ def test_a_body_is_closed_however_the_reading_of_it_ends(
 ) -> None:
     async def scenario() -> Answer:
         transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=body))
-        async with client_of(API, timeout_seconds=SHORT, transport=transport) as client:
+        async with (
+            client_of(API, timeout_seconds=SHORT, transport=transport) as client,
+            asyncio.timeout(LONG),
+        ):
             return await client.check("checkout_1")
 
     body = Body(pieces)

@@ -298,8 +298,9 @@ def test_a_pass_told_to_stop_gives_its_claims_back_and_keeps_what_it_learned(
     assert recorded == billing.asked.total() - 15
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim(
-    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     add_sessions(passes.shop, numbered(60))
     claim_due, may_return, claiming = Queue.claim_due, threading.Event(), threading.Event()
@@ -318,8 +319,10 @@ def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_c
     async def scenario() -> None:
         running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
         await until(lambda: claiming.is_set() and billing.asked.total() == 20)
-        running.cancel()
-        await asyncio.sleep(0)
+        for _ in range(times):
+            running.cancel()
+            for _ in range(20):  # until it waits for the claim
+                await asyncio.sleep(0)
         may_return.set()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -598,6 +601,22 @@ def test_on_lambda_the_last_check_has_its_whole_time_and_five_seconds_are_left_t
     assert [(options.start_seconds, options.total_seconds) for options in given] == [(45, 55)]
 
 
+def test_the_last_check_of_a_manual_pass_has_its_whole_time(
+    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def noting(*args: object, **_: object) -> Summary:
+        given.extend(options for options in args if isinstance(options, PassOptions))
+        return Summary(Reason.MANUAL, NOON)
+
+    given: list[PassOptions] = []
+    monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
+    settings = settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10")
+    with ThreadPoolExecutor(1) as thread:
+        store = Store(database_of(sqlite_shop))
+        asyncio.run(trigger_checkout_session_check(store, None, settings, database_thread=thread))
+    assert [(options.start_seconds, options.total_seconds) for options in given] == [(12, 22)]
+
+
 def test_a_pass_says_while_it_is_under_way_how_far_it_has_come(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -637,9 +656,11 @@ def test_a_pass_that_takes_long_is_a_sign_of_life_from_its_beginning_on(
 
 
 @asynccontextmanager
-async def recording(shop: Shop, clock: FakeClock) -> AsyncIterator[tuple[Recorder, Store]]:
-    """A pass's recorder over one session that is due, and the store that it writes to."""
-    add_sessions(shop, numbered(1))
+async def recording(
+    shop: Shop, clock: FakeClock, *, sessions: int = 1
+) -> AsyncIterator[tuple[Recorder, Store]]:
+    """A pass's recorder over sessions that are due, and the store that it writes to."""
+    add_sessions(shop, numbered(sessions))
     store = Store(database_of(shop, clock))
     with ThreadPoolExecutor(1) as thread:
         database = DatabaseThread(thread)
@@ -687,3 +708,22 @@ def test_the_result_of_a_lapsed_claim_does_not_keep_the_next_one_from_being_give
 
     asyncio.run(scenario())
     assert sqlite_shop.run(CLAIMED) == [(0,)]
+
+
+def test_of_the_429s_of_one_batch_the_longest_pause_counts(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    async def scenario() -> None:
+        async with recording(sqlite_shop, clock, sessions=3) as (ours, store):
+            for seconds in (5, 30, 10):
+                [claim] = await ours.claim(partial(claim_one, store, clock))
+                limited.append(
+                    Result(claim, Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds), NOON)
+                )
+            for result in limited:
+                ours.settle(result)
+
+    limited: list[Result] = []
+    asyncio.run(scenario())
+    paused = sqlite_shop.run("SELECT paused_until FROM checkout_session_pause")
+    assert paused == [("2026-01-15T12:00:30.000Z",)]

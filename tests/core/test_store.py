@@ -157,6 +157,17 @@ def test_claims_go_to_the_least_recently_due_first(
     assert order == ["s1", "s2", "s0"]
 
 
+def test_sessions_closed_since_the_count_do_not_hide_what_is_due_behind_them(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    checked_all(store, {"s0": 5, "s1": 10, "s2": 15})
+    shop.run("UPDATE checkout_session SET status = 'success' WHERE id <> 's2'")
+    clock.advance(20)
+    assert [claim.session_id for claim in claim_all(store, clock.now, limit=1)] == ["s2"]
+
+
 def test_a_claimed_session_is_not_claimed_again_before_its_lease_is_over(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
