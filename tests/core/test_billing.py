@@ -25,12 +25,14 @@ from hypothesis import strategies as st
 
 from core.billing import (
     KEY_READ_AGAIN_SECONDS,
+    MAX_BODY_BYTES,
     MAX_RETRY_AFTER_SECONDS,
     BillingClient,
     parse_retry_after,
     path_segment,
 )
 from core.model import Answer, Outcome
+from core.transport import ReqwestTransport
 from local.billing import SimulatedBilling, running_billing
 from tests.support import until
 
@@ -300,8 +302,10 @@ def test_an_unknown_certificate_is_a_network_error_and_gets_no_request(tmp_path:
     assert not any(requests)
 
 
-def test_a_body_without_an_end_is_not_read_on_and_its_connection_is_closed() -> None:
-    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+def pouring(closed: asyncio.Event) -> Handler:
+    """Send a body that has no end, until the other side has gone."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         try:
@@ -311,8 +315,12 @@ def test_a_body_without_an_end_is_not_read_on_and_its_connection_is_closed() -> 
         finally:
             closed.set()
 
+    return handler
+
+
+def test_a_body_without_an_end_is_not_read_on_and_its_connection_is_closed() -> None:
     async def scenario() -> Answer:
-        async with serving(endless) as url, client_of(url) as client:
+        async with serving(pouring(closed)) as url, client_of(url) as client:
             answer = await client.check("checkout_1")
             async with asyncio.timeout(LONG):
                 await closed.wait()
@@ -320,6 +328,93 @@ def test_a_body_without_an_end_is_not_read_on_and_its_connection_is_closed() -> 
 
     closed = asyncio.Event()
     assert asyncio.run(scenario()).outcome is Outcome.ACTIVE
+
+
+def test_a_response_that_is_closed_brings_nothing_more_though_it_is_still_held() -> None:
+    async def scenario() -> None:
+        transport = ReqwestTransport(LONG)
+        async with serving(pouring(closed)) as url:
+            response = await transport.handle_async_request(httpx.Request("GET", url))
+            await response.aclose()
+            async with asyncio.timeout(LONG / 2):
+                await closed.wait()
+            assert response.status_code == 200
+        await transport.aclose()
+
+    closed = asyncio.Event()
+    asyncio.run(scenario())
+
+
+class Body(httpx.AsyncByteStream):
+    """A body that knows whether it has been closed."""
+
+    def __init__(self, pieces: Callable[[], AsyncIterator[bytes]]) -> None:
+        self._pieces = pieces
+        self.closed = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._pieces()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def whole() -> AsyncIterator[bytes]:
+    yield b"{}"
+
+
+async def too_long() -> AsyncIterator[bytes]:
+    yield b" " * (MAX_BODY_BYTES + 1)
+
+
+async def broken_off() -> AsyncIterator[bytes]:
+    yield b"{"
+    raise httpx.ReadError("Connection reset by peer")
+
+
+async def silent() -> AsyncIterator[bytes]:
+    yield b"{"
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "outcome"),
+    [
+        (whole, Outcome.ACTIVE),
+        (too_long, Outcome.ACTIVE),
+        (broken_off, Outcome.NETWORK_ERROR),
+        (silent, Outcome.TIMEOUT),
+    ],
+)
+def test_a_body_is_closed_however_the_reading_of_it_ends(
+    pieces: Callable[[], AsyncIterator[bytes]], outcome: Outcome
+) -> None:
+    async def scenario() -> Answer:
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=body))
+        async with (
+            client_of(API, timeout_seconds=SHORT, transport=transport) as client,
+            asyncio.timeout(LONG),
+        ):
+            return await client.check("checkout_1")
+
+    body = Body(pieces)
+    assert (asyncio.run(scenario()).outcome, body.closed) == (outcome, True)
+
+
+def test_a_check_ends_in_its_time_whatever_the_transport_does() -> None:
+    async def never(_request: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def scenario() -> Answer:
+        transport = httpx.MockTransport(never)
+        async with (
+            client_of(API, timeout_seconds=SHORT, transport=transport) as client,
+            asyncio.timeout(LONG),
+        ):
+            return await client.check("checkout_1")
+
+    assert asyncio.run(scenario()).outcome is Outcome.TIMEOUT
 
 
 def test_the_key_does_not_travel_along_with_a_redirect() -> None:
@@ -555,6 +650,30 @@ def test_connections_that_were_reset_while_the_environment_was_frozen_cost_no_ch
         return outcomes
 
     assert asyncio.run(scenario()) == {Outcome.ACTIVE: 500}
+
+
+def test_what_met_the_end_of_a_kept_connection_is_asked_on_a_fresh_one_and_no_other_kept() -> None:
+    connections = 0
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        await reader.readuntil(b"\r\n\r\n")
+        connections += 1
+        if connections == 5:
+            all_connected.set()
+        await all_connected.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        reset(writer)
+
+    async def scenario() -> Outcome:
+        async with serving(once) as url, client_of(url) as client:
+            await asyncio.gather(*(client.check("checkout_1") for _ in range(5)))
+            return (await client.check("checkout_1")).outcome
+
+    all_connected = asyncio.Event()
+    assert asyncio.run(scenario()) is Outcome.ACTIVE
+    assert connections == 6
 
 
 def test_a_service_that_resets_every_request_is_asked_twice_and_no_more() -> None:

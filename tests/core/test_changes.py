@@ -9,7 +9,7 @@ import pytest
 from core import mysql
 from core.changes import Publisher
 from core.database import StoreError
-from core.model import Answer, Outcome, Result, SessionStatus, StatusChange, Summary
+from core.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChange, Summary
 from core.store import Store
 from tests.support import (
     NOON,
@@ -128,6 +128,28 @@ def test_a_claim_that_has_gone_to_another_worker_changes_nothing(
     current.close()
 
 
+def test_a_session_whose_change_is_being_made_goes_to_no_other_worker_though_its_lease_ends(
+    server_shop: Shop, clock: FakeClock
+) -> None:
+    class Slow(Told):
+        def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+            clock.advance(lease.total_seconds())
+            claims.extend(other.queue.claim_due(tick=clock.now, lease=lease, limit=1))
+            return super().publish(changes)
+
+    add_sessions(server_shop, numbered(1))
+    told, claims, lease = Slow(), list[Claim](), timedelta(seconds=20)
+    slow, other = (Store(database_of(server_shop, clock), told) for _ in range(2))
+    slow.prepare()
+    census(slow, NOON)
+    [claim] = slow.queue.claim_due(tick=NOON, lease=lease, limit=1)
+    result = Result(claim, PAID, NOON, SessionStatus.SUCCESS, try_again_at=NOON)
+    assert slow.record([result]).changed == [result]
+    assert (claims, told.ids) == ([], ["s0"])
+    slow.close()
+    other.close()
+
+
 def refusing(shop: Shop, session_id: str) -> None:
     """Have the shop's database refuse every change of one session's status."""
     if isinstance(shop, SQLiteShop):
@@ -162,6 +184,8 @@ def test_a_row_that_the_database_refuses_backs_off_alone_and_is_never_told(
     assert sorted(told.ids) == (sorted(closed) if publishes else [])
     assert summary.outcomes == {Outcome.ACTIVE: 36, Outcome.CLOSED: 13, Outcome.REFUSED: 1}
     assert summary.errors == 1
+    recorded = "SELECT consecutive_failures, claimed_until FROM checkout_session_check"
+    assert shop.run(f"{recorded} WHERE session_id = 's17'") == [(1, None)]
     assert next(m for m in caplog.messages if "refuses" in m).startswith(
         "❌ Checkout session s17 (checkout_active_17) cannot become success: "
         "the database refuses it: "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 
+import httpx
 import pytest
 
 from core import census as census_module
@@ -16,6 +17,7 @@ from core.database import Value
 from core.model import Answer, Outcome, Reason, Skip, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.store import Store
+from core.worker import Worker
 from tests.support import (
     NOON,
     FakeBilling,
@@ -72,6 +74,27 @@ def test_one_of_many_workers_leads_a_tick(shop: Shop, clock: FakeClock) -> None:
     with ThreadPoolExecutor(4) as threads:
         looks = [thread.result() for thread in [threads.submit(look) for _ in range(4)]]
     assert [sum(led) for led in zip(*looks, strict=True)] == [1] * 20
+
+
+def test_a_tick_is_led_once_and_none_after_a_later_one(shop: Shop, clock: FakeClock) -> None:
+    databases = [database_of(shop, clock) for _ in range(2)]
+    first, second = (Store(database) for database in databases)
+    first.prepare()
+    first.shared.read_pause()  # puts the row there
+
+    def leads(store: Store, seconds: int) -> bool:
+        tick, soon = (NOON + timedelta(seconds=s) for s in (seconds, 60))
+        return store._database.run(lambda: store.shared.lead(tick, not_after=soon))
+
+    assert [leads(first, 5), leads(second, 5), leads(second, 0)] == [True, False, False]
+    assert [leads(second, 10), leads(first, 10), leads(first, 5)] == [True, False, False]
+    first.close()
+    second.close()
+
+
+def test_a_manual_pass_leads_no_tick(passes: Passes) -> None:
+    assert not asyncio.run(passes.run(PassOptions(Reason.MANUAL))).led
+    assert asyncio.run(passes.run()).led
 
 
 def test_a_tick_delivered_twice_costs_one_statement_the_second_time(
@@ -214,6 +237,26 @@ def test_a_tick_that_one_worker_can_serve_starts_no_other(
     assert ticks == []
 
 
+def test_a_helper_starts_no_other_worker(sqlite_shop: Shop, clock: FakeClock) -> None:
+    adopted(sqlite_shop, clock, 510)
+    leader = Store(database_of(sqlite_shop, clock))
+    assert leader.view(NOON, interval_seconds=5, may_lead=True).leads
+    leader.close()
+    ticks, helper = started(sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10")
+    assert (ticks, helper.led, helper.checked) == ([], False, 510)
+
+
+def test_a_crew_is_never_larger_than_it_may_be_however_many_sessions_are_due(
+    sqlite_shop: Shop,
+) -> None:
+    ticks: list[datetime] = []
+    settings = settings_for(sqlite_shop, MAX_CONCURRENCY="1", MAX_WORKERS="3")
+    leader = Crew(ticks.append, settings, under_way=1)
+    assert leader.hears(Answer(Outcome.ACTIVE, 200, 0.1))
+    assert asyncio.run(leader.start(10_000, NOON)) == 2
+    assert ticks == [NOON] * 2
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -319,16 +362,20 @@ def test_a_tick_from_a_clock_that_went_wrong_does_not_stop_the_next_ones(
 
 
 def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
-    shop: Shop, clock: FakeClock, billing: FakeBilling
+    shop: Shop, clock: FakeClock
 ) -> None:
-    passes = Passes(shop, clock, billing)
+    """In an environment that has found it there before."""
     add_sessions(shop, numbered(1))
-    shop.run("DELETE FROM checkout_session_pause")
-    summary = asyncio.run(passes.run())
-    assert (summary.led, summary.checked) == (True, 1)
-    shop.run("DELETE FROM checkout_session_pause")
+    healthy = httpx.MockTransport(lambda _request: httpx.Response(200))
+    worker = Worker(settings_for(shop), transport=healthy, clock=clock)
+    for _ in range(2):
+        summary = worker.check_open_checkout_sessions(clock.now)
+        assert (summary.led, summary.checked) == (True, 1)
+        shop.run("DELETE FROM checkout_session_pause")
+        clock.advance(5)
+    worker.close()
     store = Store(database_of(shop, clock))
-    assert store.shared.pause(30).until == NOON + timedelta(seconds=30)
+    assert store.shared.pause(30).until == clock.now + timedelta(seconds=30)
     store.close()
 
 

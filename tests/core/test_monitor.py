@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -16,11 +18,14 @@ import pytest
 from core import monitor, recorder
 from core.database import STATEMENT_ROWS, StoreError
 from core.decision import decide
-from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip
+from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip, Summary
 from core.monitor import PassOptions, check_open_checkout_sessions, trigger_checkout_session_check
+from core.observability import PassLog
 from core.queue import Queue
+from core.recorder import DatabaseThread, Recorder
 from core.settings import Settings
 from core.store import Store
+from core.worker import Worker
 from tests.support import (
     NOON,
     FakeBilling,
@@ -309,8 +314,9 @@ def test_a_pass_told_to_stop_gives_its_claims_back_and_keeps_what_it_learned(
     assert recorded == billing.asked.total() - 15
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim(
-    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     add_sessions(passes.shop, numbered(60))
     claim_due, may_return, claiming = Queue.claim_due, threading.Event(), threading.Event()
@@ -329,8 +335,10 @@ def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_c
     async def scenario() -> None:
         running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
         await until(lambda: claiming.is_set() and billing.asked.total() == 20)
-        running.cancel()
-        await asyncio.sleep(0)
+        for _ in range(times):
+            running.cancel()
+            for _ in range(20):  # until it waits for the claim
+                await asyncio.sleep(0)
         may_return.set()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -359,21 +367,32 @@ def test_a_bug_in_what_follows_an_answer_costs_no_other_session_its_check(
 def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two claims of five, the second of which comes when nothing more can be begun."""
     monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", 0.05)
-    add_sessions(passes.shop, numbered(5))
-    billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(5)}
+    add_sessions(passes.shop, numbered(10))
+    billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
 
     async def scenario() -> None:
         running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
         claimed = "SELECT COUNT(*), COUNT(claimed_until) FROM checkout_session_check"
-        await until(lambda: passes.shop.run(claimed) == [(5, 1)])
+        await until(lambda: len(claims) == 2 and passes.shop.run(claimed) == [(10, 1)])
         for event in billing.held.values():
             event.set()
         summary = await running
         assert summary.checked == 1
-        assert summary.skipped == {Skip.DEADLINE: 4}
+        assert summary.skipped == {Skip.DEADLINE: 9}
 
+    claims: list[int] = []
+    claim_due = Queue.claim_due
+
+    def noting(queue: Queue, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
+        claimed = claim_due(queue, tick=tick, lease=lease, limit=limit)
+        claims.extend([len(claimed)] if claimed else [])
+        return claimed
+
+    monkeypatch.setattr(Queue, "claim_due", noting)
     asyncio.run(scenario())
+    assert claims == [5, 5]
 
 
 def test_a_claim_that_took_the_database_too_long_is_given_back_and_the_pass_goes_on(
@@ -409,7 +428,7 @@ def test_a_pass_at_its_deadline_gives_up_what_hangs_and_says_so(
     add_sessions(passes.shop, numbered(3))
     billing.held["checkout_active_1"] = asyncio.Event()
     options = PassOptions(Reason.TICK, clock.now, start_seconds=0.05, total_seconds=0.1)
-    summary = asyncio.run(passes.run(options))
+    summary = asyncio.run(asyncio.wait_for(passes.run(options), 10))
     assert summary.checked == 2
     assert summary.skipped == {Skip.DEADLINE: 1}
     assert passes.shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
@@ -564,3 +583,163 @@ def test_a_manual_pass_ends_in_time_whatever_billing_does(
         thread.submit(store.close).result()
     assert summary.checked == 0
     assert summary.skipped == {Skip.DEADLINE: 3}
+
+
+def test_a_claim_lasts_until_the_slowest_request_that_it_may_lead_to_is_recorded(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(1))
+    answered = billing.held["checkout_active_0"] = asyncio.Event()
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run(REQUEST_TIMEOUT_SECONDS="20"))
+        await until(lambda: billing.in_flight == 1)
+        claimed = passes.shop.run("SELECT claimed_until FROM checkout_session_check")
+        assert claimed == [("2026-01-15T12:00:30.000Z",)]  # 5 s to begin, 20 s, 5 s to record
+        answered.set()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_on_lambda_the_last_check_has_its_whole_time_and_five_seconds_are_left_to_record(
+    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def noting(*args: object, **_: object) -> Summary:
+        given.extend(options for options in args if isinstance(options, PassOptions))
+        return Summary(Reason.TICK, NOON)
+
+    given: list[PassOptions] = []
+    monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
+    worker = Worker(settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10"))
+    worker.check_open_checkout_sessions(NOON, seconds=60)
+    worker.close()
+    assert [(options.start_seconds, options.total_seconds) for options in given] == [(45, 55)]
+
+
+def test_the_last_check_of_a_manual_pass_has_its_whole_time(
+    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def noting(*args: object, **_: object) -> Summary:
+        given.extend(options for options in args if isinstance(options, PassOptions))
+        return Summary(Reason.MANUAL, NOON)
+
+    given: list[PassOptions] = []
+    monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
+    settings = settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10")
+    with ThreadPoolExecutor(1) as thread:
+        store = Store(database_of(sqlite_shop))
+        asyncio.run(trigger_checkout_session_check(store, None, settings, database_thread=thread))
+    assert [(options.start_seconds, options.total_seconds) for options in given] == [(12, 22)]
+
+
+def test_a_pass_says_while_it_is_under_way_how_far_it_has_come(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "PROGRESS_EVERY_SECONDS", 0)
+    add_sessions(passes.shop, numbered(3))
+    answered = billing.held["checkout_active_0"] = asyncio.Event()
+    under_way = "SELECT checked FROM checkout_session_run WHERE finished_at IS NULL"
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run())
+        await until(lambda: passes.shop.run(under_way) == [(2,)])
+        answered.set()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_a_pass_that_takes_long_is_a_sign_of_life_from_its_beginning_on(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(1))
+    answered = billing.held["checkout_active_0"] = asyncio.Event()
+    api = Worker(settings_for(passes.shop), clock=clock)
+
+    async def scenario() -> bool:
+        clock.advance(60)  # nothing has been heard since the monitor was installed
+        running = asyncio.create_task(passes.run())
+        await until(lambda: billing.in_flight == 1)
+        clock.advance(25)
+        ok = api.health().ok
+        answered.set()
+        await running
+        return ok
+
+    assert asyncio.run(scenario())
+    api.close()
+
+
+@asynccontextmanager
+async def recording(
+    shop: Shop, clock: FakeClock, *, sessions: int = 1
+) -> AsyncIterator[tuple[Recorder, Store]]:
+    """A pass's recorder over sessions that are due, and the store that it writes to."""
+    add_sessions(shop, numbered(sessions))
+    store = Store(database_of(shop, clock))
+    with ThreadPoolExecutor(1) as thread:
+        database = DatabaseThread(thread)
+        await database.run(store.prepare)
+        await database.run(census, store, clock.now)
+        pause = await database.run(store.shared.read_pause)
+        summary = Summary(Reason.TICK, clock.now)
+        run_id = await database.run(store.runs.begin, summary)
+        ours = Recorder(store, database, summary, PassLog(), pause)
+        async with ours.running(run_id, asyncio.get_running_loop().time()):
+            yield ours, store
+        assert await ours.claim(partial(claim_one, store, clock)) == []
+        await database.run(store.close)
+
+
+def claim_one(store: Store, clock: FakeClock) -> list[Claim]:
+    return store.queue.claim_due(tick=clock.now, lease=timedelta(seconds=20), limit=1)
+
+
+CLAIMED = "SELECT COUNT(claimed_until) FROM checkout_session_check"
+
+
+def test_a_recorder_that_has_closed_claims_nothing(sqlite_shop: Shop, clock: FakeClock) -> None:
+    """Nobody would give it back."""
+
+    async def scenario() -> None:
+        async with recording(sqlite_shop, clock):
+            pass
+
+    asyncio.run(scenario())
+    assert sqlite_shop.run(CLAIMED) == [(0,)]
+
+
+def test_the_result_of_a_lapsed_claim_does_not_keep_the_next_one_from_being_given_back(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """In a pass that was frozen, and then claimed the same session once more."""
+
+    async def scenario() -> None:
+        async with recording(sqlite_shop, clock) as (ours, store):
+            [lapsed] = await ours.claim(partial(claim_one, store, clock))
+            clock.advance(20)
+            assert len(await ours.claim(partial(claim_one, store, clock))) == 1
+            ours.settle(Result(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
+
+    asyncio.run(scenario())
+    assert sqlite_shop.run(CLAIMED) == [(0,)]
+
+
+def test_of_the_429s_of_one_batch_the_longest_pause_counts(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    async def scenario() -> None:
+        async with recording(sqlite_shop, clock, sessions=3) as (ours, store):
+            for seconds in (5, 30, 10):
+                [claim] = await ours.claim(partial(claim_one, store, clock))
+                limited.append(
+                    Result(claim, Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds), NOON)
+                )
+            for result in limited:
+                ours.settle(result)
+
+    limited: list[Result] = []
+    asyncio.run(scenario())
+    paused = sqlite_shop.run("SELECT paused_until FROM checkout_session_pause")
+    assert paused == [("2026-01-15T12:00:30.000Z",)]

@@ -8,7 +8,7 @@ import pymysql
 import pytest
 
 from core.database import Row, StoreError, Value
-from core.model import Answer, Outcome, Result
+from core.model import Answer, Outcome, Reason, Result, Summary
 from core.mysql import ATTEMPTS, MySQLDatabase
 from core.settings import MySQLAddress
 from core.store import Store
@@ -155,6 +155,28 @@ def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
     ):
         mariadb_shop.run(f"KILL {number}")
     assert census(store, store.now()).open == 0
+
+
+def test_a_pass_that_begins_is_one_row_though_its_connection_breaks_behind_the_insert(
+    server_store: Store, server_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = server_store._database
+    execute, inserts = database.execute, 0
+
+    def breaking(sql: str, parameters: Sequence[Value] = ()) -> int:
+        nonlocal inserts
+        changed = execute(sql, parameters)
+        inserts += 1
+        if inserts == 1:
+            raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
+        return changed
+
+    monkeypatch.setattr(database, "execute", breaking)
+    server_store.runs.begin(Summary(Reason.TICK, NOON))
+    assert inserts == 2
+    assert server_shop.run("SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'") == [
+        (1,)
+    ]
 
 
 def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_back(

@@ -1,6 +1,9 @@
 """One 429 slows the whole sweep, for every worker, for as long as billing asks."""
 
 import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -8,20 +11,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import recorder
 from core.billing import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
-from core.model import Answer, Outcome, Reason, Skip
+from core.database import Value
+from core.model import Answer, Claim, Outcome, Pause, Reason, Skip, Summary
 from core.monitor import PassOptions
+from core.recorder import Recorder
+from core.shared import Shared
 from core.store import Store
 from handlers.api import message
 from tests.support import (
     NOON,
     FakeBilling,
     FakeClock,
+    MySQLShop,
     Passes,
     Shop,
     add_sessions,
+    census,
+    connect,
     database_of,
     numbered,
+    until,
 )
 
 BLIND = Answer(Outcome.RATE_LIMITED, 429, 0.01)
@@ -131,6 +142,131 @@ def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
     assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
 
 
+def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_results(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(2))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    answered = billing.held["checkout_active_1"] = asyncio.Event()
+    other = Store(database_of(mariadb_shop, clock))
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run())
+        await until(lambda: other.shared.read_pause().until == NOON + timedelta(seconds=30))
+        answered.set()
+        await running
+
+    asyncio.run(scenario())
+    other.close()
+
+
+def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twenty that are claimed, four are in flight when the pause comes; no other follows."""
+    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 0.01)
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(40))
+    billing.held = {checkout: asyncio.Event() for checkout in numbered(40).values()}
+    read_pause, reads = Shared.read_pause, 0
+
+    def noting(shared: Shared) -> Pause:
+        nonlocal reads
+        pause = read_pause(shared)
+        reads += 1
+        return pause
+
+    monkeypatch.setattr(Shared, "read_pause", noting)
+
+    async def scenario() -> Summary:
+        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+        await until(lambda: billing.in_flight == 4)
+        other = Store(database_of(mariadb_shop, clock))
+        other.shared.pause(30)
+        other.close()
+        before = reads  # one more may have begun before the pause; after the third, the second
+        await until(lambda: reads >= before + 3)  # has been heard
+        for answered in billing.held.values():
+            answered.set()
+        return await running
+
+    summary = asyncio.run(scenario())
+    assert summary.paused_until == NOON + timedelta(seconds=30)
+    assert billing.asked.total() == summary.checked == 4
+
+
+def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_claims_nothing(
+    mariadb_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next five are claimed when three of five have begun; the pause comes with the second."""
+    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    other = Store(database_of(mariadb_shop, clock))
+    answered = asyncio.Event()
+
+    class Stalling(FakeBilling):
+        async def check(self, billing_checkout_id: str | None) -> Answer:
+            if self.asked.total() == 1:
+                other.shared.pause(30)
+            if self.asked.total() == 2:
+                self.held[billing_checkout_id] = answered
+            return await super().check(billing_checkout_id)
+
+    claim, claimed = Recorder.claim, list[int]()
+
+    async def noting(recorder: Recorder, how: Callable[[], list[Claim]]) -> list[Claim]:
+        claims = await claim(recorder, how)
+        claimed.append(len(claims))
+        return claims
+
+    billing = Stalling()
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(20))
+    census(other, NOON)
+    monkeypatch.setattr(Recorder, "claim", noting)
+
+    async def scenario() -> None:
+        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
+        await until(lambda: len(claimed) == 2)
+        answered.set()
+        await running
+
+    asyncio.run(scenario())
+    other.close()
+    assert claimed == [5, 0]
+    assert billing.asked.total() == 3
+
+
+def test_of_two_pauses_at_once_the_longer_one_stands(
+    server_shop: MySQLShop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(database_of(server_shop, clock))
+    store.prepare()
+    store.shared.read_pause()  # puts the row there
+    longer = NOON + timedelta(seconds=30)
+    execute, writing = store._database.execute, threading.Event()
+
+    def noting(sql: str, parameters: Sequence[Value] = ()) -> int:
+        if sql.startswith("UPDATE"):
+            writing.set()
+        return execute(sql, parameters)
+
+    monkeypatch.setattr(store._database, "execute", noting)
+    with (
+        connect(server_shop.server, server_shop.database) as other,
+        other.cursor() as cursor,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        other.begin()
+        cursor.execute("UPDATE checkout_session_pause SET paused_until = %s", (longer,))
+        shorter = thread.submit(store.shared.pause, 5)
+        assert writing.wait(10)
+        other.commit()
+        assert shorter.result().until == longer
+    store.close()
+
+
 def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
@@ -150,6 +286,20 @@ def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
     clock.advance(5)
     again = asyncio.run(passes.run())
     assert again.paused_until == clock.now + timedelta(seconds=1)
+
+
+def test_errors_are_no_normal_answers_after_which_blind_pauses_would_begin_anew(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(1))
+    failing = Answer(Outcome.UNEXPECTED_STATUS, 500, 0.01)
+    pauses = []
+    for answer in (BLIND, failing, BLIND):
+        billing.answers = {"checkout_active_0": answer}
+        summary = asyncio.run(passes.run(CHECK_BACKOFF_MAX_SECONDS="0"))
+        pauses.append(summary.paused_until and (summary.paused_until - clock.now).total_seconds())
+        clock.advance(5)
+    assert pauses == [1, None, 2]
 
 
 def test_the_manual_trigger_respects_the_pause_and_says_so(

@@ -1,8 +1,9 @@
 """The store's contract, on every engine: what a pass relies on."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 
@@ -134,15 +135,37 @@ def test_a_session_that_another_store_closes_and_forgets_is_not_brought_back_by_
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
+def checked_all(store: Store, due_after: Mapping[str, int]) -> None:
+    """Check every session, after which each is due so many seconds after NOON."""
+    for claim in claim_all(store, NOON):
+        due = NOON + timedelta(seconds=due_after[claim.session_id])
+        store.record(results([claim], due, Outcome.ACTIVE))
+
+
+@pytest.mark.parametrize("reason", [Reason.TICK, Reason.MANUAL])
 def test_claims_go_to_the_least_recently_due_first(
+    store: Store, shop: Shop, clock: FakeClock, reason: Reason
+) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    checked_all(store, {"s0": 15, "s1": 5, "s2": 10})
+    clock.advance(20)
+    claim = partial(store.queue.claim_due, tick=clock.now)
+    if reason is Reason.MANUAL:
+        claim = partial(store.queue.claim_unchecked, since=clock.now)
+    order = [claim(lease=LEASE, limit=1)[0].session_id for _ in range(3)]
+    assert order == ["s1", "s2", "s0"]
+
+
+def test_sessions_closed_since_the_count_do_not_hide_what_is_due_behind_them(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
-    for name in ("c", "a", "b"):
-        add_sessions(shop, {name: "checkout_1"})
-        census(store, clock.now)
-        clock.advance(1)
-    order = [claim_all(store, clock.now, limit=1)[0].session_id for _ in range(3)]
-    assert order == ["c", "a", "b"]
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    checked_all(store, {"s0": 5, "s1": 10, "s2": 15})
+    shop.run("UPDATE checkout_session SET status = 'success' WHERE id <> 's2'")
+    clock.advance(20)
+    assert [claim.session_id for claim in claim_all(store, clock.now, limit=1)] == ["s2"]
 
 
 def test_a_claimed_session_is_not_claimed_again_before_its_lease_is_over(
@@ -259,9 +282,9 @@ def test_a_manual_pass_over_ids_claims_and_counts_only_those(store: Store, shop:
 def test_the_most_overdue_session_tells_how_late_the_monitor_is(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
-    add_sessions(shop, numbered(2))
+    add_sessions(shop, numbered(3))
     census(store, NOON)
-    store.record(results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE))
+    checked_all(store, {"s0": 15, "s1": 5, "s2": 10})
     clock.advance(17.25)
     assert view(store).overdue_seconds == 12.25
     claim_all(store, clock.now)
