@@ -104,14 +104,14 @@ class Recorder:
     async def claim(self, claim: Callable[[], list[Claim]]) -> list[Claim]:
         """Call `claim` on the database's thread, unless billing is to be left alone."""
 
-        def step() -> tuple[Pause, list[Claim]]:
+        def claim_unless_paused() -> tuple[Pause, list[Claim]]:
             pause = self._store.shared.read_pause()
             claims = [] if self._closing or self._is_news(pause) else claim()
             # Held from here on, not from where they are awaited: a pass may be stopped in between.
             self._held |= {claim.session_id: claim for claim in claims}
             return pause, claims
 
-        pause, claims = await self._database.run(step)
+        pause, claims = await self._database.run(claim_unless_paused)
         self._hear_of(pause)
         return claims
 
