@@ -380,13 +380,21 @@ def _resident_mb(pid: int) -> float:
 
 
 def gaps(soak: Soak) -> list[float]:
-    """Seconds between two checks of the same healthy checkout."""
-    return [
-        (b - a).total_seconds()
+    """Seconds between two checks of the same healthy checkout.
+
+    Where it is still open, and was not checked again, until the last check of any.
+    """
+    healthy = {
+        checkout: asked.at
         for checkout, asked in soak.billing.asked.items()
-        if checkout not in soak.faulty
-        for a, b in pairwise(asked.at)
-    ]
+        if asked.at and checkout not in soak.faulty
+    }
+    last = max(at[-1] for at in healthy.values())
+    waiting = soak.shop.run(
+        "SELECT billing_checkout_id FROM checkout_session WHERE status = 'open'"
+    )
+    moments = [*healthy.values(), *([healthy[c][-1], last] for (c,) in waiting if c in healthy)]
+    return [(b - a).total_seconds() for at in moments for a, b in pairwise(at)]
 
 
 def broken(soak: Soak, healed_at: datetime, log: str) -> Iterator[str]:
