@@ -1,9 +1,10 @@
 """A tick's leader and its helpers: one leads, claims come first, and a crew is what it needs."""
 
 import asyncio
+import itertools
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 import httpx
@@ -432,3 +433,51 @@ def test_no_pass_of_a_thousand_leaves_a_claimed_session_that_nobody_works_on(
     assert sqlite_shop.run(
         "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
     ) == [(7000, 0)]
+
+
+class Turns(Executor):
+    """A database that answers after so many turns of the event loop, behind all that waits."""
+
+    def __init__(self, turns: int) -> None:
+        self._turns = turns
+
+    def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        done: Future[T] = Future()
+        result, loop = fn(*args, **kwargs), asyncio.get_running_loop()
+
+        def turn(left: int) -> None:
+            if left:
+                loop.call_later(0, turn, left - 1)
+            else:
+                done.set_result(result)
+
+        turn(self._turns)
+        return done
+
+
+async def test_an_answer_that_comes_with_a_claim_leaves_no_session_that_nobody_works_on(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """Whichever of them comes first, and by how many turns of the event loop."""
+
+    class Billing:
+        turns = 0
+
+        async def check(self, _billing_checkout_id: str | None) -> Answer:
+            for _ in range(self.turns):
+                await asyncio.sleep(0)
+            return Answer(Outcome.ACTIVE, 200, 0.01)
+
+    adopted(sqlite_shop, clock, 7)
+    store, billing = Store(database_of(sqlite_shop, clock)), Billing()
+    settings = settings_for(sqlite_shop, MAX_CONCURRENCY="1")
+    left = {}
+    for database_turns, billing.turns in itertools.product(range(8), range(8)):
+        thread, options = Turns(database_turns), PassOptions(Reason.TICK, clock.now)
+        summary = await check_open_checkout_sessions(
+            store, billing, settings, options, database_thread=thread
+        )
+        left[database_turns, billing.turns] = 7 - summary.checked
+        clock.advance(25)  # what was left is claimed anew
+    store.close()
+    assert {turns: sessions for turns, sessions in left.items() if sessions} == {}
