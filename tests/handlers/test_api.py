@@ -159,6 +159,16 @@ def test_the_trigger_without_a_database_is_503(sqlite_shop: Shop, context: Lambd
     assert "no table checkout_session" in body["message"]
 
 
+@pytest.mark.parametrize("name", ["health", "trigger"])
+def test_a_database_whose_address_is_impossible_is_503_as_one_that_is_away(
+    environment: pytest.MonkeyPatch, context: LambdaContext, name: str
+) -> None:
+    environment.setenv("DATABASE_URL", f"mysql://u:hidden-pass@{'x' * 64}/shop")
+    status, body = call(name, context)
+    assert status == 503
+    assert "hidden-pass" not in json.dumps(body)
+
+
 def test_the_trigger_with_a_wrong_setting_is_500_with_the_sentence(
     environment: pytest.MonkeyPatch, context: LambdaContext
 ) -> None:
