@@ -119,3 +119,20 @@ def test_every_target_of_make_that_is_named_exists() -> None:
         text = page.read_text(encoding="utf-8")
         named = set(re.findall(r"(?:`|\$ )make ([a-z0-9-]+)\b", text))
         assert named <= targets, page.name
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named = {
+        (file, name)
+        for page in PAGES
+        for file, name in re.findall(
+            r"`([\w/]+\.py)::(test_\w+)`", page.read_text(encoding="utf-8")
+        )
+    }
+    there = {
+        (str(file.relative_to(ROOT / "tests")), name)
+        for file in ROOT.glob("tests/**/test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", file.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert named - there == set()
