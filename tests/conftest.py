@@ -33,6 +33,12 @@ SERVERS = ["mariadb", *(["mysql"] if MYSQL or os.environ.get("CI") else [])]
 PLACES = ("'%'", "localhost")
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What async tests run on."""
+    return "asyncio"
+
+
 def without_a_server() -> None:
     """A laptop may pass over these tests; CI may not."""
     if os.environ.get("CI"):

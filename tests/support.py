@@ -19,7 +19,11 @@ import pymysql
 
 from core.database import Database
 from core.model import Answer, Count, Outcome, Reason, Summary
-from core.monitor import PassOptions, check_open_checkout_sessions
+from core.monitor import (
+    PassOptions,
+    check_open_checkout_sessions,
+    trigger_checkout_session_check,
+)
 from core.settings import Settings
 from core.store import Store
 from core.worker import open_database
@@ -201,9 +205,12 @@ class FakeBilling:
 
 
 class Passes:
-    """Runs passes over a shop with an injected clock; one store and one database thread a pass."""
+    """Runs passes over a shop with an injected clock; one store and one database thread a pass.
 
-    def __init__(self, shop: Shop, clock: FakeClock, billing: FakeBilling) -> None:
+    Without `billing` there is no API key.
+    """
+
+    def __init__(self, shop: Shop, clock: FakeClock, billing: FakeBilling | None) -> None:
         self.shop = shop
         self.clock = clock
         self.billing = billing
@@ -219,17 +226,32 @@ class Passes:
         return self.shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(attempts,)]
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
+        with self._store() as (store, thread):
+            return await check_open_checkout_sessions(
+                store,
+                self.billing,
+                settings_for(self.shop, **env),
+                options or PassOptions(Reason.TICK, self.clock.now),
+                database_thread=thread,
+                start_worker=self.start_worker,
+                choose=self.choose,
+            )
+
+    async def trigger(self, session_ids: Sequence[str] | None = None) -> Summary:
+        with self._store() as (store, thread):
+            return await trigger_checkout_session_check(
+                store,
+                self.billing,
+                settings_for(self.shop),
+                database_thread=thread,
+                session_ids=session_ids,
+            )
+
+    @contextmanager
+    def _store(self) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
         with ThreadPoolExecutor(1) as thread:
             store = Store(database_of(self.shop, self.clock), self.publisher)
             try:
-                return await check_open_checkout_sessions(
-                    store,
-                    self.billing,
-                    settings_for(self.shop, **env),
-                    options or PassOptions(Reason.TICK, self.clock.now),
-                    database_thread=thread,
-                    start_worker=self.start_worker,
-                    choose=self.choose,
-                )
+                yield store, thread
             finally:
                 thread.submit(store.close).result()

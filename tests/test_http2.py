@@ -4,7 +4,7 @@ import asyncio
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -50,7 +50,11 @@ class Proxy:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         number = self.connections
         self._connections.append(writer)
-        there, to_service = await asyncio.open_connection("127.0.0.1", self.service.port)
+        try:
+            there, to_service = await asyncio.open_connection("127.0.0.1", self.service.port)
+        except OSError:
+            writer.close()
+            return
 
         async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             try:
@@ -97,83 +101,68 @@ async def checks(client: BillingClient, count: int, in_flight: int = 40) -> Coun
     return Counter(await asyncio.gather(*(check(number) for number in range(count))))
 
 
-def through_a_proxy(
-    service: wire.Service, test: Callable[[Proxy, BillingClient], Coroutine[None, None, None]]
-) -> None:
-    async def run() -> None:
-        proxy = Proxy(service)
-        url = await proxy.start()
-        try:
-            async with client(url) as billing:
-                await test(proxy, billing)
-        finally:
-            await proxy.stop()
-
-    asyncio.run(run())
+@asynccontextmanager
+async def through_a_proxy(service: wire.Service) -> AsyncIterator[tuple[Proxy, BillingClient]]:
+    proxy = Proxy(service)
+    url = await proxy.start()
+    try:
+        async with client(url) as billing:
+            yield proxy, billing
+    finally:
+        await proxy.stop()
 
 
-def test_a_check_sends_less_than_half_of_the_bytes(http2: wire.Service) -> None:
-    async def run() -> wire.Counts:
-        async with client(http2.url) as billing:
-            before = http2.counts()
-            assert await checks(billing, 180) == {Outcome.ACTIVE: 180}
-            await asyncio.sleep(0.1)  # the last acknowledgements are delayed
-            return http2.counts() - before
-
-    counts = asyncio.run(run())
+async def test_a_check_sends_less_than_half_of_the_bytes(http2: wire.Service) -> None:
+    async with client(http2.url) as billing:
+        before = http2.counts()
+        assert await checks(billing, 180) == {Outcome.ACTIVE: 180}
+        await asyncio.sleep(0.1)  # the last acknowledgements are delayed
+        counts = http2.counts() - before
     handshake = 1_500  # of the one connection that it makes, at the most
     assert counts.connections == 1
     assert counts.bytes_in < 180 * (191 / 2) + handshake  # 191 by HTTP/1.1: tests/test_wire.py
 
 
-def test_a_service_that_ends_connections_gets_one_for_each_and_no_check_is_lost(
+async def test_a_service_that_ends_connections_gets_one_for_each_and_no_check_is_lost(
     http2: wire.Service,
 ) -> None:
-    async def run() -> None:
-        async with client(http2.url) as billing:
-            before = http2.counts()
-            assert await checks(billing, 1_000) == {Outcome.ACTIVE: 1_000}
-            assert 5 <= (http2.counts() - before).connections <= 10
-
-    asyncio.run(run())
+    async with client(http2.url) as billing:
+        before = http2.counts()
+        assert await checks(billing, 1_000) == {Outcome.ACTIVE: 1_000}
+        assert 5 <= (http2.counts() - before).connections <= 10
 
 
-def test_more_requests_than_a_connection_takes_get_others(http2: wire.Service) -> None:
-    async def run() -> None:
-        async with client(http2.url) as billing:
-            before = http2.counts()
-            assert await checks(billing, 250, in_flight=250) == {Outcome.ACTIVE: 250}
-            assert (http2.counts() - before).connections == -(-250 // MOST_STREAMS)
-
-    asyncio.run(run())
+async def test_more_requests_than_a_connection_takes_get_others(http2: wire.Service) -> None:
+    async with client(http2.url) as billing:
+        before = http2.counts()
+        assert await checks(billing, 250, in_flight=250) == {Outcome.ACTIVE: 250}
+        assert (http2.counts() - before).connections == -(-250 // MOST_STREAMS)
 
 
-def test_a_dead_connection_costs_neither_a_check_nor_a_time_out(http2: wire.Service) -> None:
-    async def test(proxy: Proxy, billing: BillingClient) -> None:
+async def test_a_dead_connection_costs_neither_a_check_nor_a_time_out(http2: wire.Service) -> None:
+    async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
         proxy.fall_silent()
         before = proxy.connections
         assert await checks(billing, 40) == {Outcome.ACTIVE: 40}
         assert proxy.connections == before + 1
 
-    through_a_proxy(http2, test)
-
 
 @pytest.mark.parametrize("seconds", [0, 0.03], ids=["idle", "in flight"])
-def test_a_connection_that_is_reset_costs_no_check(http2: wire.Service, seconds: float) -> None:
-    async def test(proxy: Proxy, billing: BillingClient) -> None:
+async def test_a_connection_that_is_reset_costs_no_check(
+    http2: wire.Service, seconds: float
+) -> None:
+    async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
         asyncio.get_running_loop().call_later(seconds, proxy.reset)
         await asyncio.sleep(0 if seconds else 0.05)
         assert await checks(billing, 80) == {Outcome.ACTIVE: 80}
 
-    through_a_proxy(http2, test)
 
-
-def test_a_service_that_speaks_http2_no_longer_is_asked_by_http1(
+async def test_a_service_that_speaks_http2_no_longer_is_asked_by_http1(
     http2: wire.Service, tmp_path: Path
 ) -> None:
-    async def test(proxy: Proxy, billing: BillingClient) -> None:
+    async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
         with wire.service(tmp_path, 0.05) as old:
             proxy.service = old
@@ -181,16 +170,14 @@ def test_a_service_that_speaks_http2_no_longer_is_asked_by_http1(
             assert await checks(billing, 80) == {Outcome.ACTIVE: 80}
             assert old.counts().requests >= 80  # and HTTP/2's greeting, which it takes for some
 
-    through_a_proxy(http2, test)
 
-
-def test_a_service_that_is_away_is_a_network_error_and_found_again(http2: wire.Service) -> None:
-    async def test(proxy: Proxy, billing: BillingClient) -> None:
+async def test_a_service_that_is_away_is_a_network_error_and_found_again(
+    http2: wire.Service,
+) -> None:
+    async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
         port, http2.port = http2.port, 1
         proxy.reset()
         assert await checks(billing, 10) == {Outcome.NETWORK_ERROR: 10}
         http2.port = port
         assert await checks(billing, 10) == {Outcome.ACTIVE: 10}
-
-    through_a_proxy(http2, test)

@@ -16,7 +16,7 @@ CHECKS, AT_ONCE = 400, 40
 @pytest.mark.parametrize(
     ("reader", "most"), [(None, 192), (StatusReader(PATH, WORDS), 205)], ids=["", "status updates"]
 )
-def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
+async def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
     reader: StatusReader | None, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check_all(client: BillingClient) -> None:
@@ -43,7 +43,7 @@ def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
 
     with wire.service(tmp_path, latency_seconds=0.05) as service:
         monkeypatch.setenv("SSL_CERT_FILE", str(service.authority))
-        counts = asyncio.run(both_passes(service))
+        counts = await both_passes(service)
     assert (counts.requests, counts.connections) == (CHECKS, 0)
     assert counts.bytes_in / counts.requests <= most
     assert counts.segments_in / counts.requests <= 2  # the request, and an acknowledgement

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 FORM = (
@@ -67,7 +68,10 @@ class Cadence:
         )
 
     def every_seconds(self, age_seconds: float) -> float:
-        return next(s.every_seconds for s in self.steps if age_seconds < s.until_seconds)
+        for step in self.steps:
+            if age_seconds < step.until_seconds:
+                return step.every_seconds
+        return self.steps[-1].every_seconds
 
 
 def parse_duration(text: str) -> int:
@@ -87,6 +91,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / size:.0f}{unit}"
 
 
+@lru_cache(maxsize=8)  # the sessions of a batch were claimed at the same moment
 def slot_at(moment: datetime, interval_seconds: int) -> datetime:
     """The last multiple of the interval since the epoch that is not after `moment`."""
     return datetime.fromtimestamp(moment.timestamp() // interval_seconds * interval_seconds, UTC)

@@ -5,7 +5,6 @@ Of the shop's table only `status` is ever written, and only from `open`.
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import batched
 from typing import NamedTuple, Protocol
@@ -93,7 +92,7 @@ class Changes:
         unpublished = [i for i in alike if by_id[i] not in changed]
         now = self._database.now()
         deferred = [
-            *(replace(by_id[i], next_check_at=now) for i in unlike),  # about its new checkout
+            *(by_id[i]._replace(next_check_at=now) for i in unlike),  # about its new checkout
             *(_at_next_slot(by_id[i]) for i in (*locked, *unpublished)),
         ]
         self._queue.record_as({Outcome.DEFERRED: deferred})
@@ -193,7 +192,7 @@ def _text(value: Value) -> str | None:
 
 def _at_next_slot(result: Result) -> Result:
     assert result.try_again_at is not None  # noqa: S101 (every result with a new status has it)
-    return replace(result, next_check_at=result.try_again_at)
+    return result._replace(next_check_at=result.try_again_at)
 
 
 def _change(result: Result, row: _Row, now: datetime) -> StatusChange:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 type JsonObject = dict[str, object]
 
@@ -38,7 +39,10 @@ class Outcome(StrEnum):
     @property
     def is_error(self) -> bool:
         """Whether the check did not do what it is for; in a row they count as failures."""
-        return self not in (Outcome.ACTIVE, Outcome.CLOSED, Outcome.NOT_FOUND)
+        return self not in _NO_ERRORS
+
+
+_NO_ERRORS = (Outcome.ACTIVE, Outcome.CLOSED, Outcome.NOT_FOUND)
 
 
 class Reason(StrEnum):
@@ -60,8 +64,7 @@ class Skip(StrEnum):
     NOT_OPEN = "not_open"  # asked for by id, but there is no open session with it
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A session that this pass, and no other, may check until `claimed_until`."""
 
     session_id: str
@@ -72,8 +75,7 @@ class Claim:
     claimed_until: datetime  # to the millisecond: it tells this claim from every other one
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What billing said, or why it could not be asked. `detail` is for people, never a secret."""
 
     outcome: Outcome
@@ -85,8 +87,7 @@ class Answer:
     retry_after: float | None = None  # seconds, of a rate-limited request whose answer says so
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What is recorded of one check."""
 
     claim: Claim

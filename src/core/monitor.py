@@ -38,6 +38,9 @@ RECORD_WITHIN_SECONDS = 5.0
 # was begun quickly by a larger one.
 MOST_CLAIMS_PER_REQUEST = 5
 QUICKLY_SECONDS = 1.0
+# The next batch is claimed when this one will last so many times as long as a claim takes: later it
+# would be waited for, earlier it would be kept from workers that have free hands.
+CLAIM_AHEAD = 4
 # A pass that waits for its last answers looks so long after the next slot whether that slot's own
 # workers have left it anything to do.
 HELP_AFTER_SECONDS = 0.25
@@ -147,6 +150,7 @@ class _Batch:
 
     claims: deque[Claim]
     asked: float
+    came: float
     begin_by: float
 
 
@@ -229,7 +233,7 @@ class _Pass:
         self, ahead: asyncio.Task[_Batch], census: asyncio.Task[bool] | None
     ) -> None:
         """Begin a check whenever a hand is free, and claim the next batch meanwhile."""
-        size = self._most
+        size, share_ahead = self._most, 0.5
         while True:
             batch = await ahead
             if not batch.claims:
@@ -238,10 +242,12 @@ class _Pass:
                     return
                 ahead = self._tasks.create_task(self._claim(size))
                 continue
-            answers, half = self._answers, len(batch.claims) // 2
-            await self._begin(batch, leaving=half)
+            answers, began = self._answers, self._loop.time()
+            await self._begin(batch, leaving=int(share_ahead * len(batch.claims)))
             ahead = self._tasks.create_task(self._claim(size))
             await self._begin(batch, leaving=0)
+            lasted, waited = self._loop.time() - began, batch.came - batch.asked
+            share_ahead = min(1.0, CLAIM_AHEAD * waited / lasted) if lasted else 1.0
             if batch.claims:
                 self._recorder.give_back(batch.claims)
                 # Without a single answer all requests hang: the next pass has free hands.
@@ -271,7 +277,7 @@ class _Pass:
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(asked + BEGIN_WITHIN_SECONDS, self._begin_until)
-        return _Batch(deque(claims), asked, begin_by)
+        return _Batch(deque(claims), asked, self._loop.time(), begin_by)
 
     async def _begin(self, batch: _Batch, *, leaving: int) -> None:
         """Begin as many checks of the batch as find a free hand in time, but for so many."""

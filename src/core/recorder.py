@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from core.database import StoreError
+from core.database import STATEMENT_ROWS, StoreError
 from core.model import Claim, Outcome, Pause, Recorded, Result, Summary
 from core.observability import PassLog, logger
 from core.store import Store
 
-# Results are gathered this long, so that one statement records many of them. A killed pass loses
-# that much, and those sessions are then checked once more.
+# Results are gathered this long, or until they fill a statement, so that one records many of them
+# and a claim waits for few. A killed pass loses that much, and those sessions are then checked once
+# more.
 RECORD_EVERY_SECONDS = 0.25
 # A pass says this often that it is under way.
 PROGRESS_EVERY_SECONDS = 1.0
@@ -103,14 +104,14 @@ class Recorder:
     async def claim(self, claim: Callable[[], list[Claim]]) -> list[Claim]:
         """Call `claim` on the database's thread, unless billing is to be left alone."""
 
-        def step() -> tuple[Pause, list[Claim]]:
+        def claim_unless_paused() -> tuple[Pause, list[Claim]]:
             pause = self._store.shared.read_pause()
             claims = [] if self._closing or self._is_news(pause) else claim()
             # Held from here on, not from where they are awaited: a pass may be stopped in between.
             self._held |= {claim.session_id: claim for claim in claims}
             return pause, claims
 
-        pause, claims = await self._database.run(step)
+        pause, claims = await self._database.run(claim_unless_paused)
         self._hear_of(pause)
         return claims
 
@@ -119,6 +120,8 @@ class Recorder:
         self._settled.results.append(result)
         if result.answer.outcome is Outcome.RATE_LIMITED:
             self._limited = True
+            self._hurry.set()
+        elif len(self._settled.results) >= STATEMENT_ROWS:
             self._hurry.set()
 
     def give_back(self, claims: Iterable[Claim]) -> None:

@@ -1,5 +1,6 @@
 """httpx's transport over pyreqwest (Rust's reqwest): requests leave, bytes or errors come back."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
@@ -74,8 +75,10 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     Where the service offers HTTP/2, it is used: a check then sends less than half of the bytes.
 
-    Cancelling does not reach a request that is on its way in Rust: it, and its connection, would
-    live until billing answers. `timeout_seconds` ends it there.
+    A request takes `timeout_seconds` at most, from when it is handed over until its body is read,
+    whatever it waits for and however often it is sent. That time is kept in Rust, which a
+    cancellation does not reach: without it the request, and its connection, would live until
+    billing answers.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -93,18 +96,20 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         self._speaks_http2 = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        began, sent_before = time.monotonic(), None
         if self._speaks_http2:
             for _ in range(2):  # a connection that has ended under us is not a service that is away
                 with suppress(httpx.NetworkError):
-                    return await self._send(self._http2_client(), request)
+                    return await self._send(self._http2_client(), request, sent_before)
+                sent_before = began
             self._speaks_http2 = False
         try:
-            return await self._send(self._either, request)
+            return await self._send(self._either, request, sent_before)
         except httpx.NetworkError as error:
             if str(error) not in _ENDED_UNDER_US:
                 raise
         # Not on another kept one: where one has been ended, all of them may have been.
-        return await self._send(self._unkept, request)
+        return await self._send(self._unkept, request, began)
 
     def _http2_client(self) -> "_Client":
         for client in self._http2:
@@ -122,13 +127,18 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         )
         return self._http2[-1]
 
-    async def _send(self, client: "_Client", request: httpx.Request) -> httpx.Response:
+    async def _send(
+        self, client: "_Client", request: httpx.Request, sent_before: float | None = None
+    ) -> httpx.Response:
+        """Send it by that client; in what is left of its time, where it was sent before."""
         address = request.address if isinstance(request, Get) else str(request.url)
-        sending = (
-            client.client.request(request.method, address)
-            .headers(self._items_of(request.headers))
-            .build_streamed()
+        builder = client.client.request(request.method, address).headers(
+            self._items_of(request.headers)
         )
+        if sent_before is not None:
+            left = sent_before + self._timeout_seconds - time.monotonic()
+            builder = builder.timeout(timedelta(seconds=max(0, left)))
+        sending = builder.build_streamed()
         client.requests += 1
         try:
             response = await sending.__aenter__()

@@ -12,9 +12,9 @@ import uvloop
 
 from core import monitor, secrets
 from core.billing import BillingClient
+from core.changes import Publisher
 from core.crew import StartWorker
 from core.database import Database, StoreError
-from core.events import EventBus
 from core.model import JsonObject, Reason, Summary, iso
 from core.monitor import PassOptions
 from core.mysql import MySQLDatabase
@@ -65,9 +65,8 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._start_worker = start_worker
-        bus = EventBus(settings.event_bus_name) if settings.event_bus_name else None
         self._database = open_database(settings, clock=clock)
-        self._store = Store(self._database, bus)
+        self._store = Store(self._database, _publisher(settings))
         self._billing = _billing(settings, transport)
         # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
@@ -177,6 +176,14 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
             arn = settings.database_secret_arn
             assert arn is not None  # noqa: S101 (Settings.from_env sees to it)
             return MySQLDatabase(partial(secrets.read_database, arn), clock=clock)
+
+
+def _publisher(settings: Settings) -> Publisher | None:
+    if settings.event_bus_name is None:
+        return None
+    from core.events import EventBus  # noqa: PLC0415 (a cold worker does without)
+
+    return EventBus(settings.event_bus_name)
 
 
 def _billing(

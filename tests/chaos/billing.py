@@ -296,8 +296,9 @@ class Misbehaving:
 
     def _start(self, work: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=work, args=args, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        with self._lock:  # without those that have ended: a soak makes thousands
+            self._threads = [thread, *(t for t in self._threads if t.is_alive())]
 
     def _accept(self, listening: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         with suppress(OSError):

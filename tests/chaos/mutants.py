@@ -173,9 +173,9 @@ MUTANTS = [
         "recorder.py",
         "            self._held |= {claim.session_id: claim for claim in claims}\n"
         "            return pause, claims\n\n"
-        "        pause, claims = await self._database.run(step)\n",
+        "        pause, claims = await self._database.run(claim_unless_paused)\n",
         "            return pause, claims\n\n"
-        "        pause, claims = await self._database.run(step)\n"
+        "        pause, claims = await self._database.run(claim_unless_paused)\n"
         "        self._held |= {claim.session_id: claim for claim in claims}\n",
         f"{MONITOR}::test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leaves_no_claim",
     ),
@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant(
         "a session's new checkout waits for the old one's turn",
         "changes.py",
-        "replace(by_id[i], next_check_at=now) for i in unlike",
+        "by_id[i]._replace(next_check_at=now) for i in unlike",
         "by_id[i] for i in unlike",
         CHANGES,
     ),
@@ -659,14 +659,21 @@ MUTANTS = [
     ),
     Mutant("a body is read on", "billing.py", "> MAX_BODY_BYTES", "> 2**62", BILLING),
     Mutant(
-        "a check has no time of its own",
+        "a key is read again for as long as it takes",
         "billing.py",
-        "asyncio.timeout(self._timeout_seconds)",
+        "asyncio.timeout(started + self._timeout_seconds - self._monotonic())",
         "asyncio.timeout(None)",
         BILLING,
     ),
     Mutant(
-        "a request that was given up lives on",
+        "a request that is sent again has all its time anew",
+        "transport.py",
+        "timedelta(seconds=max(0, left))",
+        "timedelta(seconds=self._timeout_seconds)",
+        BILLING,
+    ),
+    Mutant(
+        "a request takes as long as it likes",
         "transport.py",
         "        .timeout(timedelta(seconds=timeout_seconds))\n",
         "",
@@ -696,8 +703,8 @@ MUTANTS = [
     Mutant(
         "a retry takes another kept connection",
         "transport.py",
-        "return await self._send(self._unkept, request)",
-        "return await self._send(self._either, request)",
+        "return await self._send(self._unkept, request, began)",
+        "return await self._send(self._either, request, began)",
         BILLING,
     ),
     Mutant(

@@ -104,8 +104,9 @@ class Proxy:
 
     def _run(self, work: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=work, args=args, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        with self._lock:  # without those that have ended: a soak makes thousands
+            self._threads = [thread, *(t for t in self._threads if t.is_alive())]
 
     def _accept(self) -> None:
         with suppress(OSError):

@@ -220,7 +220,11 @@ def test_a_row_that_the_shops_database_refuses_holds_up_no_other(
         world.advance()
     assert world.open() == ["paid-7"]
     assert "paid-7" not in {event["session_id"] for event in world.bus.events}
-    assert len(world.billing.asked["paid-7"].at) < 8  # it backs off
+    # A failure of its own, each time; how long it then waits is drawn.
+    assert world.shop.run(
+        "SELECT last_outcome, consecutive_failures FROM checkout_session_check"
+        " WHERE session_id = 'paid-7'"
+    ) == [("refused", len(world.billing.asked["paid-7"].at))]
     world.refused = frozenset({"paid-7"})
     world.invariants()
 

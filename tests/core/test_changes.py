@@ -58,29 +58,27 @@ def statuses(shop: Shop) -> dict[str, str]:
     return dict(shop.run("SELECT id, status FROM checkout_session"))
 
 
-def while_asked(passes: Passes, happens: Callable[[], object]) -> Summary:
+async def while_asked(
+    passes: Passes, billing: FakeBilling, happens: Callable[[], object]
+) -> Summary:
     """A pass that asks about one session, and what happens before billing answers."""
-    held = passes.billing.held["checkout_active_0"] = asyncio.Event()
-
-    async def scenario() -> Summary:
-        running = asyncio.create_task(passes.run(CHECK_CADENCE="5m", STATUS_UPDATES="true"))
-        await until(lambda: passes.billing.asked["checkout_active_0"] == 1)
-        happens()
-        held.set()
-        return await running
-
-    return asyncio.run(scenario())
+    held = billing.held["checkout_active_0"] = asyncio.Event()
+    running = asyncio.create_task(passes.run(CHECK_CADENCE="5m", STATUS_UPDATES="true"))
+    await until(lambda: billing.asked["checkout_active_0"] == 1)
+    happens()
+    held.set()
+    return await running
 
 
 @pytest.mark.parametrize("checkout", ["'checkout_active_9'", "NULL", "''"])
-def test_an_answer_about_an_old_checkout_closes_nothing_and_the_new_one_is_due_at_once(
+async def test_an_answer_about_an_old_checkout_closes_nothing_and_the_new_one_is_due_at_once(
     shop: Shop, clock: FakeClock, billing: FakeBilling, told: Told, checkout: str
 ) -> None:
     add_sessions(shop, numbered(1))
     billing.answers = {"checkout_active_0": FAILED}
     retry = f"UPDATE checkout_session SET billing_checkout_id = {checkout}"
     passes = checking(shop, clock, billing, told)
-    summary = while_asked(passes, lambda: shop.run(retry))
+    summary = await while_asked(passes, billing, lambda: shop.run(retry))
     assert statuses(shop) == {"s0": "open"}
     assert (told.ids, summary.status_changes) == ([], 0)
     assert summary.outcomes[Outcome.DEFERRED] == 1
@@ -90,7 +88,7 @@ def test_an_answer_about_an_old_checkout_closes_nothing_and_the_new_one_is_due_a
     assert claim.billing_checkout_id != "checkout_active_0"
 
 
-def test_an_answer_about_a_session_that_was_deleted_and_opened_anew_closes_nothing(
+async def test_an_answer_about_a_session_that_was_deleted_and_opened_anew_closes_nothing(
     shop: Shop, clock: FakeClock, billing: FakeBilling, told: Told
 ) -> None:
     add_sessions(shop, numbered(1))
@@ -100,7 +98,7 @@ def test_an_answer_about_a_session_that_was_deleted_and_opened_anew_closes_nothi
         shop.run("DELETE FROM checkout_session")
         add_sessions(shop, {"s0": "checkout_active_1"})
 
-    while_asked(checking(shop, clock, billing, told), anew)
+    await while_asked(checking(shop, clock, billing, told), billing, anew)
     assert statuses(shop) == {"s0": "open"}
     assert told.ids == []
 
@@ -165,7 +163,7 @@ def refusing(shop: Shop, session_id: str) -> None:
 
 
 @pytest.mark.parametrize("publishes", [True, False])
-def test_a_row_that_the_database_refuses_backs_off_alone_and_is_never_told(
+async def test_a_row_that_the_database_refuses_backs_off_alone_and_is_never_told(
     shop: Shop,
     clock: FakeClock,
     told: Told,
@@ -178,7 +176,7 @@ def test_a_row_that_the_database_refuses_backs_off_alone_and_is_never_told(
     billing = FakeBilling({f"checkout_active_{i[1:]}": PAID for i in paid})
     passes = Passes(shop, clock, billing)
     passes.publisher = told if publishes else None
-    summary = asyncio.run(passes.run())
+    summary = await passes.run()
     closed = {i for i, status in statuses(shop).items() if status == "success"}
     assert closed == set(paid) - {"s17"}
     assert sorted(told.ids) == (sorted(closed) if publishes else [])
@@ -193,24 +191,24 @@ def test_a_row_that_the_database_refuses_backs_off_alone_and_is_never_told(
     asked = []
     for _ in range(12):
         clock.advance(5)
-        asyncio.run(passes.run())
+        await passes.run()
         asked.append(billing.asked["checkout_active_17"])
     assert asked[-1] <= 5  # of the 13 ticks of a minute
     assert "s17" not in told.ids
 
 
-def test_a_status_that_a_check_constraint_forbids_is_refused_and_no_other(
+async def test_a_status_that_a_check_constraint_forbids_is_refused_and_no_other(
     mariadb_shop: MySQLShop, clock: FakeClock, told: Told
 ) -> None:
     mariadb_shop.run("ALTER TABLE checkout_session ADD CHECK (id <> 's1' OR status <> 'success')")
     add_sessions(mariadb_shop, numbered(3))
     billing = FakeBilling({f"checkout_active_{n}": PAID for n in range(3)})
-    summary = asyncio.run(checking(mariadb_shop, clock, billing, told).run())
+    summary = await checking(mariadb_shop, clock, billing, told).run()
     assert summary.outcomes == {Outcome.CLOSED: 2, Outcome.REFUSED: 1}
     assert sorted(told.ids) == ["s0", "s2"]
 
 
-def test_a_change_that_the_shop_has_locked_is_tried_at_the_next_slot_and_is_no_success(
+async def test_a_change_that_the_shop_has_locked_is_tried_at_the_next_slot_and_is_no_success(
     mariadb_shop: MySQLShop, clock: FakeClock, billing: FakeBilling, told: Told
 ) -> None:
     add_sessions(mariadb_shop, numbered(1))
@@ -219,15 +217,15 @@ def test_a_change_that_the_shop_has_locked_is_tried_at_the_next_slot_and_is_no_s
     with connect(mariadb_shop.server, mariadb_shop.database) as shop, shop.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute("SELECT * FROM checkout_session FOR UPDATE")
-        summary = asyncio.run(passes.run(CHECK_CADENCE="5m", STATUS_UPDATES="true"))
+        summary = await passes.run(CHECK_CADENCE="5m", STATUS_UPDATES="true")
         cursor.execute("COMMIT")
     assert summary.outcomes == {Outcome.DEFERRED: 1}
     assert (summary.successes, summary.errors, told.ids) == (0, 1, [])
     clock.advance(5)
-    assert asyncio.run(passes.run(CHECK_CADENCE="5m")).status_changes == 1
+    assert (await passes.run(CHECK_CADENCE="5m")).status_changes == 1
 
 
-def test_a_change_that_is_not_published_is_tried_at_the_next_slot_whatever_the_cadence(
+async def test_a_change_that_is_not_published_is_tried_at_the_next_slot_whatever_the_cadence(
     shop: Shop, clock: FakeClock, billing: FakeBilling, told: Told
 ) -> None:
     class Deaf:
@@ -237,27 +235,27 @@ def test_a_change_that_is_not_published_is_tried_at_the_next_slot_whatever_the_c
     add_sessions(shop, numbered(1))
     billing.answers = {"checkout_active_0": PAID}
     passes = checking(shop, clock, billing, Deaf())
-    summary = asyncio.run(passes.run(CHECK_CADENCE="5m"))
+    summary = await passes.run(CHECK_CADENCE="5m")
     assert (summary.outcomes, summary.unpublished) == ({Outcome.DEFERRED: 1}, 1)
     assert statuses(shop) == {"s0": "open"}
     clock.advance(5)
     passes.publisher = told
-    assert asyncio.run(passes.run(CHECK_CADENCE="5m")).status_changes == 1
+    assert (await passes.run(CHECK_CADENCE="5m")).status_changes == 1
     assert told.ids == ["s0"]
 
 
-def test_each_change_is_kept_in_the_log_of_changes_for_a_day(
+async def test_each_change_is_kept_in_the_log_of_changes_for_a_day(
     shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     add_sessions(shop, numbered(2))
     billing.answers = {"checkout_active_0": PAID}
     passes = Passes(shop, clock, billing)
-    asyncio.run(passes.run())
+    await passes.run()
     log = "SELECT session_id, billing_checkout_id, new_status, billing_status"
     log += " FROM checkout_session_change"
     assert shop.run(log) == [("s0", "checkout_active_0", "success", "paid")]
     clock.advance(timedelta(days=1, seconds=1).total_seconds())
-    asyncio.run(passes.run())
+    await passes.run()
     assert shop.run(log) == []
 
 
@@ -299,12 +297,12 @@ def with_old_tables(shop: MySQLShop) -> None:
         shop.run(statement)
 
 
-def test_the_tables_of_the_first_version_are_upgraded_and_what_they_hold_is_kept(
+async def test_the_tables_of_the_first_version_are_upgraded_and_what_they_hold_is_kept(
     mariadb_shop: MySQLShop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     with_old_tables(mariadb_shop)
     add_sessions(mariadb_shop, numbered(1))
-    summary = asyncio.run(Passes(mariadb_shop, clock, billing).run())
+    summary = await Passes(mariadb_shop, clock, billing).run()
     assert (summary.led, summary.checked) == (True, 1)
     assert mariadb_shop.run("SELECT attempts FROM checkout_session_check") == [(4,)]
     # A worker of the first version that is still at work writes its row as ever.

@@ -92,16 +92,16 @@ def test_a_tick_is_led_once_and_none_after_a_later_one(shop: Shop, clock: FakeCl
     second.close()
 
 
-def test_a_manual_pass_leads_no_tick(passes: Passes) -> None:
-    assert not asyncio.run(passes.run(PassOptions(Reason.MANUAL))).led
-    assert asyncio.run(passes.run()).led
+async def test_a_manual_pass_leads_no_tick(passes: Passes) -> None:
+    assert not (await passes.run(PassOptions(Reason.MANUAL))).led
+    assert (await passes.run()).led
 
 
-def test_a_tick_delivered_twice_costs_one_statement_the_second_time(
+async def test_a_tick_delivered_twice_costs_one_statement_the_second_time(
     shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_sessions(shop, numbered(3))
-    asyncio.run(Passes(shop, clock, billing).run())
+    await Passes(shop, clock, billing).run()
     database = database_of(shop, clock)
     store = Store(database)
     statements: list[str] = []
@@ -115,32 +115,30 @@ def test_a_tick_delivered_twice_costs_one_statement_the_second_time(
         thread.submit(store.prepare).result()
         monkeypatch.setattr(database, "query", noting)
         monkeypatch.setattr(database, "execute", noting)
-        summary = asyncio.run(
-            check_open_checkout_sessions(
-                store,
-                billing,
-                settings_for(shop),
-                PassOptions(Reason.TICK, NOON),
-                database_thread=thread,
-            )
+        summary = await check_open_checkout_sessions(
+            store,
+            billing,
+            settings_for(shop),
+            PassOptions(Reason.TICK, NOON),
+            database_thread=thread,
         )
         thread.submit(store.close).result()
     assert len(statements) == 1, statements
     assert (summary.led, summary.checked, billing.asked.total()) == (False, 0, 3)
 
 
-def test_a_tick_delivered_twice_helps_with_what_is_still_due(
+async def test_a_tick_delivered_twice_helps_with_what_is_still_due(
     sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     adopted(sqlite_shop, clock, 3)
     store = Store(database_of(sqlite_shop, clock))
     assert store.view(NOON, interval_seconds=5, may_lead=True).leads
     store.close()
-    summary = asyncio.run(Passes(sqlite_shop, clock, billing).run())
+    summary = await Passes(sqlite_shop, clock, billing).run()
     assert (summary.led, summary.counted, summary.checked) == (False, False, 3)
 
 
-def test_requests_leave_before_anything_is_counted(
+async def test_requests_leave_before_anything_is_counted(
     passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adopted(passes.shop, clock, 3)
@@ -156,16 +154,16 @@ def test_requests_leave_before_anything_is_counted(
         return next_piece(counting)
 
     monkeypatch.setattr(Census, "next_piece", after_the_requests)
-    assert asyncio.run(passes.run()).open == 3
+    assert (await passes.run()).open == 3
     assert asked_first == [3]
 
 
-def test_a_session_that_has_just_opened_is_checked_at_the_first_tick(passes: Passes) -> None:
-    asyncio.run(passes.run())
+async def test_a_session_that_has_just_opened_is_checked_at_the_first_tick(passes: Passes) -> None:
+    await passes.run()
     passes.clock.advance(3)
     add_sessions(passes.shop, numbered(2))
     passes.clock.advance(2)
-    summary = asyncio.run(passes.run())
+    summary = await passes.run()
     assert (summary.open, summary.checked) == (2, 2)
 
 
@@ -188,7 +186,7 @@ def test_a_count_in_pieces_adopts_forgets_and_counts_as_one_would(
     store.close()
 
 
-def test_where_a_count_takes_long_it_is_taken_less_often(
+async def test_where_a_count_takes_long_it_is_taken_less_often(
     passes: Passes, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenth of the time at the most: after two seconds of counting, eighteen of rest."""
@@ -202,58 +200,62 @@ def test_where_a_count_takes_long_it_is_taken_less_often(
     monkeypatch.setattr(Census, "next_piece", slow)
     counted = []
     for _ in range(9):
-        summary = asyncio.run(passes.run())
+        summary = await passes.run()
         counted.append(summary.counted)
         assert (summary.led, summary.open, summary.checked) == (True, 2, 2)
         clock.advance(5)
     assert counted == [True, False, False, False, True, False, False, False, True]
 
 
-def started(
+async def started(
     shop: Shop, clock: FakeClock, billing: FakeBilling, **env: str
 ) -> tuple[list[datetime], Summary]:
     """The ticks for which a pass starts more workers, and its summary."""
     ticks: list[datetime] = []
     passes = Passes(shop, clock, billing)
     passes.start_worker = ticks.append
-    return ticks, asyncio.run(passes.run(None, **env))
+    return ticks, await passes.run(None, **env)
 
 
-def test_a_leader_starts_as_many_workers_as_the_due_sessions_need(
+async def test_a_leader_starts_as_many_workers_as_the_due_sessions_need(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:
     """Ten in flight, answered after 0.1 s, begin 110 checks in a fifth of 5 s; 500 need five."""
     adopted(sqlite_shop, clock, 510)
-    ticks, summary = started(sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10")
+    ticks, summary = await started(
+        sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10"
+    )
     assert ticks == [NOON] * 4
     assert summary.workers_started == 4
 
 
-def test_a_tick_that_one_worker_can_serve_starts_no_other(
+async def test_a_tick_that_one_worker_can_serve_starts_no_other(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:
     adopted(sqlite_shop, clock, 100)
-    ticks, _ = started(sqlite_shop, clock, FakeBilling(healthy(100)), MAX_CONCURRENCY="10")
+    ticks, _ = await started(sqlite_shop, clock, FakeBilling(healthy(100)), MAX_CONCURRENCY="10")
     assert ticks == []
 
 
-def test_a_helper_starts_no_other_worker(sqlite_shop: Shop, clock: FakeClock) -> None:
+async def test_a_helper_starts_no_other_worker(sqlite_shop: Shop, clock: FakeClock) -> None:
     adopted(sqlite_shop, clock, 510)
     leader = Store(database_of(sqlite_shop, clock))
     assert leader.view(NOON, interval_seconds=5, may_lead=True).leads
     leader.close()
-    ticks, helper = started(sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10")
+    ticks, helper = await started(
+        sqlite_shop, clock, FakeBilling(healthy(510)), MAX_CONCURRENCY="10"
+    )
     assert (ticks, helper.led, helper.checked) == ([], False, 510)
 
 
-def test_a_crew_is_never_larger_than_it_may_be_however_many_sessions_are_due(
+async def test_a_crew_is_never_larger_than_it_may_be_however_many_sessions_are_due(
     sqlite_shop: Shop,
 ) -> None:
     ticks: list[datetime] = []
     settings = settings_for(sqlite_shop, MAX_CONCURRENCY="1", MAX_WORKERS="3")
     leader = Crew(ticks.append, settings, under_way=1)
     assert leader.hears(Answer(Outcome.ACTIVE, 200, 0.1))
-    assert asyncio.run(leader.start(10_000, NOON)) == 2
+    assert await leader.start(10_000, NOON) == 2
     assert ticks == [NOON] * 2
 
 
@@ -267,51 +269,51 @@ def test_a_crew_is_never_larger_than_it_may_be_however_many_sessions_are_due(
         Answer(Outcome.RATE_LIMITED, 429, 0.1),
     ],
 )
-def test_errors_and_time_outs_are_no_reason_for_more_workers(
+async def test_errors_and_time_outs_are_no_reason_for_more_workers(
     sqlite_shop: Shop, clock: FakeClock, answer: Answer
 ) -> None:
     adopted(sqlite_shop, clock, 500)
     billing = FakeBilling(dict.fromkeys(healthy(500), answer))
-    ticks, _ = started(sqlite_shop, clock, billing, MAX_CONCURRENCY="5")
+    ticks, _ = await started(sqlite_shop, clock, billing, MAX_CONCURRENCY="5")
     assert ticks == []
 
 
-def test_there_are_never_more_workers_than_may_be_those_still_under_way_included(
+async def test_there_are_never_more_workers_than_may_be_those_still_under_way_included(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:
     adopted(sqlite_shop, clock, 2000)
     under_way(sqlite_shop, clock, 2)
-    ticks, _ = started(
+    ticks, _ = await started(
         sqlite_shop, clock, FakeBilling(healthy(2000)), MAX_CONCURRENCY="10", MAX_WORKERS="6"
     )
     assert len(ticks) == 6 - 2 - 1
 
 
-def test_where_all_workers_are_under_way_a_tick_is_led_and_nothing_more(
+async def test_where_all_workers_are_under_way_a_tick_is_led_and_nothing_more(
     sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     adopted(sqlite_shop, clock, 3)
     under_way(sqlite_shop, clock, 2)
     passes = Passes(sqlite_shop, clock, billing)
-    leader = asyncio.run(passes.run(MAX_WORKERS="2"))
+    leader = await passes.run(MAX_WORKERS="2")
     assert (leader.led, leader.open, leader.checked) == (True, 3, 0)
     assert leader.skipped == {Skip.IN_FLIGHT: 3}
-    follower = asyncio.run(passes.run(MAX_WORKERS="2"))
+    follower = await passes.run(MAX_WORKERS="2")
     assert (follower.led, follower.checked) == (False, 0)
     assert billing.asked.total() == 0
 
 
-def test_workers_that_were_killed_do_not_stand_in_the_way(
+async def test_workers_that_were_killed_do_not_stand_in_the_way(
     sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     """A pass that is under way says so every second; these have said nothing for five."""
     adopted(sqlite_shop, clock, 3)
     under_way(sqlite_shop, clock, 10)
     clock.advance(5.1)
-    assert asyncio.run(Passes(sqlite_shop, clock, billing).run()).checked == 3
+    assert (await Passes(sqlite_shop, clock, billing).run()).checked == 3
 
 
-def test_workers_that_cannot_be_started_are_said_once_and_lose_nothing(
+async def test_workers_that_cannot_be_started_are_said_once_and_lose_nothing(
     sqlite_shop: Shop, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     adopted(sqlite_shop, clock, 510)
@@ -321,7 +323,7 @@ def test_workers_that_cannot_be_started_are_said_once_and_lose_nothing(
         raise StartError("AccessDeniedException")
 
     passes.start_worker = refuse
-    summary = asyncio.run(passes.run(MAX_CONCURRENCY="10"))
+    summary = await passes.run(MAX_CONCURRENCY="10")
     assert (summary.checked, summary.workers_started) == (510, 0)
     said = [record.message for record in caplog.records if "could not be started" in record.message]
     assert said == ["❌ 4 of 4 workers could not be started: AccessDeniedException"]
@@ -350,15 +352,15 @@ def test_a_leader_and_its_helpers_check_each_session_once(shop: Shop, clock: Fak
     ) == [(1, 0)]
 
 
-def test_a_tick_from_a_clock_that_went_wrong_does_not_stop_the_next_ones(
+async def test_a_tick_from_a_clock_that_went_wrong_does_not_stop_the_next_ones(
     passes: Passes, clock: FakeClock
 ) -> None:
-    asyncio.run(passes.run())
+    await passes.run()
     passes.shop.run(
         "UPDATE checkout_session_pause SET last_tick = %s", ("2026-01-15T13:00:00.000Z",)
     )
     clock.advance(5)
-    assert asyncio.run(passes.run()).led
+    assert (await passes.run()).led
 
 
 def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
@@ -379,7 +381,7 @@ def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
     store.close()
 
 
-def test_a_pass_that_waits_for_its_last_answer_helps_in_the_next_slot(
+async def test_a_pass_that_waits_for_its_last_answer_helps_in_the_next_slot(
     passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "HELP_AFTER_SECONDS", 0.05)
@@ -397,7 +399,7 @@ def test_a_pass_that_waits_for_its_last_answer_helps_in_the_next_slot(
         last.set()
         return await running
 
-    assert asyncio.run(scenario()).checked == 3
+    assert (await scenario()).checked == 3
 
 
 def test_a_leader_knows_what_billing_takes_after_a_round_of_healthy_answers(

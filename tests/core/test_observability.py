@@ -1,6 +1,5 @@
 """The lines and the metrics of a pass, as a person and an alarm see them."""
 
-import asyncio
 import json
 import logging
 import math
@@ -97,15 +96,12 @@ def test_on_lambda_a_line_is_a_json_record_with_fields(caplog: pytest.LogCapture
     }
 
 
-def test_a_record_holds_no_field_that_nobody_reads(
+async def test_a_record_holds_no_field_that_nobody_reads(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_X_AMZN_TRACE_ID", "Root=1-5759e988-bd862e3fe1be46a994272793;Sampled=0")
 
-    async def in_a_task() -> None:
-        logger.warning("⚠️ It is said in a task, on Lambda")
-
-    asyncio.run(in_a_task())
+    logger.warning("⚠️ It is said in a task, on Lambda")
     [record] = caplog.records
     assert json.loads(logger.registered_handler.format(record)) == {
         "level": "WARNING",

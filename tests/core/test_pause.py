@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core import recorder
 from core.billing import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
 from core.database import Value
-from core.model import Answer, Claim, Outcome, Pause, Reason, Skip, Summary
+from core.model import Answer, Claim, Outcome, Pause, Reason, Skip
 from core.monitor import PassOptions
 from core.recorder import Recorder
 from core.shared import Shared
@@ -42,7 +42,7 @@ def limited_for(seconds: float) -> Answer:
     return Answer(Outcome.RATE_LIMITED, 429, 0.01, retry_after=seconds)
 
 
-def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_over(
+async def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_over(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = billing.check
@@ -58,7 +58,7 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
     workers = [Passes(mariadb_shop, clock, billing) for _ in range(3)]
     add_sessions(mariadb_shop, numbered(500))
     billing.answers = {"checkout_active_0": limited_for(30)}
-    first = asyncio.run(workers[0].run(MAX_CONCURRENCY="20"))
+    first = await workers[0].run(MAX_CONCURRENCY="20")
     asked = billing.asked.total()
     assert first.outcomes[Outcome.RATE_LIMITED] == 1
     assert first.paused_until == NOON + timedelta(seconds=30)
@@ -68,11 +68,11 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
     for second in range(5, 30, 5):
         clock.now = NOON + timedelta(seconds=second)
         for worker in workers:
-            assert asyncio.run(worker.run()).paused_until == first.paused_until
+            assert (await worker.run()).paused_until == first.paused_until
     assert billing.asked.total() == asked
     billing.answers = {}
     clock.now = NOON + timedelta(seconds=30)
-    assert asyncio.run(workers[1].run()).checked == 500
+    assert (await workers[1].run()).checked == 500
     assert set(billing.asked) == set(numbered(500).values())
 
 
@@ -87,62 +87,56 @@ def test_one_429_ends_the_pass_and_none_of_three_workers_asks_until_the_time_is_
         (200, {"Retry-After": "30"}, Outcome.ACTIVE, None),
     ],
 )
-def test_an_answer_tells_how_long_billing_asks_for(
+async def test_an_answer_tells_how_long_billing_asks_for(
     status: int, headers: dict[str, str], outcome: Outcome, seconds: float | None
 ) -> None:
-    async def ask() -> Answer:
-        client = BillingClient(
-            api_url="http://billing/api",
-            api_key="key",
-            timeout_seconds=10,
-            transport=httpx.MockTransport(lambda _: httpx.Response(status, headers=headers)),
-            now=lambda: NOON,
-        )
-        return await client.check("checkout_1")
-
-    answer = asyncio.run(ask())
+    client = BillingClient(
+        api_url="http://billing/api",
+        api_key="key",
+        timeout_seconds=10,
+        transport=httpx.MockTransport(lambda _: httpx.Response(status, headers=headers)),
+        now=lambda: NOON,
+    )
+    answer = await client.check("checkout_1")
     assert (answer.outcome, answer.retry_after) == (outcome, seconds)
 
 
-def test_no_more_than_what_is_in_flight_is_sent_after_a_429(
+async def test_no_more_than_what_is_in_flight_is_sent_after_a_429(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(500))
     billing.answers = {f"checkout_active_{n}": limited_for(30) for n in range(500)}
-    asyncio.run(passes.run(MAX_CONCURRENCY="20"))
+    await passes.run(MAX_CONCURRENCY="20")
     assert billing.asked.total() <= 1 + 20
 
 
-def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
+async def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
 ) -> None:
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(40))
     held = billing.held = {c: asyncio.Event() for c in numbered(40).values()}
 
-    async def scenario() -> None:
-        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
-        while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
-            await asyncio.sleep(0.002)
-        other = Store(database_of(mariadb_shop, clock))
-        other.shared.pause(30)
-        other.close()
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+    while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
+        await asyncio.sleep(0.002)
+    other = Store(database_of(mariadb_shop, clock))
+    other.shared.pause(30)
+    other.close()
+    for checkout_id in list(billing.asked):
+        held[checkout_id].set()
+    while billing.in_flight:
         for checkout_id in list(billing.asked):
             held[checkout_id].set()
-        while billing.in_flight:
-            for checkout_id in list(billing.asked):
-                held[checkout_id].set()
-            await asyncio.sleep(0.2)
-        summary = await running
-        assert summary.paused_until == NOON + timedelta(seconds=30)
-        assert summary.skipped[Skip.PAUSED] == 40 - summary.checked > 0
-
-    asyncio.run(scenario())
+        await asyncio.sleep(0.2)
+    summary = await running
+    assert summary.paused_until == NOON + timedelta(seconds=30)
+    assert summary.skipped[Skip.PAUSED] == 40 - summary.checked > 0
     assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
 
 
-def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_results(
+async def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_results(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
@@ -152,17 +146,14 @@ def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_result
     answered = billing.held["checkout_active_1"] = asyncio.Event()
     other = Store(database_of(mariadb_shop, clock))
 
-    async def scenario() -> None:
-        running = asyncio.create_task(passes.run())
-        await until(lambda: other.shared.read_pause().until == NOON + timedelta(seconds=30))
-        answered.set()
-        await running
-
-    asyncio.run(scenario())
+    running = asyncio.create_task(passes.run())
+    await until(lambda: other.shared.read_pause().until == NOON + timedelta(seconds=30))
+    answered.set()
+    await running
     other.close()
 
 
-def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
+async def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of twenty that are claimed, four are in flight when the pause comes; no other follows."""
@@ -180,24 +171,21 @@ def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
 
     monkeypatch.setattr(Shared, "read_pause", noting)
 
-    async def scenario() -> Summary:
-        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
-        await until(lambda: billing.in_flight == 4)
-        other = Store(database_of(mariadb_shop, clock))
-        other.shared.pause(30)
-        other.close()
-        before = reads  # one more may have begun before the pause; after the third, the second
-        await until(lambda: reads >= before + 3)  # has been heard
-        for answered in billing.held.values():
-            answered.set()
-        return await running
-
-    summary = asyncio.run(scenario())
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+    await until(lambda: billing.in_flight == 4)
+    other = Store(database_of(mariadb_shop, clock))
+    other.shared.pause(30)
+    other.close()
+    before = reads  # one more may have begun before the pause; after the third, the second
+    await until(lambda: reads >= before + 3)  # has been heard
+    for answered in billing.held.values():
+        answered.set()
+    summary = await running
     assert summary.paused_until == NOON + timedelta(seconds=30)
     assert billing.asked.total() == summary.checked == 4
 
 
-def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_claims_nothing(
+async def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_claims_nothing(
     mariadb_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next five are claimed when three of five have begun; the pause comes with the second."""
@@ -226,13 +214,10 @@ def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_claims_n
     census(other, NOON)
     monkeypatch.setattr(Recorder, "claim", noting)
 
-    async def scenario() -> None:
-        running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
-        await until(lambda: len(claimed) == 2)
-        answered.set()
-        await running
-
-    asyncio.run(scenario())
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
+    await until(lambda: len(claimed) == 2)
+    answered.set()
+    await running
     other.close()
     assert claimed == [5, 0]
     assert billing.asked.total() == 3
@@ -267,7 +252,7 @@ def test_of_two_pauses_at_once_the_longer_one_stands(
     store.close()
 
 
-def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
+async def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
     add_sessions(passes.shop, numbered(3))
@@ -275,20 +260,20 @@ def test_blind_pauses_double_up_to_a_minute_until_billing_answers_normally(
     billing.answers = every  # type: ignore[assignment]
     seconds = []
     for _ in range(8):
-        summary = asyncio.run(passes.run(CHECK_BACKOFF_MAX_SECONDS="0"))
+        summary = await passes.run(CHECK_BACKOFF_MAX_SECONDS="0")
         assert summary.paused_until is not None
         seconds.append((summary.paused_until - clock.now).total_seconds())
         clock.now = max(summary.paused_until, clock.now + timedelta(seconds=10))
     assert seconds == [1, 2, 4, 8, 16, 32, 60, 60]
     billing.answers = {}
-    assert asyncio.run(passes.run()).successes == 3
+    assert (await passes.run()).successes == 3
     billing.answers = every  # type: ignore[assignment]
     clock.advance(5)
-    again = asyncio.run(passes.run())
+    again = await passes.run()
     assert again.paused_until == clock.now + timedelta(seconds=1)
 
 
-def test_errors_are_no_normal_answers_after_which_blind_pauses_would_begin_anew(
+async def test_errors_are_no_normal_answers_after_which_blind_pauses_would_begin_anew(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
     add_sessions(passes.shop, numbered(1))
@@ -296,21 +281,21 @@ def test_errors_are_no_normal_answers_after_which_blind_pauses_would_begin_anew(
     pauses = []
     for answer in (BLIND, failing, BLIND):
         billing.answers = {"checkout_active_0": answer}
-        summary = asyncio.run(passes.run(CHECK_BACKOFF_MAX_SECONDS="0"))
+        summary = await passes.run(CHECK_BACKOFF_MAX_SECONDS="0")
         pauses.append(summary.paused_until and (summary.paused_until - clock.now).total_seconds())
         clock.advance(5)
     assert pauses == [1, None, 2]
 
 
-def test_the_manual_trigger_respects_the_pause_and_says_so(
+async def test_the_manual_trigger_respects_the_pause_and_says_so(
     passes: Passes, billing: FakeBilling
 ) -> None:
     add_sessions(passes.shop, numbered(3))
     billing.answers = {"checkout_active_0": limited_for(30)}
-    asyncio.run(passes.run())
+    await passes.run()
     asked = billing.asked.total()
     passes.clock.advance(5)
-    summary = asyncio.run(passes.run(PassOptions(Reason.MANUAL)))
+    summary = await passes.run(PassOptions(Reason.MANUAL))
     assert billing.asked.total() == asked
     assert message(summary) == (
         "Checked 0 of 3 open checkout sessions; skipped: 3 paused; "

@@ -68,8 +68,8 @@ def on_mariadb(mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, bus: 
     return passes
 
 
-def expiring(passes: Passes) -> Summary:
-    return asyncio.run(passes.run(STATUS_UPDATES="true", SESSION_EXPIRES_AFTER="1h"))
+async def expiring(passes: Passes) -> Summary:
+    return await passes.run(STATUS_UPDATES="true", SESSION_EXPIRES_AFTER="1h")
 
 
 def statuses(shop: Shop) -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_without_status_updates_no_status_is_ever_written(shop: Shop, clock: Fak
     assert set(statuses(shop).values()) == {"open"}
 
 
-def test_a_change_is_published_once_and_its_session_forgotten(
+async def test_a_change_is_published_once_and_its_session_forgotten(
     on_mariadb: Passes, bus: Bus, billing: FakeBilling
 ) -> None:
     shop = on_mariadb.shop
@@ -125,7 +125,7 @@ def test_a_change_is_published_once_and_its_session_forgotten(
     shop.run("UPDATE checkout_session SET billing_order_id = CONCAT('order-', id)")
     billing.answers = {f"checkout_active_{n}": PAID for n in range(23)}
     for _ in range(3):
-        asyncio.run(on_mariadb.run())
+        await on_mariadb.run()
         on_mariadb.clock.advance(5)
     assert list(statuses(shop).values()).count("success") == 23
     assert sorted(change.session_id for change in bus.published) == sorted(
@@ -135,7 +135,7 @@ def test_a_change_is_published_once_and_its_session_forgotten(
     assert shop.run("SELECT COUNT(*) FROM checkout_session_check") == [(2,)]
 
 
-def test_a_webhook_that_was_faster_wins_and_no_event_is_sent(
+async def test_a_webhook_that_was_faster_wins_and_no_event_is_sent(
     on_mariadb: Passes, bus: Bus, billing: FakeBilling
 ) -> None:
     shop = on_mariadb.shop
@@ -143,20 +143,17 @@ def test_a_webhook_that_was_faster_wins_and_no_event_is_sent(
     billing.answers = dict.fromkeys(("checkout_active_0", "checkout_active_1"), PAID)
     held = billing.held["checkout_active_0"] = asyncio.Event()
 
-    async def scenario() -> None:
-        running = asyncio.create_task(on_mariadb.run())
-        await until(lambda: billing.in_flight == 1)
-        shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
-        held.set()
-        summary = await running
-        assert (summary.status_changes, summary.unpublished) == (1, 0)
-
-    asyncio.run(scenario())
+    running = asyncio.create_task(on_mariadb.run())
+    await until(lambda: billing.in_flight == 1)
+    shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
+    held.set()
+    summary = await running
+    assert (summary.status_changes, summary.unpublished) == (1, 0)
     assert statuses(shop) == {"s0": "failure", "s1": "success"}
     assert [change.session_id for change in bus.published] == ["s1"]
 
 
-def test_a_webhook_in_the_middle_of_its_transaction_is_neither_waited_for_nor_overruled(
+async def test_a_webhook_in_the_middle_of_its_transaction_is_neither_waited_for_nor_overruled(
     on_mariadb: Passes, bus: Bus, billing: FakeBilling
 ) -> None:
     shop = on_mariadb.shop
@@ -166,29 +163,29 @@ def test_a_webhook_in_the_middle_of_its_transaction_is_neither_waited_for_nor_ov
     with connect(shop.server, shop.database) as webhook, webhook.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
-        summary = asyncio.run(on_mariadb.run())
+        summary = await on_mariadb.run()
         cursor.execute("COMMIT")
     assert summary.status_changes == 1
     assert statuses(shop) == {"s0": "failure", "s1": "success"}
     on_mariadb.clock.advance(5)
-    asyncio.run(on_mariadb.run())
+    await on_mariadb.run()
     assert [change.session_id for change in bus.published] == ["s1"]
     assert shop.run("SELECT * FROM checkout_session_check") == []
 
 
-def test_an_event_that_is_not_taken_leaves_its_session_open_until_the_next_tick(
+async def test_an_event_that_is_not_taken_leaves_its_session_open_until_the_next_tick(
     on_mariadb: Passes, bus: Bus, billing: FakeBilling
 ) -> None:
     shop = on_mariadb.shop
     add_sessions(shop, numbered(10))
     billing.answers = dict.fromkeys(numbered(10).values(), PAID)  # type: ignore[arg-type]
     bus.refuses = {"s4"}
-    summary = asyncio.run(on_mariadb.run())
+    summary = await on_mariadb.run()
     assert (summary.status_changes, summary.unpublished) == (9, 1)
     assert [i for i, status in statuses(shop).items() if status == "open"] == ["s4"]
     bus.refuses = set()
     on_mariadb.clock.advance(5)
-    assert asyncio.run(on_mariadb.run()).status_changes == 1
+    assert (await on_mariadb.run()).status_changes == 1
     assert set(statuses(shop).values()) == {"success"}
 
 
@@ -210,7 +207,7 @@ def _publish_and_die(shop: Shop, noted: Path) -> None:
     asyncio.run(passes.run())
 
 
-def test_a_process_killed_between_publish_and_commit_gives_the_same_event_again(
+async def test_a_process_killed_between_publish_and_commit_gives_the_same_event_again(
     on_mariadb: Passes, bus: Bus, billing: FakeBilling, tmp_path: Path
 ) -> None:
     shop, noted = on_mariadb.shop, tmp_path / "noted"
@@ -224,7 +221,7 @@ def test_a_process_killed_between_publish_and_commit_gives_the_same_event_again(
     assert statuses(shop) == {"s0": "open"}
     billing.answers = {"checkout_active_0": PAID}
     on_mariadb.clock.advance(25)  # the dead one's claim lapses
-    asyncio.run(on_mariadb.run())
+    await on_mariadb.run()
     assert statuses(shop) == {"s0": "success"}
     assert [event_id(change) for change in bus.published] == noted.read_text().split()
 
@@ -243,32 +240,34 @@ def test_a_process_killed_between_publish_and_commit_gives_the_same_event_again(
         (Answer(Outcome.ACTIVE, 200, 0.01), "open"),
     ],
 )
-def test_an_old_session_expires_only_when_billing_has_just_said_that_it_is_open(
+async def test_an_old_session_expires_only_when_billing_has_just_said_that_it_is_open(
     passes: Passes, bus: Bus, billing: FakeBilling, answer: Answer, status: str
 ) -> None:
     passes.publisher = bus
     add_sessions(passes.shop, numbered(1))
-    expiring(passes)
+    await expiring(passes)
     billing.answers = {"checkout_active_0": answer}
     passes.clock.advance(3600)
-    expiring(passes)
+    await expiring(passes)
     assert statuses(passes.shop) == {"s0": status}
     assert [change.billing_status for change in bus.published] == (
         [answer.billing_status] if status != "open" else []
     )
 
 
-def test_a_session_younger_than_the_expiry_stays_open(passes: Passes, billing: FakeBilling) -> None:
+async def test_a_session_younger_than_the_expiry_stays_open(
+    passes: Passes, billing: FakeBilling
+) -> None:
     add_sessions(passes.shop, numbered(1))
-    expiring(passes)
+    await expiring(passes)
     billing.answers = {"checkout_active_0": OPEN}
     passes.clock.advance(3595)
-    assert expiring(passes).outcomes == {Outcome.ACTIVE: 1}
+    assert (await expiring(passes)).outcomes == {Outcome.ACTIVE: 1}
     assert statuses(passes.shop) == {"s0": "open"}
 
 
 @pytest.mark.parametrize("right", ["UPDATE", "UPDATE (status)"])
-def test_updating_the_status_column_is_the_only_right_that_status_updates_add(
+async def test_updating_the_status_column_is_the_only_right_that_status_updates_add(
     mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], right: str, clock: FakeClock
 ) -> None:
     database = mariadb_shop.database
@@ -282,7 +281,7 @@ def test_updating_the_status_column_is_the_only_right_that_status_updates_add(
     )
     add_sessions(mariadb_shop, numbered(1))
     passes = Passes(shop, clock, FakeBilling({"checkout_active_0": PAID}))
-    assert asyncio.run(passes.run()).status_changes == 1
+    assert (await passes.run()).status_changes == 1
 
 
 INTERLEAVINGS = st.lists(

@@ -388,34 +388,28 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_requests_in_flight_are_counted_until_their_clients_leave() -> None:
-    async def leave_two_hanging() -> None:
-        async with asyncio.timeout(TIMEOUT), SimulatedBilling() as billing:
-            clients = [connect(billing) for _ in range(2)]
-            for client in clients:
-                client.sendall(request("checkout_hang_1"))
-            await until(lambda: billing.in_flight == 2)
-            for client in clients:
-                client.close()
-            await until(lambda: billing.in_flight == 0)
-            assert billing.max_in_flight == 2
-            assert billing.connections == 2
-
-    asyncio.run(leave_two_hanging())
+async def test_requests_in_flight_are_counted_until_their_clients_leave() -> None:
+    async with asyncio.timeout(TIMEOUT), SimulatedBilling() as billing:
+        clients = [connect(billing) for _ in range(2)]
+        for client in clients:
+            client.sendall(request("checkout_hang_1"))
+        await until(lambda: billing.in_flight == 2)
+        for client in clients:
+            client.close()
+        await until(lambda: billing.in_flight == 0)
+        assert billing.max_in_flight == 2
+        assert billing.connections == 2
 
 
 @pytest.mark.parametrize("turns", range(6))
-def test_a_connection_made_as_the_service_stops_is_dropped_too(turns: int) -> None:
-    async def connect_and_stop() -> None:
-        async with SimulatedBilling() as billing:
-            connected = connect(billing)
-            connected.sendall(request("checkout_hang_1"))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-        with connected, contextlib.suppress(ConnectionResetError):
-            assert read_all(connected) == b""
-
-    asyncio.run(connect_and_stop())
+async def test_a_connection_made_as_the_service_stops_is_dropped_too(turns: int) -> None:
+    async with SimulatedBilling() as billing:
+        connected = connect(billing)
+        connected.sendall(request("checkout_hang_1"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    with connected, contextlib.suppress(ConnectionResetError):
+        assert read_all(connected) == b""
 
 
 def test_it_can_stop_and_start_again_where_it_was(client: httpx.Client) -> None:
