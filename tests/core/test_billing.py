@@ -69,7 +69,7 @@ async def client_of(
 async def ask(
     url: str, checkout_id: str | None = "checkout_1", *, timeout_seconds: float = LONG
 ) -> Answer:
-    async with client_of(url, timeout_seconds=timeout_seconds) as client:
+    async with client_of(url, timeout_seconds=timeout_seconds) as client, asyncio.timeout(2 * LONG):
         return await client.check(checkout_id)
 
 
