@@ -19,6 +19,8 @@ from datetime import datetime
 from typing import Self
 from urllib.parse import unquote
 
+from tests.chaos.threads import Threads
+
 # How long a fault keeps a connection that it neither answers nor closes: longer than any client
 # here waits.
 FOR_EVER = 5.0
@@ -247,7 +249,7 @@ class Misbehaving:
         self._port = port
         self._handshake_seconds = handshake_seconds
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._threads = Threads()
         self._open: set[socket.socket] = set()
         self._stack = ExitStack()
 
@@ -261,8 +263,7 @@ class Misbehaving:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self.end_connections()
-        for thread in self._threads:
-            thread.join()
+        self._threads.join()
 
     @property
     def requests(self) -> int:
@@ -290,15 +291,9 @@ class Misbehaving:
             listening.close()
 
         self._stack.callback(stop)
-        self._start(self._accept, listening, serve)
+        self._threads.start(self._accept, listening, serve)
         bound: int = listening.getsockname()[1]
         return bound
-
-    def _start(self, work: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, daemon=True)
-        thread.start()
-        with self._lock:  # without those that have ended: a soak makes thousands
-            self._threads = [thread, *(t for t in self._threads if t.is_alive())]
 
     def _accept(self, listening: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         with suppress(OSError):
@@ -307,7 +302,7 @@ class Misbehaving:
                 with self._lock:
                     self._open.add(sock)
                     self.connections += 1
-                self._start(self._until_it_ends, sock, serve)
+                self._threads.start(self._until_it_ends, sock, serve)
 
     def _until_it_ends(self, sock: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         try:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from typing import Self
 from urllib.parse import urlsplit
 
+from tests.chaos.threads import Threads
+
 COM_QUERY = 3
 CLIENT_SSL = 0x0800
 OK, MORE_DATA, EOF, ERROR = 0x00, 0x01, 0xFE, 0xFF
@@ -60,7 +62,7 @@ class Proxy:
         self._login = url.netloc.rpartition("@")[0]
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
+        self._threads = Threads()
         self.count = 0
         self.connects = 0
         self.refusing = False  # new connections
@@ -70,7 +72,7 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self._run(self._accept)
+        self._threads.start(self._accept)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,8 +80,7 @@ class Proxy:
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self.cut_all()
-        for thread in self._threads:
-            thread.join()
+        self._threads.join()
 
     def url(self, database: str) -> str:
         return f"mysql://{self._login}@127.0.0.1:{self._listening.getsockname()[1]}/{database}"
@@ -102,12 +103,6 @@ class Proxy:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
 
-    def _run(self, work: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, daemon=True)
-        thread.start()
-        with self._lock:  # without those that have ended: a soak makes thousands
-            self._threads = [thread, *(t for t in self._threads if t.is_alive())]
-
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
@@ -116,7 +111,7 @@ class Proxy:
                 if self.refusing:
                     client.close()
                 else:
-                    self._run(self._serve, client)
+                    self._threads.start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
         try:
