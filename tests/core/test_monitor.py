@@ -545,15 +545,22 @@ async def test_a_claim_lasts_until_the_slowest_request_that_it_may_lead_to_is_re
     await running
 
 
-def test_on_lambda_the_last_check_has_its_whole_time_and_five_seconds_are_left_to_record(
-    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[PassOptions]:
+    """With what each pass is asked for; none is run."""
+    given: list[PassOptions] = []
+
     async def noting(*args: object, **_: object) -> Summary:
         given.extend(options for options in args if isinstance(options, PassOptions))
-        return Summary(Reason.TICK, NOON)
+        return Summary(given[-1].reason, NOON)
 
-    given: list[PassOptions] = []
     monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
+    return given
+
+
+def test_on_lambda_the_last_check_has_its_whole_time_and_five_seconds_are_left_to_record(
+    sqlite_shop: Shop, given: list[PassOptions]
+) -> None:
     worker = Worker(settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10"))
     worker.check_open_checkout_sessions(NOON, seconds=60)
     worker.close()
@@ -561,14 +568,8 @@ def test_on_lambda_the_last_check_has_its_whole_time_and_five_seconds_are_left_t
 
 
 async def test_the_last_check_of_a_manual_pass_has_its_whole_time(
-    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+    sqlite_shop: Shop, given: list[PassOptions]
 ) -> None:
-    async def noting(*args: object, **_: object) -> Summary:
-        given.extend(options for options in args if isinstance(options, PassOptions))
-        return Summary(Reason.MANUAL, NOON)
-
-    given: list[PassOptions] = []
-    monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
     settings = settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10")
     with ThreadPoolExecutor(1) as thread:
         store = Store(database_of(sqlite_shop))
