@@ -1,6 +1,9 @@
 """The simulation that `make simulate` runs, on few sessions for a short time."""
 
-from bench.simulate import not_later_than, simulated
+import pytest
+
+from bench import simulate
+from bench.simulate import STEP_SECONDS, not_later_than, simulated
 
 
 def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
@@ -24,3 +27,18 @@ def test_a_simulated_tick_that_is_too_much_for_one_worker_gets_helpers() -> None
 
         assert seen.workers_started > 4
         assert not_later_than(seen.late, 1.0) < 5
+
+
+def test_each_step_that_takes_a_time_of_its_own_is_one_that_a_pass_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Noting(dict[str, float]):
+        def get(self, name: str, default: float) -> float:  # type: ignore[override]
+            taken.add(name)
+            return super().get(name, default)
+
+    taken: set[str] = set()
+    monkeypatch.setattr(simulate, "STEP_SECONDS", Noting(STEP_SECONDS))
+    with simulated(open_sessions=1000, seconds=10) as simulation:
+        simulation.run()
+    assert taken > set(STEP_SECONDS)

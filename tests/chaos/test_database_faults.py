@@ -215,12 +215,13 @@ def test_a_row_that_the_shops_database_refuses_holds_up_no_other(
     add_sessions(world.shop, {f"paid-{n}": f"paid-{n}" for n in range(50)})
     world.billing.words = {f"paid-{n}": "paid" for n in range(50)}
     world.shop.run(REFUSALS[refusal])
-    for _ in range(8):
+    ticks = 24  # a wait of one slot or two is drawn each time; of so many, some are two
+    for _ in range(ticks):
         assert world.tick() is not None
         world.advance()
     assert world.open() == ["paid-7"]
     assert "paid-7" not in {event["session_id"] for event in world.bus.events}
-    # A failure of its own, each time; how long it then waits is drawn.
+    assert len(world.billing.asked["paid-7"].at) < ticks  # it backs off
     assert world.shop.run(
         "SELECT last_outcome, consecutive_failures FROM checkout_session_check"
         " WHERE session_id = 'paid-7'"
