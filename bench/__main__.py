@@ -23,6 +23,7 @@ CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "workers": passes.workers,
     "reuse": passes.reuse,
     "idle": passes.idle,
+    "status": passes.status,
     "imports": imports.measure,
 }
 

@@ -8,9 +8,13 @@ from statistics import median
 from bench.machine import Machine, adopt, make_due, pass_job
 from bench.programs import HTTP, MARIADB, Program
 from bench.report import Results, cpu_seconds_a_check
-from tests.support import Shop, add_sessions, numbered
+from core.overview import Overview
+from core.worker import open_database
+from tests.history import History
+from tests.support import FakeClock, Shop, add_sessions, numbered
 
 CLOSED = 100_000
+DAY_OF_PASSES = 17_280
 MILLION = 1_000_000
 # Lambda's memory sizes whose share of a vCPU is told, and the one that has a whole vCPU.
 MEMORY_MB, FULL_CPU_MB = (256, 512, 1024, 1769), 1769
@@ -180,6 +184,38 @@ def million(machine: Machine, results: Results) -> None:
                 results.target(what, "≤ 0.1 s", told, met=median(delays) <= 0.1)
             else:
                 results.state(what, told)
+
+
+def status(machine: Machine, results: Results) -> None:
+    """What the page's data take of the database: a day of passes, and one session in 100 fails."""
+    for open_, most in ((1000, 0.020),) if machine.quick else ((10_000, 0.020), (MILLION, 0.100)):
+        with machine.shop("mariadb", {}) as shop:
+            _fill(shop, open_)
+            history = History(shop)
+            history.passes(DAY_OF_PASSES)
+            history.counted({"active": open_ * 99 // 100, "timeout": open_ // 100})
+            shop.run(
+                "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at,"
+                " last_outcome, consecutive_failures, failing_since)"
+                " SELECT id, %s, %s, IF(n MOD 100, 'active', 'timeout'),"
+                " IF(n MOD 100, 0, n MOD 977), IF(n MOD 100, NULL, %s) FROM"
+                " (SELECT id, CAST(billing_order_id AS UNSIGNED) AS n FROM checkout_session) AS s",
+                (history.now, history.now, history.now),
+            )
+            took = []
+            database = open_database(history.settings(), clock=FakeClock(history.now))
+            for _ in range(31):
+                began = time.perf_counter()
+                Overview(database, history.settings()).read()
+                took.append(time.perf_counter() - began)
+            database.close()
+        told = f"{median(took) * 1000:.1f} ms, {max(took) * 1000:.1f} ms at most"
+        results.target(
+            f"GET /api/status reads the tables, {open_:,} open",
+            f"≤ {most * 1000:.0f} ms",
+            told,
+            met=median(took) <= most,
+        )
 
 
 def _fill(shop: Shop, open_: int) -> None:
