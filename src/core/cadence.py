@@ -9,9 +9,9 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import NamedTuple
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 FORM = (
@@ -22,16 +22,14 @@ FORM = (
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Check every `every_seconds` while the session is younger than `until_seconds`."""
 
     every_seconds: float
     until_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Cadence:
+class Cadence(NamedTuple):
     """How often a session is checked as it ages. The last step has no end."""
 
     steps: tuple[Step, ...]

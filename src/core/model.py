@@ -115,8 +115,7 @@ class Recorded:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StatusChange:
+class StatusChange(NamedTuple):
     """A session that leaves `open`; what its event tells."""
 
     session_id: str
@@ -128,12 +127,11 @@ class StatusChange:
     changed_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Until when no worker may ask billing, and how many pauses in a row this is (0: none)."""
+class Pause(NamedTuple):
+    """Until when no worker may ask billing, and how many pauses that makes in a row (0: none)."""
 
     until: datetime
-    count: int
+    in_a_row: int
 
 
 @dataclass(frozen=True, slots=True)

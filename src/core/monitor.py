@@ -12,10 +12,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.cadence import slot_at
 from core.census import Census
@@ -52,8 +51,7 @@ class Billing(Protocol):
     async def check(self, billing_checkout_id: str | None) -> Answer: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PassOptions:
+class PassOptions(NamedTuple):
     """Why a pass runs and how long it may."""
 
     reason: Reason
@@ -127,7 +125,7 @@ async def check_open_checkout_sessions(
         view.now,
         options.tick,
         led=view.leads,
-        open=view.count.open,
+        open=view.last_count.open,
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
@@ -144,8 +142,7 @@ async def check_open_checkout_sessions(
     return await one_pass.run(began, may_check=may_check)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Claims that wait for a free hand. Times are by the event loop's clock."""
 
     claims: deque[Claim]

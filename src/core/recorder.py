@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from core.database import STATEMENT_ROWS, StoreError
 from core.model import Claim, Outcome, Pause, Recorded, Result, Summary
@@ -35,8 +35,7 @@ class DatabaseThread:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class Own:
+class Own(NamedTuple):
     """How many sessions a pass holds, has closed, and has checked without closing them."""
 
     held: int = 0
@@ -170,7 +169,7 @@ class Recorder:
             return self._store.shared.pause(max(asked, default=None))
         pause = self._store.shared.read_pause()
         healthy = any(not result.answer.outcome.is_error for result in results)
-        if healthy and self._pause.count and not self._is_news(pause):
+        if healthy and self._pause.in_a_row and not self._is_news(pause):
             self._store.shared.end_pauses(self._pause)
             self._pause = Pause(self._pause.until, 0)
         return pause

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Never
+from typing import NamedTuple, Never
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import httpx
@@ -39,8 +39,7 @@ class MySQLAddress:
     ssl: bool = False  # TLS required, certificate verified by ssl_ca or the system's CAs
 
 
-@dataclass(frozen=True, slots=True)
-class SQLitePath:
+class SQLitePath(NamedTuple):
     """The file of the embedded database."""
 
     path: Path

@@ -6,8 +6,9 @@ whole count of the open sessions brought.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from core.database import Database, Row, Value, integer, moment, moment_or_none
 from core.model import Count, Pause
@@ -23,13 +24,12 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 _COLUMNS = "paused_until, pauses, last_tick, counts, count_again_at"
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """The row, as it stood when it was read."""
 
     pause: Pause
     last_tick: datetime | None
-    count: Count  # of the last whole count; zeros before the first
+    last_count: Count  # as a whole; zeros before the first
     count_again_at: datetime | None
 
 
@@ -102,15 +102,17 @@ class Shared:
 
         def pause(paused: Pause, now: datetime) -> Pause:
             again = paused.until > now  # another request of the same wave
-            count = paused.count if again else paused.count + 1
+            in_a_row = paused.in_a_row if again else paused.in_a_row + 1
             if seconds is not None:
                 until = now + timedelta(seconds=seconds)
             elif again:
                 until = paused.until
             else:
                 # 2**20 seconds are beyond the longest; the bound keeps the power small.
-                until = now + min(timedelta(seconds=2 ** min(count - 1, 20)), LONGEST_BLIND_PAUSE)
-            return Pause(max(until, paused.until), count)
+                until = now + min(
+                    timedelta(seconds=2 ** min(in_a_row - 1, 20)), LONGEST_BLIND_PAUSE
+                )
+            return Pause(max(until, paused.until), in_a_row)
 
         return self._change_pause(pause)
 
@@ -128,7 +130,7 @@ class Shared:
             pause = change(self.read()[0].pause, self._database.now())
             self._database.execute(
                 "UPDATE checkout_session_pause SET paused_until = %s, pauses = %s WHERE id = 1",
-                (pause.until, pause.count),
+                (pause.until, pause.in_a_row),
             )
             return pause
 

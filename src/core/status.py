@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jmespath
 from jmespath.exceptions import JMESPathError
@@ -30,8 +31,7 @@ WORDS_FORM = (
 _LONGEST_WORD = 60  # characters of an unknown word that are shown
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What was found: a status and billing's word for it, or no status and what stood there."""
 
     status: SessionStatus | None

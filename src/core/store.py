@@ -6,8 +6,8 @@ Each class writes one table, in statements that every engine understands. Of the
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from core.cadence import slot_at
 from core.census import Census
@@ -24,8 +24,7 @@ NO_STATUS_INDEX = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """What a pass finds when it begins."""
 
     now: datetime  # by the database's clock
@@ -44,8 +43,8 @@ class View:
         return self.pause.until if self.pause.until > self.now else None
 
     @property
-    def count(self) -> Count:
-        return self.shared.count
+    def last_count(self) -> Count:
+        return self.shared.last_count
 
     @property
     def may_count(self) -> bool:

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import NamedTuple
 
 import httpx
 import uvloop
@@ -27,8 +27,7 @@ from core.store import Store
 FINISH_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+class Health(NamedTuple):
     """Which of the monitor's own checks hold, by name; no detail that would help an attacker."""
 
     checks: dict[str, bool]

@@ -422,8 +422,8 @@ MUTANTS = [
     Mutant(
         "a pause that is news is followed by the end of the one before it",
         "recorder.py",
-        "self._pause.count and not self._is_news(pause):",
-        "self._pause.count:",
+        "self._pause.in_a_row and not self._is_news(pause):",
+        "self._pause.in_a_row:",
         PAUSE,
         nothing="the end of a pause leaves a newer one as it is",
     ),

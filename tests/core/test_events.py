@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -156,11 +155,11 @@ def test_after_a_call_that_failed_none_is_made_for_a_while(
 
 def test_an_event_id_is_the_same_for_the_same_change_and_for_no_other() -> None:
     change = CHANGES[0]
-    assert event_id(change) == event_id(replace(change, changed_at=NOON + timedelta(seconds=5)))
+    assert event_id(change) == event_id(change._replace(changed_at=NOON + timedelta(seconds=5)))
     others = [
-        replace(change, session_id="s1"),
-        replace(change, new_status=SessionStatus.FAILURE),
-        replace(change, first_seen_at=NOON + timedelta(days=1)),
+        change._replace(session_id="s1"),
+        change._replace(new_status=SessionStatus.FAILURE),
+        change._replace(first_seen_at=NOON + timedelta(days=1)),
     ]
     assert len({event_id(c) for c in [change, *others]}) == 4
 

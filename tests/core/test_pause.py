@@ -314,7 +314,7 @@ def test_a_pause_is_never_shortened_and_only_the_newest_is_ended(
     other.shared.end_pauses(before)
     assert store.shared.read_pause() == long
     other.shared.end_pauses(long)
-    assert store.shared.read_pause().count == 0
+    assert store.shared.read_pause().in_a_row == 0
     store.close()
     other.close()
 

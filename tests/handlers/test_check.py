@@ -1,5 +1,6 @@
 """The worker's Lambda, as the loop invokes it."""
 
+import gc
 import json
 
 import pytest
@@ -102,3 +103,10 @@ def test_a_bug_counts_as_a_failed_pass(
     with pytest.raises(ZeroDivisionError):
         check.handler({}, context)
     assert '"PassesFailed":1' in capsys.readouterr().out
+
+
+def test_the_collector_that_an_import_does_without_runs_afterwards_and_passes_over_what_is_there() -> (
+    None
+):
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
