@@ -32,11 +32,11 @@ BEGIN_WITHIN_SECONDS = 5.0
 # What a lease holds beyond that and the request itself: for the database on a slow day, to return
 # the claim and to record the result.
 RECORD_WITHIN_SECONDS = 5.0
-# Sessions claimed at once, for each request in flight: where billing is quick, one statement claims
-# many. A batch that could not be begun in time is followed by one of half the size, and one that
-# was begun quickly by a larger one.
-MOST_CLAIMS_PER_REQUEST = 5
-QUICKLY_SECONDS = 1.0
+# Sessions claimed at once, for each request in flight: few at first, for what is claimed is kept
+# from workers that have free hands. Where billing is quick, one transaction claims many: a batch
+# that was begun quickly is followed by one of twice the size, one that was not in time by half.
+FIRST_CLAIMS_PER_REQUEST, MOST_CLAIMS_PER_REQUEST = 5, 20
+QUICKLY_SECONDS = 0.2
 # The next batch is claimed when this one will last so many times as long as a claim takes: later it
 # would be waited for, earlier it would be kept from workers that have free hands.
 CLAIM_AHEAD = 4
@@ -184,7 +184,6 @@ class _Pass:
         self._lease = timedelta(
             seconds=BEGIN_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
         )
-        self._most = MOST_CLAIMS_PER_REQUEST * settings.max_concurrency
         self._answers = 0
         self._elsewhere = Counter[Skip]()  # sessions that were not for this pass to check
         self._out_of_time = False
@@ -219,18 +218,19 @@ class _Pass:
         try:
             async with asyncio.timeout_at(ends), self._tasks as tasks:
                 # In this order, on the database's thread: nothing is counted on the way to a check.
-                ahead = tasks.create_task(self._claim(self._most)) if may_check else None
+                size = FIRST_CLAIMS_PER_REQUEST * self._settings.max_concurrency
+                ahead = tasks.create_task(self._claim(size)) if may_check else None
                 census = tasks.create_task(self._take_census()) if self._counts else None
                 if ahead is not None:
-                    await self._claim_and_begin(ahead, census)
+                    await self._claim_and_begin(ahead, size, census)
         except TimeoutError:
             self._out_of_time = True
 
     async def _claim_and_begin(
-        self, ahead: asyncio.Task[_Batch], census: asyncio.Task[bool] | None
+        self, ahead: asyncio.Task[_Batch], size: int, census: asyncio.Task[bool] | None
     ) -> None:
         """Begin a check whenever a hand is free, and claim the next batch meanwhile."""
-        size, share_ahead = self._most, 0.5
+        in_flight, share_ahead = self._settings.max_concurrency, 0.5
         while True:
             batch = await ahead
             if not batch.claims:
@@ -253,9 +253,9 @@ class _Pass:
                     self._recorder.give_back((await ahead).claims)
                     self._out_of_time = True
                     return
-                size = max(self._settings.max_concurrency, size // 2)
-            elif self._loop.time() - batch.asked < QUICKLY_SECONDS:
-                size = min(size * 2, self._most)
+                size = max(in_flight, size // 2)
+            elif lasted < QUICKLY_SECONDS:
+                size = min(size * 2, MOST_CLAIMS_PER_REQUEST * in_flight)
 
     async def _claim(self, limit: int) -> _Batch:
         asked = self._loop.time()
