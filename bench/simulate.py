@@ -317,9 +317,9 @@ class _WatchedStore(Store):
         self._due = due
 
     @override
-    def record(self, results: Sequence[Result]) -> Recorded:
+    def record(self, results: Sequence[Result], now: datetime) -> Recorded:
         self._due |= {result.claim.session_id: result.next_check_at for result in results}
-        return super().record(results)
+        return super().record(results, now)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:

@@ -128,7 +128,7 @@ class Census:
     def _kept(self, up_to: Value) -> int:
         within, bounds = self._range("session_id", up_to)
         [(kept,)] = self._database.query(
-            f"SELECT COUNT(*) FROM checkout_session_check {self._database.by_key}"
+            f"SELECT COUNT(*) FROM checkout_session_check {self._database.by_session}"
             f" WHERE TRUE{within}",
             bounds,
         )
@@ -137,7 +137,7 @@ class Census:
     def _forget_closed(self, up_to: Value) -> None:
         within, bounds = self._range("c.session_id", up_to)
         closed = self._database.query(
-            f"SELECT c.session_id FROM checkout_session_check c {self._database.by_key}"
+            f"SELECT c.session_id FROM checkout_session_check c {self._database.by_session}"
             " LEFT JOIN checkout_session s ON s.id = c.session_id AND s.status = 'open'"
             f" WHERE s.id IS NULL{within}",
             bounds,

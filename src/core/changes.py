@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from itertools import batched
 from typing import NamedTuple, Protocol
 
-from core.database import Database, RefusedError, Value, marks
+from core.database import Database, RefusedError, Value, listed, marks
 from core.model import Outcome, Recorded, Result, SessionStatus, StatusChange
 from core.queue import Queue
 
@@ -74,7 +74,9 @@ class Changes:
             if len(results) > 1:
                 half = len(results) // 2
                 return self._make(results[:half]) + self._make(results[half:])
-            self._database.transaction(lambda: self._queue.record_as({Outcome.REFUSED: results}))
+            self._database.run(
+                lambda: self._queue.record_as({Outcome.REFUSED: results}, self._database.now())
+            )
             return Recorded(outcomes={Outcome.REFUSED: 1}, refusals=[(results[0], str(error))])
 
     def _change(self, results: Sequence[Result]) -> Recorded:
@@ -95,7 +97,7 @@ class Changes:
             *(by_id[i]._replace(next_check_at=now) for i in unlike),  # about its new checkout
             *(_at_next_slot(by_id[i]) for i in (*locked, *unpublished)),
         ]
-        self._queue.record_as({Outcome.DEFERRED: deferred})
+        self._queue.record_as({Outcome.DEFERRED: deferred}, now)
         closed = len(gone) + len(changed)
         outcomes = Counter({Outcome.CLOSED: closed, Outcome.DEFERRED: len(results) - closed})
         return Recorded(changed, +outcomes, len(unpublished))
@@ -104,12 +106,12 @@ class Changes:
         """The ids whose claim has not lapsed and gone to another worker; held until the commit."""
         ours: list[str] = []
         for claimed_until in {result.claim.claimed_until for result in results}:
-            ids = [r.claim.session_id for r in results if r.claim.claimed_until == claimed_until]
+            rowids = [r.claim.rowid for r in results if r.claim.claimed_until == claimed_until]
             rows = self._database.query(
                 "SELECT session_id FROM checkout_session_check"
-                f" WHERE claimed_until = %s AND session_id IN {marks(ids)}"
+                f" WHERE claimed_until = %s AND rowid IN {listed(rowids)}"
                 f" {self._database.lock_rows_or_wait}",
-                (claimed_until, *ids),
+                (claimed_until,),
             )
             ours += [str(session_id) for (session_id,) in rows]
         return ours

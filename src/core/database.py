@@ -30,7 +30,8 @@ class Database(Protocol):
     """
 
     in_due_order: str  # what makes a SELECT read the index on next_check_at
-    by_key: str  # what makes a statement find rows of checkout_session_check by their keys
+    by_rowid: str  # what makes a statement find rows of checkout_session_check by their numbers
+    by_session: str  # the same, by their session ids
     lock_rows: str  # after a SELECT: lock its rows, and pass over those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     insert_or_ignore: str  # INSERT that passes over rows whose key exists
@@ -73,6 +74,11 @@ class Database(Protocol):
 def marks(values: Iterable[object]) -> str:
     """The placeholders for some values: `(%s, %s, %s)`."""
     return f"({', '.join('%s' for _ in values)})"
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Some numbers as they stand in a statement: `(1, 2, 3)`. No placeholders: they need none."""
+    return f"({', '.join(map(str, numbers))})"
 
 
 def integer(value: Value) -> int:

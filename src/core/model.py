@@ -67,6 +67,7 @@ class Skip(StrEnum):
 class Claim(NamedTuple):
     """A session that this pass, and no other, may check until `claimed_until`."""
 
+    rowid: int  # of the queue's row
     session_id: str
     billing_checkout_id: str | None
     first_seen_at: datetime

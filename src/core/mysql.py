@@ -38,7 +38,8 @@ _NUMBER_ID_TYPES = ("int", "bigint")
 
 CHECK_TABLE = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
-  session_id {id_type} NOT NULL PRIMARY KEY,
+  rowid BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  session_id {id_type} NOT NULL,
   next_check_at DATETIME(3) NOT NULL,
   claimed_until DATETIME(3) NULL,
   first_seen_at DATETIME(3) NOT NULL,
@@ -48,6 +49,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
   attempts INT UNSIGNED NOT NULL DEFAULT 0,
   consecutive_failures INT UNSIGNED NOT NULL DEFAULT 0,
   failing_since DATETIME(3) NULL,
+  UNIQUE KEY checkout_session_check_session (session_id),
   KEY checkout_session_check_due (next_check_at),
   KEY checkout_session_check_failing (consecutive_failures)
 ) ENGINE=InnoDB"""
@@ -98,17 +100,22 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
   KEY checkout_session_change_changed (changed_at)
 ) ENGINE=InnoDB"""
 
-# What a table of version 0.1.0 lacks, by the column that tells: it is not there, or not nullable.
+# What a table of version 0.1.0 lacks, by the column that tells: whether it is there, and nullable.
 UPGRADES = {
-    ("checkout_session_check", "failing_since"): (
+    ("checkout_session_check", "rowid", "NO"): (
+        "ALTER TABLE checkout_session_check DROP PRIMARY KEY,"
+        " ADD COLUMN rowid BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY FIRST,"
+        " ADD UNIQUE KEY checkout_session_check_session (session_id)"
+    ),
+    ("checkout_session_check", "failing_since", "YES"): (
         "ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL,"
         " ADD KEY checkout_session_check_failing (consecutive_failures)"
     ),
-    ("checkout_session_run", "finished_at"): (
+    ("checkout_session_run", "finished_at", "YES"): (
         "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
         " ADD KEY checkout_session_run_tick (tick)"
     ),
-    ("checkout_session_pause", "last_tick"): (
+    ("checkout_session_pause", "last_tick", "YES"): (
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
         " ADD COLUMN counts VARCHAR(2000) NULL, ADD COLUMN counted_at DATETIME(3) NULL,"
         " ADD COLUMN count_again_at DATETIME(3) NULL"
@@ -133,8 +140,9 @@ class MySQLDatabase:
     # row of it and the others find nothing to claim.
     in_due_order = "FORCE INDEX FOR ORDER BY (checkout_session_check_due)"
     # The optimizer reads the whole of a table that it thinks is small, where it is asked for
-    # hundreds of ids.
-    by_key = "FORCE INDEX (PRIMARY)"
+    # hundreds of rows.
+    by_rowid = "FORCE INDEX (PRIMARY)"
+    by_session = "FORCE INDEX (checkout_session_check_session)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     insert_or_ignore = "INSERT IGNORE"
@@ -165,8 +173,8 @@ class MySQLDatabase:
         refused = [s for s in statements if not self.run(partial(self._create, s))]
         refused += [
             statement
-            for (table, column), statement in UPGRADES.items()
-            if not self.run(partial(self._upgrade, table, column, statement))
+            for (table, *column), statement in UPGRADES.items()
+            if not self.run(partial(self._upgrade, table, tuple(column), statement))
         ]
         if refused:
             raise StoreError(
@@ -346,14 +354,14 @@ class MySQLDatabase:
             raise
         return True
 
-    def _upgrade(self, table: str, column: str, statement: str) -> bool:
+    def _upgrade(self, table: str, column: tuple[str, ...], statement: str) -> bool:
         """Whether the table is of this version, changed just now if need be."""
         columns = self.query(
             "SELECT column_name, is_nullable FROM information_schema.columns"
             " WHERE table_schema = DATABASE() AND table_name = %s",
             (table,),
         )
-        if not columns or (column, "YES") in columns:  # not there; or of this version
+        if not columns or column in columns:  # the table is not there; or of this version
             return True
         try:
             self.execute(statement)

@@ -1,14 +1,18 @@
 """`checkout_session_check`, the queue: one row for each open session, handed out by claims.
 
+Claims and results name rows by their number: to compare two ids by the shop's collation, twenty
+times for each row, takes MySQL as long as all the rest of an UPDATE.
+
 A session is due when its `next_check_at` has come and no claim on it is valid any more.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import batched
 
-from core.database import STATEMENT_ROWS, Database, Value, integer, marks, moment
+from core.database import STATEMENT_ROWS, Database, Value, integer, listed, marks, moment
 from core.model import Claim, Outcome, Result
 
 UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
@@ -36,12 +40,15 @@ class Queue:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim_due(self, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
+    def claim_due(
+        self, now: datetime, *, tick: datetime, lease: timedelta, limit: int
+    ) -> list[Claim]:
         """Claim up to `limit` sessions due by now or by the tick, least recently due first."""
-        return self._claim("next_check_at <= %s", lambda now: (max(now, tick),), lease, limit)
+        return self._claim("next_check_at <= %s", (max(now, tick),), now, lease, limit)
 
     def claim_unchecked(
         self,
+        now: datetime,
         *,
         since: datetime,
         lease: timedelta,
@@ -56,21 +63,21 @@ class Queue:
             if not wanted:
                 return []
             condition += f" AND session_id IN {marks(wanted)}"
-        return self._claim(condition, lambda _now: (since, *wanted), lease, limit)
+        return self._claim(condition, (since, *wanted), now, lease, limit)
 
-    def record(self, results: Iterable[Result]) -> None:
+    def record(self, results: Iterable[Result], now: datetime) -> None:
         """Keep what the checks found, free the claims, and set when each session is due again.
 
-        A claim that has lapsed and was taken over is left to whoever has it now.
+        A claim that has lapsed and was taken over is left to whoever has it now; so is one that was
+        recorded already, by a statement whose connection then broke.
         """
-        if results := list(results):
-            self._database.transaction(lambda: self.record_as(_by_outcome(results)))
+        if by_outcome := _by_outcome(results):
+            self._database.run(partial(self.record_as, by_outcome, now))
 
-    def record_as(self, results: Mapping[Outcome, Iterable[Result]]) -> None:
-        """The same by outcome, within a transaction of the caller's."""
-        now = self._database.now()
+    def record_as(self, results: Mapping[Outcome, Iterable[Result]], now: datetime) -> None:
+        """The same by outcome. Within `Database.run`."""
         for outcome, those in results.items():
-            for alike, session_ids in _alike(those).items():
+            for alike, rowids in _alike(those).items():
                 status_code, next_check_at, claimed_at, claimed_until = alike
                 checked_at = max(now, claimed_at + _AFTER_CLAIM)
                 failing = "consecutive_failures = 0, failing_since = NULL"
@@ -81,13 +88,13 @@ class Queue:
                         " failing_since = COALESCE(failing_since, %s)"
                     )
                     parameters = (checked_at,)
-                for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+                for some in batched(rowids, STATEMENT_ROWS, strict=False):
                     self._database.execute(
-                        f"UPDATE checkout_session_check {self._database.by_key}"
+                        f"UPDATE checkout_session_check {self._database.by_rowid}"
                         " SET last_checked_at = %s,"
                         " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
                         f" attempts = attempts + 1, {failing}, claimed_until = NULL"
-                        f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
+                        f" WHERE claimed_until = %s AND rowid IN {listed(some)}",
                         (
                             checked_at,
                             outcome.value,
@@ -95,7 +102,6 @@ class Queue:
                             next_check_at,
                             *parameters,
                             claimed_until,
-                            *some,
                         ),
                     )
 
@@ -104,17 +110,17 @@ class Queue:
         by_claim = _by_token(claims)
 
         def work() -> None:
-            for claimed_until, session_ids in by_claim.items():
-                for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+            for claimed_until, rowids in by_claim.items():
+                for some in batched(rowids, STATEMENT_ROWS, strict=False):
                     self._database.execute(
-                        f"UPDATE checkout_session_check {self._database.by_key}"
+                        f"UPDATE checkout_session_check {self._database.by_rowid}"
                         " SET claimed_until = NULL"
-                        f" WHERE claimed_until = %s AND session_id IN {marks(some)}",
-                        (claimed_until, *some),
+                        f" WHERE claimed_until = %s AND rowid IN {listed(some)}",
+                        (claimed_until,),
                     )
 
         if by_claim:
-            self._database.transaction(work)
+            self._database.run(work)
 
     def count_due(self, *, tick: datetime, most: int) -> int:
         """How many sessions are due, those included whose check is under way; `most` at most."""
@@ -151,13 +157,12 @@ class Queue:
     def _claim(
         self,
         condition: str,
-        parameters: Callable[[datetime], Sequence[Value]],
+        parameters: Sequence[Value],
+        now: datetime,
         lease: timedelta,
         limit: int,
     ) -> list[Claim]:
-        def work() -> tuple[int, list[Claim]]:
-            return self._claim_rows(condition, parameters, lease, limit)
-
+        work = partial(self._claim_rows, condition, parameters, now, lease, limit)
         found, claims = limit, list[Claim]()
         while found == limit and not claims:  # all of them closed: what is due lies behind them
             found, claims = self._database.transaction(work)
@@ -166,38 +171,46 @@ class Queue:
     def _claim_rows(
         self,
         condition: str,
-        parameters: Callable[[datetime], Sequence[Value]],
+        parameters: Sequence[Value],
+        now: datetime,
         lease: timedelta,
         limit: int,
     ) -> tuple[int, list[Claim]]:
         """How many rows were found, and the claims on those whose session is open."""
-        now = self._database.now()
         # Only the monitor's own rows are locked. A join would hold up the shop (MariaDB has no FOR
         # UPDATE OF); a subquery reads without a lock on every engine. The status is looked at in
         # what is selected, so that the shop's row can only be found by its key, whatever the
         # statistics make of an index on status.
         rows = self._database.query(
-            "SELECT c.session_id, c.first_seen_at, c.consecutive_failures,"
+            "SELECT c.rowid, c.session_id, c.first_seen_at, c.consecutive_failures,"
             " (SELECT CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END"
             " FROM checkout_session s WHERE s.id = c.session_id)"
             f" FROM checkout_session_check c {self._database.in_due_order}"
             f" WHERE {condition} AND {UNCLAIMED}"
             f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
-            (*parameters(now), now),
+            (*parameters, now),
         )
         until = now + lease
         claims = [
-            Claim(str(i), str(checkout) or None, moment(seen), integer(failures), now, until)
-            for i, seen, failures, checkout in rows
+            Claim(
+                integer(rowid),
+                str(session_id),
+                str(checkout) or None,
+                moment(seen),
+                integer(failures),
+                now,
+                until,
+            )
+            for rowid, session_id, seen, failures, checkout in rows
             if checkout is not None
         ]
         for some in batched(claims, STATEMENT_ROWS, strict=False):
             self._database.execute(
-                f"UPDATE checkout_session_check {self._database.by_key} SET claimed_until = %s"
-                f" WHERE session_id IN {marks(some)}",
-                (until, *(claim.session_id for claim in some)),
+                f"UPDATE checkout_session_check {self._database.by_rowid} SET claimed_until = %s"
+                f" WHERE rowid IN {listed(claim.rowid for claim in some)}",
+                (until,),
             )
-        self.forget(i for i, _seen, _failures, checkout in rows if checkout is None)
+        self.forget(session_id for _rowid, session_id, *_, checkout in rows if checkout is None)
         return len(rows), claims
 
 
@@ -211,9 +224,9 @@ def _by_outcome(results: Iterable[Result]) -> dict[Outcome, list[Result]]:
 type _Alike = tuple[int | None, datetime, datetime, datetime]
 
 
-def _alike(results: Iterable[Result]) -> dict[_Alike, list[str]]:
-    """Session ids by what is recorded of them: most of a batch is one group, one statement."""
-    groups: defaultdict[_Alike, list[str]] = defaultdict(list)
+def _alike(results: Iterable[Result]) -> dict[_Alike, list[int]]:
+    """Rows by what is recorded of them: most of a batch is one group, one statement."""
+    groups: defaultdict[_Alike, list[int]] = defaultdict(list)
     for result in results:
         claim = result.claim
         alike = (
@@ -222,12 +235,12 @@ def _alike(results: Iterable[Result]) -> dict[_Alike, list[str]]:
             claim.claimed_at,
             claim.claimed_until,
         )
-        groups[alike].append(claim.session_id)
+        groups[alike].append(claim.rowid)
     return groups
 
 
-def _by_token(claims: Iterable[Claim]) -> dict[datetime, list[str]]:
-    groups: defaultdict[datetime, list[str]] = defaultdict(list)
+def _by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+    groups: defaultdict[datetime, list[int]] = defaultdict(list)
     for claim in claims:
-        groups[claim.claimed_until].append(claim.session_id)
+        groups[claim.claimed_until].append(claim.rowid)
     return groups

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
@@ -100,12 +101,12 @@ class Recorder:
                 raise
             raise _first(store_errors) from None
 
-    async def claim(self, claim: Callable[[], list[Claim]]) -> list[Claim]:
-        """Call `claim` on the database's thread, unless billing is to be left alone."""
+    async def claim(self, claim: Callable[[datetime], list[Claim]]) -> list[Claim]:
+        """Call `claim(now)` on the database's thread, unless billing is to be left alone."""
 
         def claim_unless_paused() -> tuple[Pause, list[Claim]]:
-            pause = self._store.shared.read_pause()
-            claims = [] if self._closing or self._is_news(pause) else claim()
+            pause, now = self._store.shared.read_pause()
+            claims = [] if self._closing or self._is_news(pause) else claim(now)
             # Held from here on, not from where they are awaited: a pass may be stopped in between.
             self._held |= {claim.session_id: claim for claim in claims}
             return pause, claims
@@ -151,31 +152,32 @@ class Recorder:
 
     async def _write(self) -> None:
         settled, self._settled = self._settled, _Settled()
-        self._hear_of(await self._database.run(self._agree_on_pause, settled.results))
+        pause, now = await self._database.run(self._agree_on_pause, settled.results)
+        self._hear_of(pause)
         if settled.results or settled.unwanted:
-            recorded = await self._database.run(self._record, settled)
+            recorded = await self._database.run(self._record, settled, now)
             self._summary.outcomes += Counter(recorded.outcomes)
             self._summary.status_changes += len(recorded.changed)
             self._summary.unpublished += recorded.unpublished
             self._log.changed(recorded.changed)
             self._log.refused(recorded.refusals)
 
-    def _agree_on_pause(self, results: Sequence[Result]) -> Pause:
-        """Tell the other workers that billing limits us, or hear it from them."""
+    def _agree_on_pause(self, results: Sequence[Result]) -> tuple[Pause, datetime]:
+        """Tell the other workers that billing limits us, or hear it from them; and the time."""
+        pause, now = self._store.shared.read_pause()
         limited = [r.answer for r in results if r.answer.outcome is Outcome.RATE_LIMITED]
+        healthy = any(not result.answer.outcome.is_error for result in results)
         if limited:
             # The longest that was asked for; a number of seconds counts more than none.
             asked = [answer.retry_after for answer in limited if answer.retry_after is not None]
-            return self._store.shared.pause(max(asked, default=None))
-        pause = self._store.shared.read_pause()
-        healthy = any(not result.answer.outcome.is_error for result in results)
-        if healthy and self._pause.in_a_row and not self._is_news(pause):
+            pause = self._store.shared.pause(max(asked, default=None))
+        elif healthy and self._pause.in_a_row and not self._is_news(pause):
             self._store.shared.end_pauses(self._pause)
             self._pause = Pause(self._pause.until, 0)
-        return pause
+        return pause, now
 
-    def _record(self, settled: "_Settled") -> Recorded:
-        recorded = self._store.record(settled.results)
+    def _record(self, settled: "_Settled", now: datetime) -> Recorded:
+        recorded = self._store.record(settled.results, now)
         self._store.queue.release(settled.unwanted)
         self._written += recorded.outcomes
         for claim in (*(result.claim for result in settled.results), *settled.unwanted):

@@ -63,9 +63,14 @@ class Shared:
         )
         return standing, tuple(rest)
 
-    def read_pause(self) -> Pause:
-        """The pause that billing asked for last; it may be over."""
-        return self._database.run(lambda: self.read()[0].pause)
+    def read_pause(self) -> tuple[Pause, datetime]:
+        """The pause that billing asked for last (it may be over), and the database's clock."""
+
+        def work() -> tuple[Pause, datetime]:
+            standing, (now,) = self.read(self._database.now_sql)
+            return standing.pause, moment(now)
+
+        return self._database.run(work)
 
     def lead(self, tick: datetime, *, not_after: datetime) -> bool:
         """Whether this worker is the one that leads the tick; one is.

@@ -12,7 +12,8 @@ BUSY_SECONDS = 5
 
 TABLES = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
-  session_id TEXT NOT NULL PRIMARY KEY,
+  rowid INTEGER PRIMARY KEY, -- where a table of 0.1.0 has none, SQLite has it all the same
+  session_id TEXT NOT NULL UNIQUE,
   next_check_at DATETIME NOT NULL,
   claimed_until DATETIME,
   first_seen_at DATETIME NOT NULL,
@@ -85,7 +86,7 @@ sqlite3.register_converter("DATETIME", lambda text: datetime.fromisoformat(text.
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = by_key = ""
+    in_due_order = by_rowid = by_session = ""
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     insert_or_ignore = "INSERT OR IGNORE"
 

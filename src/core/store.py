@@ -121,10 +121,10 @@ class Store:
             self.runs.forget_old()
             self.changes.forget_old()
 
-    def record(self, results: Sequence[Result]) -> Recorded:
+    def record(self, results: Sequence[Result], now: datetime) -> Recorded:
         """Keep what some checks found: those whose session stays open, and status changes."""
         staying = [result for result in results if result.new_status is None]
-        self.queue.record(staying)
+        self.queue.record(staying, now)
         outcomes = Counter(result.answer.outcome for result in staying)
         leaving = [result for result in results if result.new_status is not None]
         return Recorded(outcomes=outcomes) + self.changes.make(leaving)

@@ -46,7 +46,7 @@ class Mutant:
 
 MUTANTS = [
     # claim and lease
-    Mutant("a claim is not kept", "queue.py", "(until, *(claim", "(now, *(claim", STORE),
+    Mutant("a claim is not kept", "queue.py", "(until,),", "(now,),", STORE),
     Mutant(
         "a claim takes what is claimed",
         "queue.py",
@@ -78,15 +78,15 @@ MUTANTS = [
     Mutant(
         "what is due at the tick waits for a database's clock that is behind",
         "queue.py",
-        "lambda now: (max(now, tick),)",
-        "lambda now: (now,)",
+        "(max(now, tick),)",
+        "(now,)",
         STORE,
     ),
     Mutant(
         "a pass that takes long claims only what was due when it began",
         "queue.py",
-        "lambda now: (max(now, tick),)",
-        "lambda _now: (tick,)",
+        "(max(now, tick),)",
+        "(tick,)",
         LEADER,
     ),
     Mutant(
@@ -141,9 +141,8 @@ MUTANTS = [
     Mutant(
         "a lapsed claim is recorded",
         "queue.py",
-        'f" WHERE claimed_until = %s AND session_id IN {marks(some)}",\n'
-        "                        (\n",
-        'f" WHERE %s IS NOT NULL AND session_id IN {marks(some)}",\n                        (\n',
+        'f" WHERE claimed_until = %s AND rowid IN {listed(some)}",\n                        (\n',
+        'f" WHERE %s IS NOT NULL AND rowid IN {listed(some)}",\n                        (\n',
         STORE,
     ),
     Mutant(
@@ -254,8 +253,8 @@ MUTANTS = [
     Mutant(
         "a lapsed claim changes a status",
         "changes.py",
-        'f" WHERE claimed_until = %s AND session_id IN {marks(ids)}"',
-        'f" WHERE %s IS NOT NULL AND session_id IN {marks(ids)}"',
+        'f" WHERE claimed_until = %s AND rowid IN {listed(rowids)}"',
+        'f" WHERE %s IS NOT NULL AND rowid IN {listed(rowids)}"',
         CHANGES,
     ),
     Mutant(
@@ -276,8 +275,8 @@ MUTANTS = [
     Mutant(
         "a refused row does not back off",
         "changes.py",
-        "self._database.transaction(lambda: self._queue.record_as({Outcome.REFUSED: results}))",
-        "pass",
+        "self._queue.record_as({Outcome.REFUSED: results}, self._database.now())",
+        "None",
         CHANGES,
     ),
     Mutant(
@@ -351,8 +350,8 @@ MUTANTS = [
     Mutant(
         "another worker's pause is not heard while recording",
         "recorder.py",
-        "self._hear_of(await self._database.run(self._agree_on_pause, settled.results))",
-        "await self._database.run(self._agree_on_pause, settled.results)",
+        "self._hear_of(pause)\n        if settled",
+        "if settled",
         PAUSE,
     ),
     Mutant(

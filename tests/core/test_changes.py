@@ -83,7 +83,7 @@ async def test_an_answer_about_an_old_checkout_closes_nothing_and_the_new_one_is
     assert (told.ids, summary.status_changes) == ([], 0)
     assert summary.outcomes[Outcome.DEFERRED] == 1
     store = Store(database_of(shop, clock))
-    [claim] = store.queue.claim_due(tick=NOON, lease=timedelta(seconds=20), limit=1)
+    [claim] = store.queue.claim_due(store.now(), tick=NOON, lease=timedelta(seconds=20), limit=1)
     store.close()
     assert claim.billing_checkout_id != "checkout_active_0"
 
@@ -111,16 +111,16 @@ def test_a_claim_that_has_gone_to_another_worker_changes_nothing(
     late.prepare()
     census(late, NOON)
     lease = timedelta(seconds=20)
-    [lapsed] = late.queue.claim_due(tick=NOON, lease=lease, limit=1)
+    [lapsed] = late.queue.claim_due(late.now(), tick=NOON, lease=lease, limit=1)
     clock.advance(20)
-    [valid] = current.queue.claim_due(tick=clock.now, lease=lease, limit=1)
+    [valid] = current.queue.claim_due(current.now(), tick=clock.now, lease=lease, limit=1)
     result = Result(lapsed, FAILED, clock.now, SessionStatus.FAILURE, try_again_at=clock.now)
-    recorded = late.record([result])
+    recorded = late.record([result], late.now())
     assert (statuses(shop), told.ids, recorded.changed) == ({"s0": "open"}, [], [])
     valid_until = "SELECT COUNT(claimed_until) FROM checkout_session_check"
     assert shop.run(valid_until) == [(1,)]
     result = Result(valid, PAID, clock.now, SessionStatus.SUCCESS, try_again_at=clock.now)
-    assert current.record([result]).changed == [result]
+    assert current.record([result], current.now()).changed == [result]
     assert (statuses(shop), told.ids) == ({"s0": "success"}, ["s0"])
     late.close()
     current.close()
@@ -132,7 +132,7 @@ def test_a_session_whose_change_is_being_made_goes_to_no_other_worker_though_its
     class Slow(Told):
         def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
             clock.advance(lease.total_seconds())
-            claims.extend(other.queue.claim_due(tick=clock.now, lease=lease, limit=1))
+            claims.extend(other.queue.claim_due(other.now(), tick=clock.now, lease=lease, limit=1))
             return super().publish(changes)
 
     add_sessions(server_shop, numbered(1))
@@ -140,9 +140,9 @@ def test_a_session_whose_change_is_being_made_goes_to_no_other_worker_though_its
     slow, other = (Store(database_of(server_shop, clock), told) for _ in range(2))
     slow.prepare()
     census(slow, NOON)
-    [claim] = slow.queue.claim_due(tick=NOON, lease=lease, limit=1)
+    [claim] = slow.queue.claim_due(slow.now(), tick=NOON, lease=lease, limit=1)
     result = Result(claim, PAID, NOON, SessionStatus.SUCCESS, try_again_at=NOON)
-    assert slow.record([result]).changed == [result]
+    assert slow.record([result], slow.now()).changed == [result]
     assert (claims, told.ids) == ([], ["s0"])
     slow.close()
     other.close()
@@ -298,15 +298,15 @@ def with_old_tables(shop: MySQLShop) -> None:
 
 
 async def test_the_tables_of_the_first_version_are_upgraded_and_what_they_hold_is_kept(
-    mariadb_shop: MySQLShop, clock: FakeClock, billing: FakeBilling
+    server_shop: MySQLShop, clock: FakeClock, billing: FakeBilling
 ) -> None:
-    with_old_tables(mariadb_shop)
-    add_sessions(mariadb_shop, numbered(1))
-    summary = await Passes(mariadb_shop, clock, billing).run()
+    with_old_tables(server_shop)
+    add_sessions(server_shop, numbered(1))
+    summary = await Passes(server_shop, clock, billing).run()
     assert (summary.led, summary.checked) == (True, 1)
-    assert mariadb_shop.run("SELECT attempts FROM checkout_session_check") == [(4,)]
+    assert server_shop.run("SELECT attempts FROM checkout_session_check") == [(4,)]
     # A worker of the first version that is still at work writes its row as ever.
-    mariadb_shop.run(
+    server_shop.run(
         "INSERT INTO checkout_session_run (reason, started_at, finished_at, duration_ms,"
         " open_sessions, checked, errors, status_changes, outcomes, skipped, overdue_ms)"
         " VALUES ('tick', NOW(3), NOW(3), 1, 1, 1, 0, 0, '{}', '{}', 0)"

@@ -70,7 +70,7 @@ class Workers:
         if view.leads:
             self.led.append(view.tick)
             census(store, view.tick)
-        for claim in store.queue.claim_due(tick=view.tick, lease=LEASE, limit=2):
+        for claim in store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=2):
             other = self.held.get(claim.session_id)
             assert other is None or other.claimed_until <= self.clock.now, "claimed twice"
             asked = self.asked.get(claim.session_id)
@@ -87,7 +87,7 @@ class Workers:
                 self.asked[claim.session_id] = now
                 del self.held[claim.session_id]
             results.append(Result(claim, Answer(Outcome.ACTIVE, 200), slot_at(now, 5) + INTERVAL))
-        self.stores[worker].record(results)
+        self.stores[worker].record(results, self.stores[worker].now())
         self.claims[worker] = []
 
 
@@ -115,5 +115,5 @@ def test_whatever_becomes_of_leaders_and_helpers_every_session_is_due_again_with
     view = store.view(None, interval_seconds=5, may_lead=True)
     assert view.leads
     census(store, view.tick)
-    claims = store.queue.claim_due(tick=view.tick, lease=LEASE, limit=100)
+    claims = store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=100)
     assert len(claims) == SESSIONS

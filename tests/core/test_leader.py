@@ -175,7 +175,7 @@ def test_a_count_in_pieces_adopts_forgets_and_counts_as_one_would(
     monkeypatch.setattr(census_module, "PIECE_SESSIONS", piece)
     adopted(shop, clock, 12)
     store = Store(database_of(shop, clock))
-    claims = store.queue.claim_due(tick=NOON, lease=timedelta(seconds=20), limit=4)
+    claims = store.queue.claim_due(store.now(), tick=NOON, lease=timedelta(seconds=20), limit=4)
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id IN ('s0', 's11', 's9')")
     add_sessions(shop, {"": "empty", "A": "new", "é": "new", "zz": "new"})
     clock.advance(1)

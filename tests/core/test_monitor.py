@@ -195,7 +195,7 @@ async def test_failures_back_off_and_a_success_brings_the_session_back_to_every_
 
 
 def test_an_answer_that_took_longer_than_the_wait_is_next_due_in_the_slot_after_it() -> None:
-    claim = Claim("s", "c", NOON, 0, NOON, NOON + timedelta(seconds=20))
+    claim = Claim(1, "s", "c", NOON, 0, NOON, NOON + timedelta(seconds=20))
     settings = Settings.from_env({"DATABASE_URL": "sqlite:///nowhere.db"})
     for took, due in ((0.4, 5), (4.999, 5), (5.0, 10), (7.2, 10), (10.1, 15)):
         result = decide(
@@ -306,8 +306,10 @@ async def test_a_pass_told_to_stop_behind_a_slow_claim_loses_no_result_and_leave
     claim_due, may_return, claiming = Queue.claim_due, threading.Event(), threading.Event()
     claims: list[int] = []
 
-    def slow(queue: Queue, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
-        claimed = claim_due(queue, tick=tick, lease=lease, limit=limit)
+    def slow(
+        queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
+    ) -> list[Claim]:
+        claimed = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
         if claims:
             claiming.set()
             may_return.wait(10)
@@ -356,8 +358,10 @@ async def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
     claims: list[int] = []
     claim_due = Queue.claim_due
 
-    def noting(queue: Queue, *, tick: datetime, lease: timedelta, limit: int) -> list[Claim]:
-        claimed = claim_due(queue, tick=tick, lease=lease, limit=limit)
+    def noting(
+        queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
+    ) -> list[Claim]:
+        claimed = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
         claims.extend([len(claimed)] if claimed else [])
         return claimed
 
@@ -382,9 +386,9 @@ async def test_a_claim_that_took_the_database_too_long_is_given_back_and_the_pas
     claims: list[list[Claim]] = []
 
     def second_is_late(
-        queue: Queue, *, tick: datetime, lease: timedelta, limit: int
+        queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
     ) -> list[Claim]:
-        claims.append(claim_due(queue, tick=tick, lease=lease, limit=limit))
+        claims.append(claim_due(queue, now, tick=tick, lease=lease, limit=limit))
         # What a claim may take, seen from the pass: the second one takes longer.
         late = len(claims) == 2
         monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", -1.0 if late else 5.0)
@@ -486,7 +490,7 @@ async def test_a_database_that_goes_away_ends_the_pass_and_the_next_one_works_ag
     add_sessions(sqlite_shop, numbered(3))
     passes = Passes(sqlite_shop, clock, billing)
 
-    def away(_store: Store, _results: list[Result]) -> None:
+    def away(_store: Store, _results: list[Result], _now: datetime) -> None:
         raise StoreError("The database is away.")
 
     with monkeypatch.context() as patch:
@@ -618,7 +622,7 @@ async def recording(
         database = DatabaseThread(thread)
         await database.run(store.prepare)
         await database.run(census, store, clock.now)
-        pause = await database.run(store.shared.read_pause)
+        pause, _now = await database.run(store.shared.read_pause)
         summary = Summary(Reason.TICK, clock.now)
         run_id = await database.run(store.runs.begin, summary)
         ours = Recorder(store, database, summary, PassLog(), pause)
@@ -628,8 +632,8 @@ async def recording(
         await database.run(store.close)
 
 
-def claim_one(store: Store, clock: FakeClock) -> list[Claim]:
-    return store.queue.claim_due(tick=clock.now, lease=timedelta(seconds=20), limit=1)
+def claim_one(store: Store, clock: FakeClock, now: datetime) -> list[Claim]:
+    return store.queue.claim_due(now, tick=clock.now, lease=timedelta(seconds=20), limit=1)
 
 
 CLAIMED = "SELECT COUNT(claimed_until) FROM checkout_session_check"

@@ -8,7 +8,7 @@ import pymysql
 import pytest
 
 from core.database import Row, StoreError, Value
-from core.model import Answer, Outcome, Reason, Result, Summary
+from core.model import Answer, Claim, Outcome, Reason, Result, Summary
 from core.mysql import ATTEMPTS, MySQLDatabase
 from core.settings import MySQLAddress
 from core.store import Store
@@ -77,11 +77,11 @@ def test_any_usual_type_and_collation_of_the_shops_id_works(
         assert store.prepare() == []
         assert census(store, NOON, [session_id, "😀😀"]).open == 1
         [claim] = store.queue.claim_unchecked(
-            since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
+            store.now(), since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
         )
         assert claim.session_id == session_id
-        store.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON)])
-        assert len(store.queue.claim_due(tick=NOON, lease=LEASE, limit=5)) == 1
+        store.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON)], store.now())
+        assert len(store.queue.claim_due(store.now(), tick=NOON, lease=LEASE, limit=5)) == 1
         types = shop.run(
             "SELECT column_type, collation_name FROM information_schema.columns"
             " WHERE table_schema = DATABASE() AND column_name IN ('id', 'session_id')"
@@ -139,8 +139,8 @@ def test_reading_the_shops_table_is_all_the_monitor_needs_of_it(
     mine = Store(database_of(shop))
     assert mine.prepare() == []
     assert census(mine, mine.now()).open == 2
-    claims = mine.queue.claim_due(tick=mine.now(), lease=LEASE, limit=5)
-    mine.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims])
+    claims = claim_due(mine)
+    mine.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], mine.now())
     assert len(claims) == 2
     mine.close()
 
@@ -285,7 +285,7 @@ def test_rows_that_another_pass_is_claiming_are_passed_over(
         cursor.execute(
             "SELECT session_id FROM checkout_session_check WHERE session_id = 's1' FOR UPDATE"
         )
-        claims = store.queue.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        claims = claim_due(store)
         other.rollback()
     assert sorted(claim.session_id for claim in claims) == ["s0", "s2"]
 
@@ -296,9 +296,14 @@ def test_the_shops_rows_are_never_locked(store: Store, mariadb_shop: MySQLShop) 
         other.begin()
         cursor.execute("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
         census(store, store.now())
-        claims = store.queue.claim_due(tick=store.now(), lease=LEASE, limit=10)
+        claims = claim_due(store)
         other.rollback()
     assert len(claims) == 3
+
+
+def claim_due(store: Store) -> list[Claim]:
+    now = store.now()
+    return store.queue.claim_due(now, tick=now, lease=LEASE, limit=500)
 
 
 def rows_read(store: Store) -> int:
@@ -323,7 +328,7 @@ def test_an_idle_pass_never_reads_the_closed_sessions(
     census(server_store, server_store.now())
     before = rows_read(server_store)
     census(server_store, server_store.now())
-    server_store.queue.claim_due(tick=server_store.now(), lease=LEASE, limit=500)
+    claim_due(server_store)
     assert rows_read(server_store) - before < 100
 
 
@@ -334,7 +339,7 @@ def test_no_statement_of_an_idle_pass_scans_the_shops_table(
     add_sessions(server_shop, numbered(3))
     server_shop.run("ANALYZE TABLE checkout_session")
     census(server_store, server_store.now())
-    server_store.queue.claim_due(tick=server_store.now(), lease=LEASE, limit=500)
+    claim_due(server_store)
     database = server_store._database
     query, access = database.query, {}
 
@@ -346,7 +351,7 @@ def test_no_statement_of_an_idle_pass_scans_the_shops_table(
 
     monkeypatch.setattr(database, "query", explained)
     census(server_store, server_store.now())
-    assert server_store.queue.claim_due(tick=server_store.now(), lease=LEASE, limit=500) == []
+    assert claim_due(server_store) == []
     of_shop = {how for (_sql, table), how in access.items() if table in ("s", "checkout_session")}
     assert of_shop == {"ref", "eq_ref"}  # by the index on status, by key; "ALL" would be a scan
 
@@ -361,7 +366,7 @@ def test_a_claim_reads_the_sessions_claimed_and_not_every_open_one(
     add_sessions(server_shop, {f"later-{n}": "checkout_1" for n in range(4900)})
     census(server_store, server_store.now())
     before = rows_read(server_store)
-    claimed = server_store.queue.claim_due(tick=server_store.now(), lease=LEASE, limit=500)
+    claimed = claim_due(server_store)
     assert len(claimed) == 500
     assert rows_read(server_store) - before < 3000
 

@@ -26,7 +26,7 @@ STATUS_CODES = {
 
 
 def claim(session_id: str = "cart-1", checkout_id: str | None = "checkout_1") -> Claim:
-    return Claim(session_id, checkout_id, NOON, 0, NOON, NOON + timedelta(seconds=20))
+    return Claim(1, session_id, checkout_id, NOON, 0, NOON, NOON + timedelta(seconds=20))
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ async def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_
     other = Store(database_of(mariadb_shop, clock))
 
     running = asyncio.create_task(passes.run())
-    await until(lambda: other.shared.read_pause().until == NOON + timedelta(seconds=30))
+    await until(lambda: other.shared.read_pause()[0].until == NOON + timedelta(seconds=30))
     answered.set()
     await running
     other.close()
@@ -163,7 +163,7 @@ async def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
     billing.held = {checkout: asyncio.Event() for checkout in numbered(40).values()}
     read_pause, reads = Shared.read_pause, 0
 
-    def noting(shared: Shared) -> Pause:
+    def noting(shared: Shared) -> tuple[Pause, datetime]:
         nonlocal reads
         pause = read_pause(shared)
         reads += 1
@@ -203,7 +203,7 @@ async def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_cl
 
     claim, claimed = Recorder.claim, list[int]()
 
-    async def noting(recorder: Recorder, how: Callable[[], list[Claim]]) -> list[Claim]:
+    async def noting(recorder: Recorder, how: Callable[[datetime], list[Claim]]) -> list[Claim]:
         claims = await claim(recorder, how)
         claimed.append(len(claims))
         return claims
@@ -308,13 +308,13 @@ def test_a_pause_is_never_shortened_and_only_the_newest_is_ended(
 ) -> None:
     store, other = (Store(database_of(shop, clock)) for _ in range(2))
     assert store.prepare() == []
-    before = store.shared.read_pause()
+    before, _now = store.shared.read_pause()
     long = store.shared.pause(30)
     assert other.shared.pause(5) == other.shared.pause(None) == long
     other.shared.end_pauses(before)
-    assert store.shared.read_pause() == long
+    assert store.shared.read_pause()[0] == long
     other.shared.end_pauses(long)
-    assert store.shared.read_pause().in_a_row == 0
+    assert store.shared.read_pause()[0].in_a_row == 0
     store.close()
     other.close()
 

@@ -334,7 +334,7 @@ class Crowd:
                 store = self.stores[worker]
                 census(store, self.clock.now)
                 self.claims[worker] += store.queue.claim_due(
-                    tick=self.clock.now, lease=timedelta(seconds=20), limit=3
+                    store.now(), tick=self.clock.now, lease=timedelta(seconds=20), limit=3
                 )
             case ("record", worker, answer):
                 self.record(worker, answer)
@@ -359,7 +359,7 @@ class Crowd:
         claims, self.claims[worker] = self.claims[worker], []
         status = None if answer.status is SessionStatus.OPEN else answer.status
         results = [Result(claim, answer, NOON, status, try_again_at=NOON) for claim in claims]
-        for result in self.stores[worker].record(results).changed:
+        for result in self.stores[worker].record(results, self.stores[worker].now()).changed:
             assert result.new_status is not None
             self.changed.append((result.claim.session_id, result.new_status.value))
 

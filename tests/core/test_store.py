@@ -24,7 +24,7 @@ def store(shop: Shop, clock: FakeClock) -> Iterator[Store]:
 
 
 def claim_all(store: Store, tick: datetime, limit: int = 10_000) -> list[Claim]:
-    return store.queue.claim_due(tick=tick, lease=LEASE, limit=limit)
+    return store.queue.claim_due(store.now(), tick=tick, lease=LEASE, limit=limit)
 
 
 def results(claims: Sequence[Claim], next_check_at: datetime, outcome: Outcome) -> list[Result]:
@@ -131,7 +131,7 @@ def test_a_session_that_another_store_closes_and_forgets_is_not_brought_back_by_
     claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success'")
     census(store, NOON)
-    store.record(results(claims, NOON, Outcome.ACTIVE))
+    store.record(results(claims, NOON, Outcome.ACTIVE), store.now())
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
@@ -139,7 +139,7 @@ def checked_all(store: Store, due_after: Mapping[str, int]) -> None:
     """Check every session, after which each is due so many seconds after NOON."""
     for claim in claim_all(store, NOON):
         due = NOON + timedelta(seconds=due_after[claim.session_id])
-        store.record(results([claim], due, Outcome.ACTIVE))
+        store.record(results([claim], due, Outcome.ACTIVE), store.now())
 
 
 @pytest.mark.parametrize("reason", [Reason.TICK, Reason.MANUAL])
@@ -150,9 +150,9 @@ def test_claims_go_to_the_least_recently_due_first(
     census(store, NOON)
     checked_all(store, {"s0": 15, "s1": 5, "s2": 10})
     clock.advance(20)
-    claim = partial(store.queue.claim_due, tick=clock.now)
+    claim = partial(store.queue.claim_due, clock.now, tick=clock.now)
     if reason is Reason.MANUAL:
-        claim = partial(store.queue.claim_unchecked, since=clock.now)
+        claim = partial(store.queue.claim_unchecked, clock.now, since=clock.now)
     order = [claim(lease=LEASE, limit=1)[0].session_id for _ in range(3)]
     assert order == ["s1", "s2", "s0"]
 
@@ -176,7 +176,7 @@ def test_a_claimed_session_is_not_claimed_again_before_its_lease_is_over(
     assert len(claim_all(store, NOON)) == 1
     clock.advance(LEASE.total_seconds() - 0.001)
     assert claim_all(store, clock.now) == []
-    assert store.queue.claim_unchecked(since=clock.now, lease=LEASE, limit=10) == []
+    assert store.queue.claim_unchecked(store.now(), since=clock.now, lease=LEASE, limit=10) == []
     assert census(store, clock.now).in_flight == 1
     clock.advance(0.001)
     assert ids(claim_all(store, clock.now)) == ["s0"]
@@ -187,7 +187,9 @@ def test_what_is_recorded_frees_the_claim_and_sets_when_the_session_is_due(
 ) -> None:
     add_sessions(shop, numbered(2))
     census(store, NOON)
-    store.record(results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE))
+    store.record(
+        results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
+    )
     assert (
         shop.run(
             "SELECT last_outcome, last_status_code, attempts, consecutive_failures, claimed_until"
@@ -207,7 +209,7 @@ def test_what_is_due_at_the_tick_is_claimed_though_the_databases_clock_is_behind
     add_sessions(shop, numbered(1))
     census(store, NOON)
     tick = NOON + timedelta(seconds=5)
-    store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE))
+    store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE), store.now())
     clock.advance(4.9)
     assert census(store, tick).not_due == 0
     assert ids(claim_all(store, tick)) == ["s0"]
@@ -222,7 +224,7 @@ def test_failures_in_a_row_are_counted_and_a_success_resets_them(store: Store, s
         (Outcome.NOT_FOUND, 0),
         (Outcome.TIMEOUT, 1),
     ):
-        store.record(results(claim_all(store, NOON), NOON, outcome))
+        store.record(results(claim_all(store, NOON), NOON, outcome), store.now())
         assert shop.run(
             "SELECT consecutive_failures, last_outcome FROM checkout_session_check"
         ) == [(failures, outcome.value)]
@@ -246,10 +248,10 @@ def test_a_result_that_comes_after_the_lease_leaves_the_new_claim_alone(
     late = claim_all(store, NOON)
     clock.advance(LEASE.total_seconds())
     [current] = claim_all(store, clock.now)
-    store.record(results(late, NOON, Outcome.TIMEOUT))
+    store.record(results(late, NOON, Outcome.TIMEOUT), store.now())
     store.queue.release(late)
     assert claim_all(store, clock.now) == []
-    store.record(results([current], clock.now, Outcome.ACTIVE))
+    store.record(results([current], clock.now, Outcome.ACTIVE), store.now())
     assert shop.run("SELECT attempts, last_outcome FROM checkout_session_check") == [(1, "active")]
 
 
@@ -258,13 +260,15 @@ def test_a_manual_pass_claims_what_is_not_due_but_nothing_twice(
 ) -> None:
     add_sessions(shop, numbered(3))
     census(store, NOON)
-    store.record(results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE))
+    store.record(
+        results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
+    )
     clock.advance(1)
     since = clock.now
-    claims = store.queue.claim_unchecked(since=since, lease=LEASE, limit=10)
+    claims = store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10)
     assert len(claims) == 3
-    store.record(results(claims, NOON + timedelta(hours=1), Outcome.ACTIVE))
-    assert store.queue.claim_unchecked(since=since, lease=LEASE, limit=10) == []
+    store.record(results(claims, NOON + timedelta(hours=1), Outcome.ACTIVE), store.now())
+    assert store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10) == []
 
 
 def test_a_manual_pass_over_ids_claims_and_counts_only_those(store: Store, shop: Shop) -> None:
@@ -272,10 +276,15 @@ def test_a_manual_pass_over_ids_claims_and_counts_only_those(store: Store, shop:
     add_sessions(shop, {"done": "4"}, status="success")
     asked = ["a", "\u65e5\u672c", "done", "nobody", "\U0001f600", "\ud800", "x' OR '1'='1"]
     assert census(store, NOON, asked).open == 2
-    claims = store.queue.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=asked)
+    claims = store.queue.claim_unchecked(
+        store.now(), since=NOON, lease=LEASE, limit=10, session_ids=asked
+    )
     assert ids(claims) == ["a", "\u65e5\u672c"]
     assert (
-        store.queue.claim_unchecked(since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]) == []
+        store.queue.claim_unchecked(
+            store.now(), since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]
+        )
+        == []
     )
 
 
@@ -324,6 +333,6 @@ def test_the_shops_table_is_left_as_it_was(store: Store, shop: Shop, clock: Fake
     before = shop.run("SELECT * FROM checkout_session ORDER BY id")
     census(store, NOON)
     claims = claim_all(store, NOON)
-    store.record(results(claims[:3], NOON, Outcome.NOT_FOUND))
+    store.record(results(claims[:3], NOON, Outcome.NOT_FOUND), store.now())
     store.queue.release(claims[3:])
     assert shop.run("SELECT * FROM checkout_session ORDER BY id") == before

@@ -105,8 +105,6 @@ def test_a_bug_counts_as_a_failed_pass(
     assert '"PassesFailed":1' in capsys.readouterr().out
 
 
-def test_the_collector_that_an_import_does_without_runs_afterwards_and_passes_over_what_is_there() -> (
-    None
-):
+def test_the_garbage_collector_runs_after_the_import_that_it_sat_out() -> None:
     assert gc.isenabled()
     assert gc.get_freeze_count() > 0
