@@ -157,26 +157,53 @@ def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
     assert census(store, store.now()).open == 0
 
 
+@pytest.fixture
+def breaking(server_store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """From its call on the answer to the first statement is lost; returns what was executed."""
+
+    def begin() -> list[str]:
+        database, executed = server_store._database, list[str]()
+        execute = database.execute
+
+        def break_once(sql: str, parameters: Sequence[Value] = ()) -> int:
+            changed = execute(sql, parameters)
+            executed.append(sql)
+            if len(executed) == 1:
+                raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
+            return changed
+
+        monkeypatch.setattr(database, "execute", break_once)
+        return executed
+
+    return begin
+
+
 def test_a_pass_that_begins_is_one_row_though_its_connection_breaks_behind_the_insert(
-    server_store: Store, server_shop: Shop, monkeypatch: pytest.MonkeyPatch
+    server_store: Store, server_shop: Shop, breaking: Callable[[], list[str]]
 ) -> None:
-    database = server_store._database
-    execute, inserts = database.execute, 0
-
-    def breaking(sql: str, parameters: Sequence[Value] = ()) -> int:
-        nonlocal inserts
-        changed = execute(sql, parameters)
-        inserts += 1
-        if inserts == 1:
-            raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
-        return changed
-
-    monkeypatch.setattr(database, "execute", breaking)
+    executed = breaking()
     server_store.runs.begin(Summary(Reason.TICK, NOON))
-    assert inserts == 2
+    assert len(executed) == 2
     assert server_shop.run("SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'") == [
         (1,)
     ]
+
+
+def test_a_failure_counts_once_though_the_connection_breaks_behind_what_records_it(
+    server_store: Store, server_shop: Shop, breaking: Callable[[], list[str]]
+) -> None:
+    add_sessions(server_shop, numbered(3))
+    census(server_store, server_store.now())
+    claims, now = claim_due(server_store), server_store.now()
+    executed = breaking()
+    server_store.record([Result(c, Answer(Outcome.TIMEOUT), now) for c in claims], now)
+    assert len(executed) == 2
+    assert (
+        server_shop.run(
+            "SELECT attempts, consecutive_failures, claimed_until FROM checkout_session_check"
+        )
+        == [(1, 1, None)] * 3
+    )
 
 
 def test_a_database_that_is_away_is_one_clear_error_and_works_again_when_it_is_back(
