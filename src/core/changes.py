@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from core.database import Database, RefusedError, Value, listed, marks
 from core.model import Outcome, Recorded, Result, SessionStatus, StatusChange
-from core.queue import Queue
+from core.queue import Queue, by_token
 
 # In one transaction, so that it holds few of the shop's rows: as many events as one PutEvents call
 # takes. With hundreds of ids MariaDB may also read the whole table instead of their rows.
@@ -105,8 +105,7 @@ class Changes:
     def _still_ours(self, results: Sequence[Result]) -> list[str]:
         """The ids whose claim has not lapsed and gone to another worker; held until the commit."""
         ours: list[str] = []
-        for claimed_until in {result.claim.claimed_until for result in results}:
-            rowids = [r.claim.rowid for r in results if r.claim.claimed_until == claimed_until]
+        for claimed_until, rowids in by_token(result.claim for result in results).items():
             rows = self._database.query(
                 "SELECT session_id FROM checkout_session_check"
                 f" WHERE claimed_until = %s AND rowid IN {listed(rowids)}"

@@ -100,22 +100,22 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
   KEY checkout_session_change_changed (changed_at)
 ) ENGINE=InnoDB"""
 
-# What a table of version 0.1.0 lacks, by the column that tells: whether it is there, and nullable.
+# What a table of version 0.1.0 lacks, by the column that tells: its name, and if it is nullable.
 UPGRADES = {
-    ("checkout_session_check", "rowid", "NO"): (
+    ("checkout_session_check", ("rowid", "NO")): (
         "ALTER TABLE checkout_session_check DROP PRIMARY KEY,"
         " ADD COLUMN rowid BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY FIRST,"
         " ADD UNIQUE KEY checkout_session_check_session (session_id)"
     ),
-    ("checkout_session_check", "failing_since", "YES"): (
+    ("checkout_session_check", ("failing_since", "YES")): (
         "ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL,"
         " ADD KEY checkout_session_check_failing (consecutive_failures)"
     ),
-    ("checkout_session_run", "finished_at", "YES"): (
+    ("checkout_session_run", ("finished_at", "YES")): (
         "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
         " ADD KEY checkout_session_run_tick (tick)"
     ),
-    ("checkout_session_pause", "last_tick", "YES"): (
+    ("checkout_session_pause", ("last_tick", "YES")): (
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
         " ADD COLUMN counts VARCHAR(2000) NULL, ADD COLUMN counted_at DATETIME(3) NULL,"
         " ADD COLUMN count_again_at DATETIME(3) NULL"
@@ -173,8 +173,8 @@ class MySQLDatabase:
         refused = [s for s in statements if not self.run(partial(self._create, s))]
         refused += [
             statement
-            for (table, *column), statement in UPGRADES.items()
-            if not self.run(partial(self._upgrade, table, tuple(column), statement))
+            for (table, column), statement in UPGRADES.items()
+            if not self.run(partial(self._upgrade, table, column, statement))
         ]
         if refused:
             raise StoreError(
@@ -354,7 +354,7 @@ class MySQLDatabase:
             raise
         return True
 
-    def _upgrade(self, table: str, column: tuple[str, ...], statement: str) -> bool:
+    def _upgrade(self, table: str, column: tuple[str, str], statement: str) -> bool:
         """Whether the table is of this version, changed just now if need be."""
         columns = self.query(
             "SELECT column_name, is_nullable FROM information_schema.columns"

@@ -1,7 +1,7 @@
 """`checkout_session_check`, the queue: one row for each open session, handed out by claims.
 
-Claims and results name rows by their number: to compare two ids by the shop's collation, twenty
-times for each row, takes MySQL as long as all the rest of an UPDATE.
+Claims and results name rows by their number: to compare ids by the shop's collation, at every
+level of a key, takes MySQL up to as long as all the rest of an UPDATE.
 
 A session is due when its `next_check_at` has come and no claim on it is valid any more.
 """
@@ -107,7 +107,7 @@ class Queue:
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Give back sessions that were claimed and not checked: they stay as due as they were."""
-        by_claim = _by_token(claims)
+        by_claim = by_token(claims)
 
         def work() -> None:
             for claimed_until, rowids in by_claim.items():
@@ -239,7 +239,8 @@ def _alike(results: Iterable[Result]) -> dict[_Alike, list[int]]:
     return groups
 
 
-def _by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+def by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+    """The rows of each claim, by its `claimed_until`."""
     groups: defaultdict[datetime, list[int]] = defaultdict(list)
     for claim in claims:
         groups[claim.claimed_until].append(claim.rowid)

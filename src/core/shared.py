@@ -29,7 +29,7 @@ class Standing(NamedTuple):
 
     pause: Pause
     last_tick: datetime | None
-    last_count: Count  # as a whole; zeros before the first
+    last_count: Count  # a whole one; zeros before the first
     count_again_at: datetime | None
 
 
@@ -65,12 +65,7 @@ class Shared:
 
     def read_pause(self) -> tuple[Pause, datetime]:
         """The pause that billing asked for last (it may be over), and the database's clock."""
-
-        def work() -> tuple[Pause, datetime]:
-            standing, (now,) = self.read(self._database.now_sql)
-            return standing.pause, moment(now)
-
-        return self._database.run(work)
+        return self._database.run(self._pause_and_now)
 
     def lead(self, tick: datetime, *, not_after: datetime) -> bool:
         """Whether this worker is the one that leads the tick; one is.
@@ -132,7 +127,7 @@ class Shared:
             self.read()  # puts the row there
             # Whoever comes second waits here, and then sees the first one's pause.
             self._database.execute("UPDATE checkout_session_pause SET pauses = pauses WHERE id = 1")
-            pause = change(self.read()[0].pause, self._database.now())
+            pause = change(*self._pause_and_now())
             self._database.execute(
                 "UPDATE checkout_session_pause SET paused_until = %s, pauses = %s WHERE id = 1",
                 (pause.until, pause.in_a_row),
@@ -140,6 +135,10 @@ class Shared:
             return pause
 
         return self._database.transaction(work)
+
+    def _pause_and_now(self) -> tuple[Pause, datetime]:
+        standing, (now,) = self.read(self._database.now_sql)
+        return standing.pause, moment(now)
 
 
 def _count(text: Value) -> Count:

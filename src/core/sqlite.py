@@ -12,7 +12,7 @@ BUSY_SECONDS = 5
 
 TABLES = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
-  rowid INTEGER PRIMARY KEY, -- where a table of 0.1.0 has none, SQLite has it all the same
+  rowid INTEGER PRIMARY KEY, -- as every table of SQLite has it, declared or not
   session_id TEXT NOT NULL UNIQUE,
   next_check_at DATETIME NOT NULL,
   claimed_until DATETIME,
