@@ -347,34 +347,61 @@ async def test_a_bug_in_what_follows_an_answer_costs_no_other_session_its_check(
     ) == [(recorded, 0)]
 
 
-async def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
-    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of two claims of five, the second of which comes when nothing more can be begun."""
-    monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", 0.05)
-    add_sessions(passes.shop, numbered(10))
-    billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
-
-    claims: list[int] = []
+@pytest.fixture
+def claim_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sessions each claim has taken, but for those that found none."""
+    sizes: list[int] = []
     claim_due = Queue.claim_due
 
     def noting(
         queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
     ) -> list[Claim]:
         claimed = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
-        claims.extend([len(claimed)] if claimed else [])
+        sizes.extend([len(claimed)] if claimed else [])
         return claimed
 
     monkeypatch.setattr(Queue, "claim_due", noting)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("quickly_seconds", "sizes"),
+    [(60, [10, 10, 20, 40, 40, 40, 40]), (0, [10] * 20)],
+    ids=["quickly", "not quickly"],
+)
+async def test_a_claim_grows_up_to_four_times_where_batches_are_begun_quickly_and_only_there(
+    passes: Passes,
+    monkeypatch: pytest.MonkeyPatch,
+    claim_sizes: list[int],
+    quickly_seconds: int,
+    sizes: list[int],
+) -> None:
+    """The next batch is claimed before it is known how quickly this one is begun."""
+    monkeypatch.setattr(monitor, "QUICKLY_SECONDS", quickly_seconds)
+    add_sessions(passes.shop, numbered(200))
+    assert (await passes.run(MAX_CONCURRENCY="2")).checked == 200
+    assert claim_sizes == sizes
+
+
+async def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
+    passes: Passes,
+    billing: FakeBilling,
+    monkeypatch: pytest.MonkeyPatch,
+    claim_sizes: list[int],
+) -> None:
+    """Of two claims of five, the second of which comes when nothing more can be begun."""
+    monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", 0.05)
+    add_sessions(passes.shop, numbered(10))
+    billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
     claimed = "SELECT COUNT(*), COUNT(claimed_until) FROM checkout_session_check"
-    await until(lambda: len(claims) == 2 and passes.shop.run(claimed) == [(10, 1)])
+    await until(lambda: len(claim_sizes) == 2 and passes.shop.run(claimed) == [(10, 1)])
     for event in billing.held.values():
         event.set()
     summary = await running
     assert summary.checked == 1
     assert summary.skipped == {Skip.DEADLINE: 9}
-    assert claims == [5, 5]
+    assert claim_sizes == [5, 5]
 
 
 async def test_a_claim_that_took_the_database_too_long_is_given_back_and_the_pass_goes_on(
