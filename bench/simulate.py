@@ -14,7 +14,7 @@ import math
 import random
 import selectors
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
+from core.database import STATEMENT_ROWS
 from core.model import Answer, Outcome, Reason, Recorded, Result
 from core.monitor import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
@@ -38,16 +39,15 @@ if TYPE_CHECKING:
 OPEN = 1_000_000
 LIVES_SECONDS = 24 * 3600  # every session is abandoned, and expires after a day
 MINUTES = 10
-# What docs/settings.md recommends for so many sessions.
 CADENCE = "5s until 10m, 30s until 1h, 5m"
-IN_FLIGHT, WORKERS = 200, 20
-MEMORY_MB = 384  # the stack's default
 LATENCY_SECONDS = 0.1
+MEMORY_MB, IN_FLIGHT, WORKERS = 384, 100, 10  # the stack's defaults
 FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
 # Measured by make bench on MariaDB, two cores: a check's processor time in a full pass.
 CHECK_CPU_SECONDS = 0.000_1
 # What a step on the database takes in a pass at full speed (DEBUG logs it), MariaDB's thread and
-# its wait for the interpreter included: a claim of 500, a record of 500, a piece of the count.
+# its wait for the interpreter included: a claim of 500 or fewer and as much for each 500 more, a
+# record likewise, a piece of the count.
 STEP_SECONDS = {"claim_unless_paused": 0.02, "_record": 0.01, "_count_piece": 0.01}
 SMALL_STEP_SECONDS = 0.002  # any other: a statement or two
 # An asynchronous Invoke until its handler runs, in a warm environment and in a new one.
@@ -94,31 +94,52 @@ class _Inline(ThreadPoolExecutor):
         return future
 
 
+class _CountingDatabase(SQLiteDatabase):
+    """Knows how many rows were inserted, changed or deleted by now."""
+
+    changed = 0
+
+    @override
+    def execute(self, sql: str, parameters: Sequence["Value"] = ()) -> int:
+        changed = super().execute(sql, parameters)
+        self.changed += max(0, changed)
+        return changed
+
+
 class _DatabaseThread(ThreadPoolExecutor):
     """A worker's database thread: each step takes its STEP_SECONDS, one after the other."""
 
-    def __init__(self, loop: VirtualLoop) -> None:
+    def __init__(self, loop: VirtualLoop, database: _CountingDatabase) -> None:
         super().__init__(1)
         self._loop = loop
-        self._free = 0.0
+        self._database = database
+        self._steps = deque[Callable[[], None]]()  # the first one is under way
 
     @override
     def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
         name = fn.func.__name__ if isinstance(fn, partial) else fn.__name__
-        takes = STEP_SECONDS.get(name, SMALL_STEP_SECONDS)
-        self._free = max(self._free, self._loop.now) + takes
 
         def step() -> None:
+            before = self._database.changed
             try:
-                result = fn(*args, **kwargs)
+                done = partial(future.set_result, fn(*args, **kwargs))
             except Exception as error:  # noqa: BLE001 (it is the caller's)
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+                done = partial(future.set_exception, error)
+            statements = max(1, (self._database.changed - before) / STATEMENT_ROWS)
+            takes = statements * STEP_SECONDS.get(name, SMALL_STEP_SECONDS)
+            self._loop.call_later(takes, self._end, done)
 
-        self._loop.call_at(self._free, step)
+        self._steps.append(step)
+        if len(self._steps) == 1:
+            step()
         return future
+
+    def _end(self, done: Callable[[], None]) -> None:
+        done()
+        self._steps.popleft()
+        if self._steps:
+            self._steps[0]()
 
 
 @dataclass
@@ -161,7 +182,7 @@ class Simulation:
         self.latency = latency
         self.check_seconds = CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB)
         self.loop = VirtualLoop()
-        self.database = SQLiteDatabase(Path(":memory:"), clock=self.now)
+        self.database = _CountingDatabase(Path(":memory:"), clock=self.now)
         self.random = random.Random(1)
         self.due: dict[str, datetime] = {}
         self.opened: dict[str, datetime] = {}  # not checked yet
@@ -235,7 +256,7 @@ class Simulation:
                     - self.settings.request_timeout_seconds,
                     total_seconds=LAMBDA_SECONDS - FINISH_SECONDS,
                 ),
-                database_thread=_DatabaseThread(self.loop),
+                database_thread=_DatabaseThread(self.loop, self.database),
                 start_worker=self.start,
                 choose=self.random.randint,
             )
