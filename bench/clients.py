@@ -22,9 +22,9 @@ from typing import IO, Any, NotRequired, TypedDict
 import aiohttp
 import httpx
 
-from core import observability
-from core.billing import BillingClient
-from core.model import Outcome
+from core import log
+from core.billing.client import BillingClient
+from core.domain.model import Outcome
 from core.settings import Settings
 from core.worker import Worker
 
@@ -174,7 +174,7 @@ def main() -> None:
     # What a pass logs goes where Lambda's does, into a pipe; the reports go to the real stdout.
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    observability.set_level(debug=False)
+    log.set_level(debug=False)
     clients: dict[str, Callable[[], Run]] = {
         "http": http_part,
         "pass": lambda: full_pass(reports),

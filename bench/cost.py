@@ -20,7 +20,7 @@ from typing import Any, Self
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from bench.executions import Clock
-from core.cadence import Cadence, parse_duration
+from core.domain.cadence import Cadence, parse_duration
 from local import loop
 
 ROOT = Path(__file__).parents[1]

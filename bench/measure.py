@@ -19,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench import wire
-from core.cadence import slot_at
-from core.model import iso
-from core.observability import logger
+from core.domain.cadence import slot_at
+from core.domain.model import iso
+from core.log import logger
 from handlers import check
 from tests.support import Shop, add_sessions, mariadb_server, mysql_shop
 

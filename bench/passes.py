@@ -8,7 +8,7 @@ from statistics import median
 from bench.machine import Machine, adopt, make_due, pass_job
 from bench.programs import HTTP, MARIADB, Program
 from bench.report import Results, cpu_seconds_a_check
-from core.overview import Overview
+from core.store.status_report import Overview
 from core.worker import open_database
 from tests.history import History
 from tests.support import FakeClock, Shop, add_sessions, numbered

@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
-from core.database import STATEMENT_ROWS
-from core.model import Answer, Outcome, Reason, Recorded, Result
-from core.monitor import PassOptions, check_open_checkout_sessions
+from core.database.port import STATEMENT_ROWS
+from core.database.sqlite import SQLiteDatabase
+from core.domain.model import Answer, Outcome, Reason, Recorded, Result
+from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
-from core.sqlite import SQLiteDatabase
-from core.store import Store
+from core.store.store import Store
 from core.worker import FINISH_SECONDS
 from tests.support import statements
 
 if TYPE_CHECKING:
-    from core.database import Value
+    from core.database.port import Value
 
 OPEN = 1_000_000
 LIVES_SECONDS = 24 * 3600  # every session is abandoned, and expires after a day

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-from core import observability
-from core.settings import Settings, SettingsError, SQLitePath
+from core import log
+from core.database.address import SQLitePath
+from core.errors import SettingsError
+from core.settings import Settings
 from local import billing, loop, terminal
 from local.api import running_api
 from local.samples import SAMPLES, make_samples
@@ -45,7 +47,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know the emoji
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    observability.use_plain_text()
+    log.use_plain_text()
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
@@ -89,14 +91,14 @@ def prepared(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSt
     given = {name: value for name, value in env.items() if value.strip()}
     given.setdefault("DATABASE_URL", f"sqlite:///{DATABASE}")
     given.setdefault("CHECK_INTERVAL_SECONDS", str(loop.default_interval_seconds()))
-    given.setdefault("LOG_LINES_ACTIVE", str(observability.LINES_PER_OUTCOME))
+    given.setdefault("LOG_LINES_ACTIVE", str(log.LINES_PER_OUTCOME))
     simulated = None
     if "BILLING_API_URL" not in given:
         with on_port(billing_port, "--billing-port"):
             simulated = stack.enter_context(billing.running_billing(port=billing_port))
         given["BILLING_API_URL"] = simulated.url
     settings = Settings.from_env(given)
-    observability.set_level(debug=settings.debug)
+    log.set_level(debug=settings.debug)
     told = [f"{'Simulated b' if simulated else 'B'}illing service: {settings.billing_api_url}"]
     if isinstance(settings.database, SQLitePath):
         path = settings.database.path

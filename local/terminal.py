@@ -11,7 +11,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from core.observability import logger
+from core.log import logger
 
 # New sessions that are well, and lines in one pass: the newest line tells how many there are.
 MOST_NEW = MOST_IN_A_PASS = 20

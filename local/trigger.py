@@ -6,7 +6,8 @@ import sys
 
 import httpx
 
-from core.settings import SettingsError, checked_api_key
+from core.errors import SettingsError
+from core.settings import checked_api_key
 
 URL = "http://localhost:3001/api/test/checkout-sessions"
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-from core.crew import StartError
-from core.database import StoreError
-from core.model import JsonObject, Summary
-from core.observability import logger
+from core.domain.model import JsonObject, Summary
+from core.errors import StartWorkerError, StoreError
+from core.log import logger
 from core.settings import Settings
 from core.worker import Health, Worker
 
@@ -35,7 +34,7 @@ class Workers:
         """Start the tick's pass and come back at once; without a free worker it is skipped."""
         try:
             self._start_another(tick)
-        except StartError as error:
+        except StartWorkerError as error:
             logger.error(f"❌ Tick skipped: {error}")
 
     def health(self) -> Health:
@@ -62,7 +61,7 @@ class Workers:
 
     def _start_another(self, tick: datetime) -> None:
         if not self._free.acquire(blocking=False):
-            raise StartError(f"all {self._most} workers are busy")
+            raise StartWorkerError(f"all {self._most} workers are busy")
         self._pool.submit(self._check, tick)
 
     def _check(self, tick: datetime) -> None:

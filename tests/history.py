@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from core.settings import Settings
-from core.store import Store
+from core.store.store import Store
 from core.worker import open_database
 from tests.support import NOON, FakeClock, Shop, add_sessions, settings_for
 

@@ -17,21 +17,21 @@ from urllib.parse import urlsplit
 
 import pymysql
 
-from core.database import Database
-from core.model import Answer, Count, Outcome, Reason, Summary
-from core.monitor import (
+from core.database.port import Database
+from core.domain.model import Answer, Count, Outcome, Reason, Summary
+from core.passes.check_pass import (
     PassOptions,
     check_open_checkout_sessions,
     trigger_checkout_session_check,
 )
 from core.settings import Settings
-from core.store import Store
+from core.store.store import Store
 from core.worker import open_database
 from local.mariadb import mariadb_server as mariadb_server  # noqa: PLC0414 (tests and bench use it)
 
 if TYPE_CHECKING:
-    from core.changes import Publisher
-    from core.crew import StartWorker
+    from core.passes.scaling import StartWorker
+    from core.store.status_changes import Publisher
 
 EVENTS = Path(__file__).parents[1] / "events"
 SCHEMA = Path(__file__).parents[1] / "local" / "schema"

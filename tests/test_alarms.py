@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core import observability
-from core.model import Outcome, Reason, Summary
+from core import metrics
+from core.domain.model import Outcome, Reason, Summary
 from tests.alarms import CloudWatch
 from tests.support import NOON
 
@@ -32,7 +32,7 @@ def passes(**given: Any) -> Minute:  # noqa: ANN401 (a Summary's fields)
         scheduled(watch)
         for _pass in range(PASSES_A_MINUTE):
             summary = Summary(Reason.TICK, NOON, led=True, counted=True, duration_seconds=0.2)
-            observability.measure(replace(summary, **given))
+            metrics.measure(replace(summary, **given))
 
     return emit
 
@@ -63,7 +63,7 @@ def scheduled(watch: CloudWatch) -> None:
 def failures(watch: CloudWatch) -> None:
     scheduled(watch)
     for _pass in range(PASSES_A_MINUTE):
-        observability.measure_failure()
+        metrics.measure_failure()
 
 
 def zeroes(watch: CloudWatch) -> None:
@@ -221,10 +221,10 @@ def test_a_minute_without_failures_among_bad_ones_counts_as_good(run: Run) -> No
 def test_every_metric_that_is_sent_is_known_and_a_healthy_hour_is_billed_six(
     run: Run,
 ) -> None:
-    assert len(run.watch.names(observability.NAMESPACE)) == 6
+    assert len(run.watch.names(metrics.NAMESPACE)) == 6
     for minute in (*FINE.values(), *(minute for cases in FOR.values() for minute, _ in cases)):
         run(minute)
-    assert run.watch.names(observability.NAMESPACE) <= set(observability.METRICS)
+    assert run.watch.names(metrics.NAMESPACE) <= set(metrics.METRICS)
 
 
 @pytest.mark.parametrize(

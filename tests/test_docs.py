@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core.model import Outcome, Skip
-from core.status import WORDS
-from core.verdict import BILLING_TROUBLE
+from core.billing.status_words import WORDS
+from core.domain.model import Outcome, Skip
+from core.domain.verdict import BILLING_TROUBLE
 from handlers.page import FILE as PAGE
 from local.billing import BY_ID, MODES
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench import wire
-from core.billing import BillingClient
-from core.model import Outcome
-from core.transport import MOST_STREAMS
+from core.billing.client import BillingClient
+from core.billing.transport import MOST_STREAMS
+from core.domain.model import Outcome
 
 TIMEOUT_SECONDS = 5  # a connection is asked for its life after a fifth of it
 

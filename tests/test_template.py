@@ -21,7 +21,7 @@ from samtranslator.parser.parser import Parser  # type: ignore[import-untyped]
 from samtranslator.translator.translator import Translator  # type: ignore[import-untyped]
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core.observability import METRICS, NAMESPACE
+from core.metrics import METRICS, NAMESPACE
 from core.settings import Settings
 from core.worker import FINISH_SECONDS
 from handlers import api
@@ -585,7 +585,7 @@ class TestMonitoring:
         self, template: dict[str, Any], resources: dict[str, Resource]
     ) -> None:
         emitted = subprocess.run(
-            [sys.executable, "-c", "from core import observability as o; o.measure_failure()"],
+            [sys.executable, "-c", "from core import metrics; metrics.measure_failure()"],
             cwd=ROOT / "src",
             env=environment(template, resources),
             capture_output=True,

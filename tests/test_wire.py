@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from bench import wire
-from core.billing import BillingClient
-from core.model import Outcome
-from core.status import PATH, WORDS, StatusReader
+from core.billing.client import BillingClient
+from core.billing.status_words import PATH, WORDS, StatusReader
+from core.domain.model import Outcome
 
 CHECKS, AT_ONCE = 400, 40
 

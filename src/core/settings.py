@@ -3,49 +3,20 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, Never
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 from jmespath.exceptions import JMESPathError
 from pyreqwest.http import Url
 
-from core import cadence, status
-from core.cadence import Cadence, parse_duration
-from core.status import StatusReader
+from core.billing import status_words
+from core.billing.status_words import StatusReader
+from core.database.address import DATABASE_URL_FORM, DatabaseAddress, parse_database_url
+from core.domain import cadence
+from core.domain.cadence import Cadence, parse_duration
+from core.errors import SettingsError
 
 BILLING_API_URL = "http://localhost:4000/billing/api/v1/paysession"
-DATABASE_FORM = (
-    "mysql://user:password@host:3306/database (optional: ?ssl_ca=/path/to/ca.pem or ?ssl=true) "
-    "or sqlite:///path/to/file"
-)
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be used. The message names it, what was given, and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class MySQLAddress:
-    """Where a MySQL or MariaDB server is, and who we are there."""
-
-    host: str
-    port: int
-    user: str
-    password: str = field(repr=False)
-    database: str
-    ssl_ca: str | None = None  # a CA file of one's own
-    ssl: bool = False  # TLS required, certificate verified by ssl_ca or the system's CAs
-
-
-class SQLitePath(NamedTuple):
-    """The file of the embedded database."""
-
-    path: Path
-
-
-type DatabaseAddress = MySQLAddress | SQLitePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +62,7 @@ class Settings:
         database_secret_arn = given.get("DATABASE_SECRET_ARN")
         if database_url is None and database_secret_arn is None:
             raise SettingsError(
-                f"DATABASE_URL is not set; it must be {DATABASE_FORM}, "
+                f"DATABASE_URL is not set; it must be {DATABASE_URL_FORM}, "
                 "or DATABASE_SECRET_ARN must name a secret."
             )
         interval = _number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60)
@@ -117,62 +88,6 @@ class Settings:
             log_lines_active=None if debug else log_lines,
             debug=debug,
         )
-
-
-def parse_database_url(text: str) -> DatabaseAddress:
-    """Take a `DATABASE_URL` apart. Percent-encoding in user, password and database is undone.
-
-    Raises:
-        SettingsError: another form. The message shows no more of the text than its scheme, because
-            the rest may hold the password.
-    """
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        url = None
-    if url is None:  # out of the except clause: that error's text may hold the password
-        _refuse_database_url(text, "cannot be read as a URL")
-    if "#" in text:
-        _refuse_database_url(text, "holds a '#', which must be written %23")
-    if url.scheme == "sqlite":
-        path = unquote(url.path.removeprefix("/"))
-        if url.netloc or not path or "?" in text:
-            _refuse_database_url(text, "names no file")
-        return SQLitePath(Path(path))
-    if url.scheme != "mysql":
-        _refuse_database_url(text, "has another scheme than mysql or sqlite")
-    database = unquote(url.path.removeprefix("/"))
-    if not (url.hostname and url.username and database) or "/" in database or port == 0:
-        _refuse_database_url(text, "must name a user, a host and one database")
-    options = dict(parse_qsl(url.query, keep_blank_values=True))
-    ssl_ca = options.pop("ssl_ca", None)
-    ssl = options.pop("ssl", "true" if ssl_ca else "false")
-    if options or ssl not in ("true", "false") or ssl_ca == "" or (ssl_ca and ssl == "false"):
-        _refuse_database_url(text, "has an option other than ssl_ca=<file> or ssl=true|false")
-    if ssl_ca is not None and not Path(ssl_ca).is_file():
-        raise SettingsError(
-            f"DATABASE_URL names the CA file {ssl_ca!r} in ssl_ca, which is not there; "
-            "it must be the path of a file in PEM format."
-        )
-    return MySQLAddress(
-        host=url.hostname,
-        port=port or 3306,
-        user=unquote(url.username),
-        password=unquote(url.password or ""),
-        database=database,
-        ssl_ca=ssl_ca,
-        ssl=ssl == "true",
-    )
-
-
-def _refuse_database_url(text: str, why: str) -> Never:
-    scheme, separator, _ = text.partition("://")
-    # What stands before '://' is a scheme only in this form (RFC 3986); it may be a password too.
-    if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
-        scheme = "…"
-    shown = f"{scheme}://…" if separator else "a text without '://'"
-    raise SettingsError(f"DATABASE_URL ({shown}) {why}; it must be {DATABASE_FORM}.")
 
 
 def checked_api_key(source: str, key: str) -> str:
@@ -225,13 +140,13 @@ def _cadence(text: str) -> Cadence:
 
 
 def _status_reader(given: Mapping[str, str]) -> StatusReader:
-    path = given.get("BILLING_STATUS_PATH", status.PATH)
+    path = given.get("BILLING_STATUS_PATH", status_words.PATH)
     words = given.get("BILLING_STATUS_MAP")
     try:
-        meanings = status.parse_words(words) if words else status.WORDS
+        meanings = status_words.parse_words(words) if words else status_words.WORDS
     except ValueError as error:
         raise SettingsError(
-            f"BILLING_STATUS_MAP is {words!r}: {error}; it must be {status.WORDS_FORM}."
+            f"BILLING_STATUS_MAP is {words!r}: {error}; it must be {status_words.WORDS_FORM}."
         ) from None
     try:
         return StatusReader(path, meanings)

@@ -10,18 +10,21 @@ from typing import NamedTuple
 import httpx
 import uvloop
 
-from core import monitor, secrets
-from core.billing import BillingClient
-from core.changes import Publisher
-from core.crew import StartWorker
-from core.database import Database, StoreError
-from core.model import JsonObject, Reason, Summary, iso
-from core.monitor import PassOptions
-from core.mysql import MySQLDatabase
-from core.observability import logger
-from core.runs import FRESH_INTERVALS
-from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
-from core.store import Store
+from core.aws import secrets_manager
+from core.billing.client import BillingClient
+from core.database.address import MySQLAddress, SQLitePath
+from core.database.mysql import MySQLDatabase
+from core.database.port import Database
+from core.domain.model import JsonObject, Reason, Summary, iso
+from core.domain.verdict import FRESH_INTERVALS
+from core.errors import SettingsError, StoreError
+from core.log import logger
+from core.passes import check_pass
+from core.passes.check_pass import PassOptions
+from core.passes.scaling import StartWorker
+from core.settings import Settings
+from core.store.status_changes import Publisher
+from core.store.store import Store
 
 # Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
 FINISH_SECONDS = 5.0
@@ -84,7 +87,7 @@ class Worker:
             total_seconds=total,
         )
         return self._run(
-            monitor.check_open_checkout_sessions(
+            check_pass.check_open_checkout_sessions(
                 self._store,
                 self._billing,
                 self._settings,
@@ -97,7 +100,7 @@ class Worker:
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         """Run a manual pass. Raises what the pass raises."""
         return self._run(
-            monitor.trigger_checkout_session_check(
+            check_pass.trigger_checkout_session_check(
                 self._store,
                 self._billing,
                 self._settings,
@@ -122,8 +125,8 @@ class Worker:
         return Health(checks, now, last_pass_at)
 
     def status(self) -> JsonObject:
-        """How everything stands; see `core.overview.Overview`. Raises StoreError."""
-        from core.overview import Overview  # noqa: PLC0415 (a cold worker does without)
+        """How everything stands; see `core.store.status_report.Overview`. Raises StoreError."""
+        from core.store.status_report import Overview  # noqa: PLC0415 (a cold worker does without)
 
         def read() -> JsonObject:
             self._prepare()
@@ -168,19 +171,19 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
         case MySQLAddress() as address:
             return MySQLDatabase(lambda *, refresh: address, clock=clock)  # noqa: ARG005
         case SQLitePath(path):
-            from core.sqlite import SQLiteDatabase  # noqa: PLC0415 (a cold worker does without)
+            from core.database.sqlite import SQLiteDatabase  # noqa: PLC0415 (a cold worker does without)
 
             return SQLiteDatabase(path, clock=clock)
         case None:
             arn = settings.database_secret_arn
             assert arn is not None  # noqa: S101 (Settings.from_env sees to it)
-            return MySQLDatabase(partial(secrets.read_database, arn), clock=clock)
+            return MySQLDatabase(partial(secrets_manager.read_database, arn), clock=clock)
 
 
 def _publisher(settings: Settings) -> Publisher | None:
     if settings.event_bus_name is None:
         return None
-    from core.events import EventBus  # noqa: PLC0415 (a cold worker does without)
+    from core.aws.event_bus import EventBus  # noqa: PLC0415 (a cold worker does without)
 
     return EventBus(settings.event_bus_name)
 
@@ -192,7 +195,7 @@ def _billing(
     key, arn = settings.api_key, settings.api_key_secret_arn
     read_again = None
     if key is None and arn is not None:
-        key = secrets.read_api_key(arn)
+        key = secrets_manager.read_api_key(arn)
         read_again = partial(_new_key_or, key, arn)
     if key is None:
         return None
@@ -208,7 +211,7 @@ def _billing(
 
 def _new_key_or(key: str, arn: str) -> str:
     try:
-        return secrets.read_api_key(arn, refresh=True)
+        return secrets_manager.read_api_key(arn, refresh=True)
     except SettingsError as error:
         logger.error(f"❌ {error}")
         return key

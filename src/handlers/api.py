@@ -14,10 +14,9 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response
 from aws_lambda_powertools.event_handler.api_gateway import ApiGatewayResolver
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core import observability
-from core.database import StoreError
-from core.model import JsonObject, Summary, iso
-from core.settings import SettingsError
+from core import log
+from core.domain.model import JsonObject, Summary, iso
+from core.errors import SettingsError, StoreError
 from core.worker import Health
 from handlers.check import worker
 from handlers.page import Page, operators_page
@@ -74,7 +73,7 @@ def add_routes(
         try:
             found = monitor().health()
         except SettingsError as error:
-            observability.logger.error(f"❌ {error}")
+            log.logger.error(f"❌ {error}")
             found = Health({"settings": False}, datetime.now(UTC), None)
         status = HTTPStatus.OK if found.ok else HTTPStatus.SERVICE_UNAVAILABLE
         return _answer(status, found.as_dict())
@@ -141,7 +140,7 @@ def _answered(work: Callable[[], JsonObject]) -> Response[str]:
 
 
 def _failure(status: HTTPStatus, error: Exception) -> Response[str]:
-    observability.logger.error(f"❌ {error}")
+    log.logger.error(f"❌ {error}")
     return _answer(
         status,
         {"success": False, "message": str(error), "timestamp": iso(datetime.now(UTC))},

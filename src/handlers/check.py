@@ -8,11 +8,11 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core import observability
-from core.crew import LambdaWorkers
-from core.database import StoreError
-from core.model import JsonObject
-from core.settings import Settings, SettingsError
+from core import log, metrics
+from core.aws.lambda_workers import LambdaWorkers
+from core.domain.model import JsonObject
+from core.errors import SettingsError, StoreError
+from core.settings import Settings
 from core.worker import Worker
 
 
@@ -28,7 +28,7 @@ def worker() -> Worker:
         SettingsError: a setting cannot be used; the next tick tries again.
     """
     settings = Settings.from_env(os.environ)
-    observability.set_level(debug=settings.debug)
+    log.set_level(debug=settings.debug)
     # Lambda's own variable; without it (sam local has it too) this is the only worker.
     function_name = os.environ.get("AWS_LAMBDA_FUNCTION_NAME")
     start_worker = LambdaWorkers(function_name) if function_name else None
@@ -48,11 +48,11 @@ def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
         )
     except Exception as error:
         if isinstance(error, SettingsError | TickError | StoreError):
-            observability.logger.error(f"❌ {error}")
-        observability.measure_failure()
+            log.logger.error(f"❌ {error}")
+        metrics.measure_failure()
         raise
     if summary.led or summary.checked:  # not of a tick that was delivered twice
-        observability.measure(summary)
+        metrics.measure(summary)
     return summary.as_dict()
 
 

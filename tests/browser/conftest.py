@@ -19,9 +19,9 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
-from core.database import StoreError
-from core.model import JsonObject, Outcome, Reason, Skip, Summary
-from core.overview import Overview
+from core.domain.model import JsonObject, Outcome, Reason, Skip, Summary
+from core.errors import StoreError
+from core.store.status_report import Overview
 from core.worker import Health, open_database
 from handlers.api import OPENAPI, add_routes
 from tests.history import History

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from core.observability import logger
+from core.log import logger
 from core.settings import Settings
 from core.worker import Worker
 from tests.chaos.billing import FAULTS, LIMITS, Misbehaving

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import pymysql
 
-from core.status import WORDS
+from core.billing.status_words import WORDS
 from tests.chaos.billing import FAULTS, LIMITS, Fault, Misbehaving
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.proxy import Action, Proxy, Statement, cut, refuse

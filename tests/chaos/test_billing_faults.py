@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from core.model import Outcome, Reason
+from core.domain.model import Outcome, Reason
 from tests.chaos.billing import FAULTS, LIMITS, Misbehaving
 from tests.chaos.world import KEY, TIMEOUT, World, outcomes
 from tests.support import FakeClock, add_sessions

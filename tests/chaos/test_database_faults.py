@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pymysql
 import pytest
 
-from core.model import Outcome
+from core.domain.model import Outcome
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
 from tests.chaos.conftest import Cases

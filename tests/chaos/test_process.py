@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core.database import StoreError
+from core.errors import StoreError
 from core.settings import Settings
 from core.worker import Worker
 from tests.chaos.conftest import Cases
@@ -27,7 +27,7 @@ SRC = Path(__file__).parents[2] / "src"
 PROGRAM = """
 import os, resource, sys
 from datetime import datetime
-from core.database import StoreError
+from core.errors import StoreError
 from core.settings import Settings
 from core.settings import Settings
 from core.worker import Worker

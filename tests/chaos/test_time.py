@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from core.model import Outcome
+from core.domain.model import Outcome
 from tests.chaos.world import INTERVAL, World, later, outcomes
 from tests.support import add_sessions
 

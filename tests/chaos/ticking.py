@@ -12,9 +12,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from core.database import StoreError
-from core.model import iso
-from core.observability import logger
+from core.domain.model import iso
+from core.errors import StoreError
+from core.log import logger
 from core.settings import Settings
 from handlers import check
 

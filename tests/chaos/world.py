@@ -14,11 +14,11 @@ from typing import Any
 
 import pymysql
 
-from core.database import StoreError
-from core.model import Summary, iso
-from core.overview import HISTORY, Overview
+from core.billing.status_words import WORDS
+from core.domain.model import Summary, iso
+from core.errors import StoreError
 from core.settings import Settings
-from core.status import WORDS
+from core.store.status_report import HISTORY, Overview
 from core.worker import Worker, open_database
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus

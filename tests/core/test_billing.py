@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from core.billing import (
+from core.billing.client import (
     KEY_READ_AGAIN_SECONDS,
     MAX_BODY_BYTES,
     MAX_RETRY_AFTER_SECONDS,
@@ -32,8 +32,8 @@ from core.billing import (
     parse_retry_after,
     path_segment,
 )
-from core.model import Answer, Outcome
-from core.transport import ReqwestTransport
+from core.billing.transport import ReqwestTransport
+from core.domain.model import Answer, Outcome
 from local.billing import SimulatedBilling, running_billing
 from tests.support import until
 
@@ -568,7 +568,7 @@ async def test_a_request_that_is_sent_again_has_what_is_left_of_its_time(
         assert (await client.check("checkout_1")).outcome is Outcome.ACTIVE
         times = iter((0.0, LONG - SHORT))
         clock = SimpleNamespace(monotonic=lambda: next(times))
-        monkeypatch.setattr("core.transport.time", clock)
+        monkeypatch.setattr("core.billing.transport.time", clock)
         async with asyncio.timeout(LONG / 2):
             assert (await client.check("checkout_2")).outcome is Outcome.TIMEOUT
     assert connections == 2

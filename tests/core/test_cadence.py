@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cadence import Cadence, Step, next_check, parse_duration, slot_at
+from core.domain.cadence import Cadence, Step, next_check, parse_duration, slot_at
 from tests.support import NOON
 
 INTERVALS = st.integers(1, 60)

@@ -6,11 +6,11 @@ from datetime import timedelta
 
 import pytest
 
-from core import mysql
-from core.changes import Publisher
-from core.database import StoreError
-from core.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChange, Summary
-from core.store import Store
+from core.database import mysql
+from core.domain.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChange, Summary
+from core.errors import StoreError
+from core.store.status_changes import Publisher
+from core.store.store import Store
 from tests.support import (
     NOON,
     FakeBilling,

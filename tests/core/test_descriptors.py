@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[2] / "src"
 PROGRAM = """
 import asyncio, resource, sys
 from collections import Counter
-from core.billing import BillingClient
+from core.billing.client import BillingClient
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 

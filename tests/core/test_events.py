@@ -15,9 +15,9 @@ import pytest
 from botocore.stub import Stubber
 from moto import mock_aws
 
-from core import events
-from core.events import EventBus, event_id
-from core.model import SessionStatus, StatusChange
+from core.aws import event_bus
+from core.aws.event_bus import EventBus, event_id
+from core.domain.model import SessionStatus, StatusChange
 from core.worker import Worker
 from tests.support import NOON, FakeClock, Shop, add_sessions, numbered, settings_for
 
@@ -103,10 +103,10 @@ def test_when_the_bus_takes_nothing_every_session_stays_open_and_is_found_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(events, "TRY_AGAIN_SECONDS", 0)
+    monkeypatch.setattr(event_bus, "TRY_AGAIN_SECONDS", 0)
     Consumer("shop")
     client = boto3.client("events")
-    monkeypatch.setattr(events, "_client", lambda: client)
+    monkeypatch.setattr(event_bus, "_client", lambda: client)
     add_sessions(mariadb_shop, numbered(3))
     worker = shops_worker(mariadb_shop, clock)
     with Stubber(client) as stub:
@@ -125,7 +125,7 @@ def test_one_entry_of_ten_that_is_not_taken_leaves_only_its_session(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = boto3.client("events")
-    monkeypatch.setattr(events, "_client", lambda: client)
+    monkeypatch.setattr(event_bus, "_client", lambda: client)
     entries: list[dict[str, str]] = [{"EventId": str(n)} for n in range(10)]
     entries[4] = {"ErrorCode": "InternalFailure", "ErrorMessage": "try again"}
     with Stubber(client) as stub:
@@ -140,13 +140,13 @@ def test_after_a_call_that_failed_none_is_made_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     client = boto3.client("events")
-    monkeypatch.setattr(events, "_client", lambda: client)
+    monkeypatch.setattr(event_bus, "_client", lambda: client)
     now = 100.0
     bus = EventBus("shop", monotonic=lambda: now)
     with Stubber(client) as stub:
         stub.add_client_error("put_events", "InternalException", "")
         assert bus.publish(CHANGES) == ()
-        now += events.TRY_AGAIN_SECONDS - 0.1
+        now += event_bus.TRY_AGAIN_SECONDS - 0.1
         assert bus.publish(CHANGES) == ()
         now += 0.1
         stub.add_response("put_events", {"FailedEntryCount": 0, "Entries": [{"EventId": "1"}] * 10})
@@ -165,6 +165,9 @@ def test_an_event_id_is_the_same_for_the_same_change_and_for_no_other() -> None:
 
 
 def test_boto3_is_imported_with_the_first_event_and_not_before() -> None:
-    program = "import sys, core.events; core.events.EventBus('x'); sys.exit('boto3' in sys.modules)"
+    program = (
+        "import sys; from core.aws.event_bus import EventBus; EventBus('x'); "
+        "sys.exit('boto3' in sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "src", check=False)
     assert ran.returncode == 0

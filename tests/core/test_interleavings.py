@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.cadence import slot_at
-from core.model import Answer, Claim, Outcome, Result
-from core.store import Store
+from core.domain.cadence import slot_at
+from core.domain.model import Answer, Claim, Outcome, Result
+from core.store.store import Store
 from tests.support import FakeClock, Shop, add_sessions, census, database_of, numbered
 
 INTERVAL = timedelta(seconds=5)

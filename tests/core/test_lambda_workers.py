@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from core.crew import LambdaWorkers, StartError
+from core.aws.lambda_workers import LambdaWorkers
+from core.errors import StartWorkerError
 from tests.support import NOON
 
 
@@ -67,6 +68,6 @@ def test_a_helper_is_the_same_function_started_for_the_same_tick_and_not_waited_
 
 def test_a_refused_start_is_one_sentence_with_the_reason(lambda_service: Server) -> None:
     lambda_service.status = 403
-    with pytest.raises(StartError, match="not authorized to perform: lambda:InvokeFunction"):
+    with pytest.raises(StartWorkerError, match="not authorized to perform: lambda:InvokeFunction"):
         LambdaWorkers("stack-CheckSessions")(NOON)
     assert len(lambda_service.requests) == 1  # the next tick is the retry

@@ -10,14 +10,15 @@ from datetime import datetime, timedelta
 import httpx
 import pytest
 
-from core import census as census_module
-from core import monitor
-from core.census import Census
-from core.crew import Crew, StartError
-from core.database import Value
-from core.model import Answer, Outcome, Reason, Skip, Summary
-from core.monitor import PassOptions, check_open_checkout_sessions
-from core.store import Store
+from core.database.port import Value
+from core.domain.model import Answer, Outcome, Reason, Skip, Summary
+from core.errors import StartWorkerError
+from core.passes import check_pass
+from core.passes.check_pass import PassOptions, check_open_checkout_sessions
+from core.passes.scaling import Crew
+from core.store import reconcile as census_module
+from core.store.reconcile import Census
+from core.store.store import Store
 from core.worker import Worker
 from tests.support import (
     NOON,
@@ -321,7 +322,7 @@ async def test_workers_that_cannot_be_started_are_said_once_and_lose_nothing(
     passes = Passes(sqlite_shop, clock, FakeBilling(healthy(510)))
 
     def refuse(_tick: datetime) -> None:
-        raise StartError("AccessDeniedException")
+        raise StartWorkerError("AccessDeniedException")
 
     passes.start_worker = refuse
     summary = await passes.run(MAX_CONCURRENCY="10")
@@ -385,7 +386,7 @@ def test_the_row_that_all_workers_share_is_put_back_where_somebody_removed_it(
 async def test_a_pass_that_waits_for_its_last_answer_helps_in_the_next_slot(
     passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor, "HELP_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(check_pass, "HELP_AFTER_SECONDS", 0.05)
     adopted(passes.shop, clock, 2)
     last = billing.held["checkout_active_0"] = asyncio.Event()
 

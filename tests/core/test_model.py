@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.model import PERCENTILES, Outcome, Reason, Skip, Summary, iso, percentile
+from core.domain.model import PERCENTILES, Outcome, Reason, Skip, Summary, iso, percentile
 from tests.support import NOON
 
 FAILURES = {

@@ -15,16 +15,17 @@ from functools import partial
 
 import pytest
 
-from core import monitor, recorder
-from core.database import STATEMENT_ROWS, StoreError
-from core.decision import decide
-from core.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip, Summary
-from core.monitor import PassOptions, trigger_checkout_session_check
-from core.observability import PassLog
-from core.queue import Queue
-from core.recorder import DatabaseThread, Recorder
+from core.database.port import STATEMENT_ROWS
+from core.domain.decision import decide
+from core.domain.model import Answer, Claim, Outcome, Reason, Result, SessionStatus, Skip, Summary
+from core.errors import StoreError
+from core.log import PassLog
+from core.passes import check_pass, writer
+from core.passes.check_pass import PassOptions, trigger_checkout_session_check
+from core.passes.writer import DatabaseThread, Recorder
 from core.settings import Settings
-from core.store import Store
+from core.store.queue import Queue
+from core.store.store import Store
 from core.worker import Worker
 from tests.support import (
     NOON,
@@ -126,7 +127,7 @@ async def test_results_are_recorded_while_other_requests_are_in_flight(
 async def test_results_that_fill_a_statement_are_recorded_at_once(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    monkeypatch.setattr(writer, "RECORD_EVERY_SECONDS", 3600)
     add_sessions(passes.shop, numbered(STATEMENT_ROWS + 1))
     hanging = billing.held["checkout_active_0"] = asyncio.Event()
 
@@ -337,7 +338,7 @@ async def test_a_bug_in_what_follows_an_answer_costs_no_other_session_its_check(
     passes: Passes, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     add_sessions(passes.shop, numbered(4))
-    monkeypatch.setattr(f"core.monitor.{where}", lambda *_args, **_kwargs: 1 / 0)
+    monkeypatch.setattr(f"core.passes.check_pass.{where}", lambda *_args, **_kwargs: 1 / 0)
     with pytest.raises(ExceptionGroup) as raised:
         await passes.run()
     assert [type(bug) for bug in raised.value.exceptions] == [ZeroDivisionError] * 4
@@ -377,7 +378,7 @@ async def test_a_claim_grows_up_to_four_times_where_batches_are_begun_quickly_an
     sizes: list[int],
 ) -> None:
     """The next batch is claimed before it is known how quickly this one is begun."""
-    monkeypatch.setattr(monitor, "QUICKLY_SECONDS", quickly_seconds)
+    monkeypatch.setattr(check_pass, "QUICKLY_SECONDS", quickly_seconds)
     add_sessions(passes.shop, numbered(200))
     assert (await passes.run(MAX_CONCURRENCY="2")).checked == 200
     assert claim_sizes == sizes
@@ -390,7 +391,7 @@ async def test_what_is_claimed_and_not_begun_in_time_is_given_back_at_once(
     claim_sizes: list[int],
 ) -> None:
     """Of two claims of five, the second of which comes when nothing more can be begun."""
-    monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", 0.05)
+    monkeypatch.setattr(check_pass, "BEGIN_WITHIN_SECONDS", 0.05)
     add_sessions(passes.shop, numbered(10))
     billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
@@ -418,7 +419,7 @@ async def test_a_claim_that_took_the_database_too_long_is_given_back_and_the_pas
         claims.append(claim_due(queue, now, tick=tick, lease=lease, limit=limit))
         # What a claim may take, seen from the pass: the second one takes longer.
         late = len(claims) == 2
-        monkeypatch.setattr(monitor, "BEGIN_WITHIN_SECONDS", -1.0 if late else 5.0)
+        monkeypatch.setattr(check_pass, "BEGIN_WITHIN_SECONDS", -1.0 if late else 5.0)
         return claims[-1]
 
     monkeypatch.setattr(Queue, "claim_due", second_is_late)
@@ -553,8 +554,8 @@ async def test_each_pass_is_one_row_of_the_run_table(passes: Passes, clock: Fake
 async def test_a_manual_pass_ends_in_time_whatever_billing_does(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert monitor.MANUAL_SECONDS < 25
-    monkeypatch.setattr(monitor, "MANUAL_SECONDS", 0.2)
+    assert check_pass.MANUAL_SECONDS < 25
+    monkeypatch.setattr(check_pass, "MANUAL_SECONDS", 0.2)
     add_sessions(passes.shop, numbered(3))
     billing.held = dict.fromkeys(numbered(3).values(), asyncio.Event())
     summary = await passes.trigger()
@@ -585,7 +586,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[PassOptions]:
         given.extend(options for options in args if isinstance(options, PassOptions))
         return Summary(given[-1].reason, NOON)
 
-    monkeypatch.setattr(monitor, "check_open_checkout_sessions", noting)
+    monkeypatch.setattr(check_pass, "check_open_checkout_sessions", noting)
     return given
 
 
@@ -611,7 +612,7 @@ async def test_the_last_check_of_a_manual_pass_has_its_whole_time(
 async def test_a_pass_says_while_it_is_under_way_how_far_it_has_come(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "PROGRESS_EVERY_SECONDS", 0)
+    monkeypatch.setattr(writer, "PROGRESS_EVERY_SECONDS", 0)
     add_sessions(passes.shop, numbered(3))
     answered = billing.held["checkout_active_0"] = asyncio.Event()
     under_way = "SELECT checked FROM checkout_session_run WHERE finished_at IS NULL"

@@ -7,11 +7,12 @@ from datetime import timedelta
 import pymysql
 import pytest
 
-from core.database import Row, StoreError, Value
-from core.model import Answer, Claim, Outcome, Reason, Result, Summary
-from core.mysql import ATTEMPTS, MySQLDatabase
-from core.settings import MySQLAddress
-from core.store import Store
+from core.database.address import MySQLAddress
+from core.database.mysql import ATTEMPTS, MySQLDatabase
+from core.database.port import Row, Value
+from core.domain.model import Answer, Claim, Outcome, Reason, Result, Summary
+from core.errors import StoreError
+from core.store.store import Store
 from tests.support import (
     NOON,
     FakeClock,

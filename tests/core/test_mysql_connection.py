@@ -11,9 +11,9 @@ import pymysql
 import pytest
 import trustme
 
-from core.database import StoreError
-from core.mysql import ATTEMPTS, MySQLDatabase
-from core.settings import MySQLAddress
+from core.database.address import MySQLAddress
+from core.database.mysql import ATTEMPTS, MySQLDatabase
+from core.errors import StoreError
 from core.worker import Worker
 from tests.conftest import PLACES, without_a_server
 from tests.support import MySQLShop, mariadb_server, settings_for

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import observability
-from core.model import Answer, Claim, Outcome, Reason, Summary
-from core.observability import LINES_PER_OUTCOME, PassLog, line, logger, representatives
+from core import log, metrics
+from core.domain.model import Answer, Claim, Outcome, Reason, Summary
+from core.log import LINES_PER_OUTCOME, PassLog, line, logger
+from core.metrics import representatives
 from tests.support import NOON
 
 STATUS_CODES = {
@@ -130,7 +131,7 @@ def test_the_summary_in_a_record_is_without_what_its_line_says_or_is_zero_or_emp
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     handler = logger.registered_handler
     monkeypatch.setattr(handler, "formatter", handler.formatter)
-    observability.use_plain_text()
+    log.use_plain_text()
 
 
 @pytest.mark.usefixtures("on_a_terminal")
@@ -242,7 +243,7 @@ def level_kept() -> Iterator[None]:
 def test_debug_lines_are_for_those_who_ask_for_them(
     caplog: pytest.LogCaptureFixture, debug: bool
 ) -> None:
-    observability.set_level(debug=debug)
+    log.set_level(debug=debug)
     logger.debug("for those who ask")
     assert caplog.messages == (["for those who ask"] if debug else [])
 
@@ -270,7 +271,7 @@ def emitted(capsys: pytest.CaptureFixture[str]) -> tuple[Values, dict[str, str]]
 
 @pytest.mark.usefixtures("stack")
 def test_a_healthy_pass_sends_six_metrics(capsys: pytest.CaptureFixture[str]) -> None:
-    observability.measure(
+    metrics.measure(
         Summary(
             Reason.TICK,
             NOON,
@@ -305,7 +306,7 @@ def test_what_else_a_pass_met_is_sent_where_there_is_any(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     outcomes = Counter({outcome: n for n, outcome in enumerate(STATUS_CODES, start=1)})
-    observability.measure(
+    metrics.measure(
         Summary(
             Reason.TICK,
             NOON,
@@ -337,7 +338,7 @@ def test_what_else_a_pass_met_is_sent_where_there_is_any(
 def test_only_who_leads_and_counts_tells_how_all_sessions_stand(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    observability.measure(Summary(Reason.TICK, NOON, open=5, overdue_seconds=9))
+    metrics.measure(Summary(Reason.TICK, NOON, open=5, overdue_seconds=9))
     values, _ = emitted(capsys)
     assert values == {"PassDuration": 0, "PassesCompleted": 1}
 
@@ -354,5 +355,5 @@ def test_every_percentile_of_the_latencies_sent_is_that_of_all(count: int) -> No
 
 @pytest.mark.usefixtures("stack")
 def test_a_failed_pass_is_counted_as_one(capsys: pytest.CaptureFixture[str]) -> None:
-    observability.measure_failure()
+    metrics.measure_failure()
     assert emitted(capsys) == ({"PassesFailed": 1}, {"PassesFailed": "Count"})

@@ -3,7 +3,7 @@
 import random
 from datetime import timedelta
 
-from core.model import Answer, Outcome
+from core.domain.model import Answer, Outcome
 from tests.support import NOON, FakeBilling, FakeClock, Passes, add_sessions, numbered
 
 SESSIONS = 40

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from core import settings as settings_module
-from core.database import Database
-from core.model import iso
-from core.overview import Overview, settings_in_force
+from core.database.port import Database
+from core.domain.model import iso
 from core.settings import Settings
+from core.store.status_report import Overview, settings_in_force
 from core.worker import open_database
 from tests.conftest import MYSQL
 from tests.history import SECOND, History

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.cadence import Cadence, next_check
+from core.domain.cadence import Cadence, next_check
 from tests.support import NOON
 
 SETTINGS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")

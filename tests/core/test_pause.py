@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import recorder
-from core.billing import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
-from core.database import Value
-from core.model import Answer, Claim, Outcome, Pause, Reason, Skip
-from core.monitor import PassOptions
-from core.recorder import Recorder
-from core.shared import Shared
-from core.store import Store
+from core.billing.client import MAX_RETRY_AFTER_SECONDS, BillingClient, parse_retry_after
+from core.database.port import Value
+from core.domain.model import Answer, Claim, Outcome, Pause, Reason, Skip
+from core.passes import writer
+from core.passes.check_pass import PassOptions
+from core.passes.writer import Recorder
+from core.store.monitor_state import Shared
+from core.store.store import Store
 from handlers.api import message
 from tests.support import (
     NOON,
@@ -139,7 +139,7 @@ async def test_a_pause_stops_a_pass_that_is_running_in_another_worker(
 async def test_a_429_is_told_to_the_other_workers_at_once_and_not_with_the_next_results(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    monkeypatch.setattr(writer, "RECORD_EVERY_SECONDS", 3600)
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(2))
     billing.answers = {"checkout_active_0": limited_for(30)}
@@ -157,7 +157,7 @@ async def test_the_pause_of_another_worker_is_heard_while_results_are_recorded(
     mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of twenty that are claimed, four are in flight when the pause comes; no other follows."""
-    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "RECORD_EVERY_SECONDS", 0.01)
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(40))
     billing.held = {checkout: asyncio.Event() for checkout in numbered(40).values()}
@@ -189,7 +189,7 @@ async def test_the_pause_of_another_worker_is_heard_with_the_next_claim_which_cl
     mariadb_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next five are claimed when three of five have begun; the pause comes with the second."""
-    monkeypatch.setattr(recorder, "RECORD_EVERY_SECONDS", 3600)
+    monkeypatch.setattr(writer, "RECORD_EVERY_SECONDS", 3600)
     other = Store(database_of(mariadb_shop, clock))
     answered = asyncio.Event()
 

@@ -10,9 +10,11 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from core import secrets
-from core.model import Outcome
-from core.settings import MySQLAddress, Settings, SettingsError
+from core.aws import secrets_manager
+from core.database.address import MySQLAddress
+from core.domain.model import Outcome
+from core.errors import SettingsError
+from core.settings import Settings
 from core.worker import Worker
 from local.billing import running_billing
 from tests.support import Shop, add_sessions
@@ -41,9 +43,9 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     with mock_aws():
-        secrets._manager.cache_clear()
+        secrets_manager._manager.cache_clear()
         yield Manager()
-    secrets._manager.cache_clear()
+    secrets_manager._manager.cache_clear()
 
 
 RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
@@ -51,13 +53,13 @@ RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname"
 
 @pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
 def test_the_api_key_is_the_secrets_text_or_its_apikey(manager: Manager, text: str) -> None:
-    assert secrets.read_api_key(manager.put(text)) == "the-key"
+    assert secrets_manager.read_api_key(manager.put(text)) == "the-key"
 
 
 def test_one_secret_may_hold_the_api_key_beside_the_database_address(manager: Manager) -> None:
     arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
-    assert secrets.read_api_key(arn) == "the-key"
-    assert secrets.read_database(arn).host == "db"
+    assert secrets_manager.read_api_key(arn) == "the-key"
+    assert secrets_manager.read_database(arn).host == "db"
 
 
 @pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])
@@ -65,17 +67,17 @@ def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
     manager: Manager, text: str
 ) -> None:
     with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
-        secrets.read_api_key(manager.put(text))
+        secrets_manager.read_api_key(manager.put(text))
     assert "hidden" not in str(refused.value)
 
 
 def test_a_secret_that_is_not_there_is_one_sentence_that_names_it(manager: Manager) -> None:
     with pytest.raises(SettingsError, match=r"APIKEY_SECRET_ARN names the secret nowhere, which"):
-        secrets.read_api_key("nowhere")
+        secrets_manager.read_api_key("nowhere")
 
 
 def test_the_database_is_in_a_secret_of_rds_form(manager: Manager) -> None:
-    found = secrets.read_database(manager.put(json.dumps(RDS)))
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS)))
     assert found == MySQLAddress("db", 3307, "u", "p@ss", "shop")
 
 
@@ -83,7 +85,7 @@ def test_the_database_is_in_a_secret_of_rds_form(manager: Manager) -> None:
 def test_a_database_secret_that_lacks_something_says_what(manager: Manager, missing: str) -> None:
     text = json.dumps({key: value for key, value in RDS.items() if key != missing})
     with pytest.raises(SettingsError, match=f"which lacks {missing}; it must be") as refused:
-        secrets.read_database(manager.put(text))
+        secrets_manager.read_database(manager.put(text))
     assert "p@ss" not in str(refused.value)
 
 
@@ -94,14 +96,14 @@ def test_a_database_secret_that_lacks_something_says_what(manager: Manager, miss
 def test_a_database_secret_can_ask_for_the_systems_certificates(
     manager: Manager, more: dict[str, object], ssl: bool
 ) -> None:
-    found = secrets.read_database(manager.put(json.dumps(RDS | more)))
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
     assert (found.ssl, found.ssl_ca) == (ssl, None)
 
 
 def test_a_database_secret_can_name_a_ca_of_ones_own(manager: Manager, tmp_path: Path) -> None:
     ca_file = tmp_path / "ca.pem"
     ca_file.write_text("a certificate")
-    found = secrets.read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
     assert (found.ssl, found.ssl_ca) == (True, str(ca_file))
 
 
@@ -120,18 +122,18 @@ def test_a_database_secret_that_cannot_be_used_says_why(
     manager: Manager, more: dict[str, object], what: str
 ) -> None:
     with pytest.raises(SettingsError) as refused:
-        secrets.read_database(manager.put(json.dumps(RDS | more)))
+        secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
     assert f"which {what}" in str(refused.value)
     assert "p@ss" not in str(refused.value)
 
 
 def test_secrets_are_read_once_and_again_when_asked(manager: Manager) -> None:
     arn = manager.put("old")
-    assert secrets.read_api_key(arn) == "old"
+    assert secrets_manager.read_api_key(arn) == "old"
     manager.rotate(arn, "new")
-    assert secrets.read_api_key(arn) == "old"
-    assert secrets.read_api_key(arn, refresh=True) == "new"
-    assert secrets.read_api_key(arn) == "new"
+    assert secrets_manager.read_api_key(arn) == "old"
+    assert secrets_manager.read_api_key(arn, refresh=True) == "new"
+    assert secrets_manager.read_api_key(arn) == "new"
 
 
 def worker(shop: Shop, billing_url: str, arn: str) -> Worker:
@@ -173,8 +175,8 @@ def test_a_revoked_api_key_is_read_again_once_not_once_a_session(
             reads += 1
             return read_api_key(arn, refresh=refresh)
 
-        read_api_key = secrets.read_api_key
-        monkeypatch.setattr(secrets, "read_api_key", counted)
+        read_api_key = secrets_manager.read_api_key
+        monkeypatch.setattr(secrets_manager, "read_api_key", counted)
         summary = monitor.check_open_checkout_sessions()
         monitor.close()
     assert summary.outcomes == {Outcome.UNAUTHORIZED: 20}

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cadence import Cadence
-from core.settings import MySQLAddress, Settings, SettingsError, SQLitePath
+from core.database.address import MySQLAddress, SQLitePath
+from core.domain.cadence import Cadence
+from core.errors import SettingsError
+from core.settings import Settings
 
 DATABASE = {"DATABASE_URL": "sqlite:///shop.db"}
 FORMS = (

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.model import SessionStatus
-from core.status import WORDS, Reading, StatusReader, parse_words
+from core.billing.status_words import WORDS, Reading, StatusReader, parse_words
+from core.domain.model import SessionStatus
 
 
 @pytest.mark.parametrize(("word", "status"), WORDS.items())

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.events import event_id
-from core.model import Answer, Outcome, Result, SessionStatus, StatusChange, Summary
-from core.store import Store
+from core.aws.event_bus import event_id
+from core.domain.model import Answer, Outcome, Result, SessionStatus, StatusChange, Summary
+from core.store.store import Store
 from core.worker import Worker
 from local.billing import running_billing
 from tests.support import (

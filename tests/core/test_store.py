@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
-from core.database import StoreError
-from core.model import Answer, Claim, Count, Outcome, Reason, Result, Skip, Summary
-from core.store import NO_STATUS_INDEX, Store, View
+from core.domain.model import Answer, Claim, Count, Outcome, Reason, Result, Skip, Summary
+from core.errors import StoreError
+from core.store.store import NO_STATUS_INDEX, Store, View
 from tests.support import NOON, FakeClock, Shop, add_sessions, census, database_of, numbered
 
 LEASE = timedelta(seconds=20)

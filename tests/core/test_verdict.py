@@ -4,8 +4,8 @@ from datetime import timedelta
 
 import pytest
 
-from core.model import Outcome
-from core.verdict import Facts, Level, clock, duration, judge
+from core.domain.model import Outcome
+from core.domain.verdict import Facts, Level, clock, duration, judge
 from tests.support import NOON
 
 WELL = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core.model import Reason, Summary
-from core.store import Store
+from core.domain.model import Reason, Summary
+from core.store.store import Store
 from core.worker import open_database
 from handlers import api, check
 from local.billing import SimulatedBilling

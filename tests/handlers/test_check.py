@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core.database import StoreError
-from core.settings import SettingsError
+from core.errors import SettingsError, StoreError
 from handlers import check
 from local.billing import SimulatedBilling
 from tests.support import Shop, add_sessions, event
@@ -103,7 +102,7 @@ def test_without_an_api_key_the_pass_asks_nothing_and_does_not_crash(
 def test_a_bug_counts_as_a_failed_pass(
     context: LambdaContext, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("core.worker.monitor.Store.view", lambda *_args, **_kwargs: 1 / 0)
+    monkeypatch.setattr("core.worker.check_pass.Store.view", lambda *_args, **_kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check.handler({}, context)
     assert '"PassesFailed":1' in capsys.readouterr().out

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core.observability import logger
+from core.log import logger
 from core.worker import Worker
 from handlers import check
 from tests.support import Shop, add_sessions, settings_for

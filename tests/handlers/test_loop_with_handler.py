@@ -8,7 +8,7 @@ import httpx
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core.model import iso
+from core.domain.model import iso
 from core.worker import Worker
 from handlers import check
 from tests.support import FakeClock, Shop, add_sessions, numbered, settings_for

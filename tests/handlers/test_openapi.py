@@ -8,7 +8,7 @@ import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core.overview import Overview
+from core.store.status_report import Overview
 from core.worker import open_database
 from handlers import api, check
 from local.loop import TEMPLATE

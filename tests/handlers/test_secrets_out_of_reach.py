@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core import secrets
-from core.settings import SettingsError
+from core.aws import secrets_manager
+from core.errors import SettingsError
 from handlers import api, check
 from tests.support import event
 
@@ -38,11 +38,11 @@ def out_of_reach(
             environment.setenv(name, "testing")
         environment.delenv("APIKEY")
         environment.setenv("APIKEY_SECRET_ARN", ARN)
-        environment.setattr(secrets, "CONNECT_SECONDS", 0.1)
-        environment.setattr(secrets, "READ_SECONDS", 0.1)
-        secrets._manager.cache_clear()
+        environment.setattr(secrets_manager, "CONNECT_SECONDS", 0.1)
+        environment.setattr(secrets_manager, "READ_SECONDS", 0.1)
+        secrets_manager._manager.cache_clear()
         yield environment
-        secrets._manager.cache_clear()
+        secrets_manager._manager.cache_clear()
 
 
 @pytest.mark.usefixtures("out_of_reach")
@@ -72,7 +72,10 @@ def test_health_is_degraded(context: LambdaContext) -> None:
 
 def test_both_are_said_within_the_time_of_the_caller() -> None:
     """Two secrets at the most, each with a second between its attempts."""
-    for_one = secrets.ATTEMPTS * (secrets.CONNECT_SECONDS + secrets.READ_SECONDS) + 1
+    for_one = (
+        secrets_manager.ATTEMPTS * (secrets_manager.CONNECT_SECONDS + secrets_manager.READ_SECONDS)
+        + 1
+    )
 
-    assert secrets.ATTEMPTS * secrets.CONNECT_SECONDS + 1 < 10
+    assert secrets_manager.ATTEMPTS * secrets_manager.CONNECT_SECONDS + 1 < 10
     assert for_one < LONGEST_SECONDS

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from core.database import StoreError
-from core.model import Outcome, Reason, Skip, Summary
-from core.settings import SettingsError
+from core.domain.model import Outcome, Reason, Skip, Summary
+from core.errors import SettingsError, StoreError
 from core.worker import Health
 from local import trigger
 from local.api import running_api

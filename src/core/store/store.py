@@ -1,7 +1,7 @@
 """The database as the monitor sees it: a queue, a count, a row that is shared, and two logs.
 
 Each class writes one table, in statements that every engine understands. Of the shop's
-`checkout_session` only `status` is ever written, by `core.changes`.
+`checkout_session` only `status` is ever written, by `core.store.status_changes`.
 """
 
 from collections import Counter
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from core.cadence import slot_at
-from core.census import Census
-from core.changes import Changes, Publisher
-from core.database import Database, moment_or_none
-from core.model import Count, Pause, Recorded, Result
-from core.queue import Queue, longest_due
-from core.runs import Runs
-from core.shared import Shared, Standing
+from core.database.port import Database, moment_or_none
+from core.domain.cadence import slot_at
+from core.domain.model import Count, Pause, Recorded, Result
+from core.store.monitor_state import Shared, Standing
+from core.store.pass_history import Runs
+from core.store.queue import Queue, longest_due
+from core.store.reconcile import Census
+from core.store.status_changes import Changes, Publisher
 
 NO_STATUS_INDEX = (
     "checkout_session has no index on status, so every pass reads the whole table. Run: "

@@ -8,11 +8,8 @@ import random
 from collections import Counter
 from datetime import datetime, timedelta
 
-from core.database import Database, Value, integer, marks, moment
-from core.model import Outcome, Reason, Skip, Summary
-
-# A monitor whose newest pass began longer ago than this many intervals is not working.
-FRESH_INTERVALS = 6
+from core.database.port import Database, Value, integer, marks, moment
+from core.domain.model import Outcome, Reason, Skip, Summary
 
 KEEP_RUNS = timedelta(days=1)
 

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from core.database import Database, Value, integer, marks
-from core.model import AGES, Count
-from core.queue import Queue
+from core.database.port import Database, Value, integer, marks
+from core.domain.model import AGES, Count
+from core.store.queue import Queue
 
 # Some 5 ms of MariaDB's time, 12 of MySQL's: so long a claim may have to wait.
 PIECE_SESSIONS = 2000

@@ -16,15 +16,15 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from core.cadence import slot_at
-from core.census import Census
-from core.crew import Crew, StartWorker
-from core.decision import decide
-from core.model import Answer, Claim, Reason, Skip, Summary
-from core.observability import PassLog, logger
-from core.recorder import DatabaseThread, Own, Recorder
+from core.domain.cadence import slot_at
+from core.domain.decision import decide
+from core.domain.model import Answer, Claim, Reason, Skip, Summary
+from core.log import PassLog, logger
+from core.passes.scaling import Crew, StartWorker
+from core.passes.writer import DatabaseThread, Own, Recorder
 from core.settings import Settings
-from core.store import Store, View
+from core.store.reconcile import Census
+from core.store.store import Store, View
 
 # A claimed session whose request has not begun after this time is given back: this pass has no
 # free hands, and another one may have.
@@ -46,7 +46,7 @@ HELP_AFTER_SECONDS = 0.25
 
 
 class Billing(Protocol):
-    """What a pass needs of the billing service; see `core.billing.BillingClient`."""
+    """What a pass needs of the billing service; see `core.billing.client.BillingClient`."""
 
     async def check(self, billing_checkout_id: str | None) -> Answer: ...
 

@@ -9,7 +9,7 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 from jmespath.parser import ParsedResult
 
-from core.model import SessionStatus
+from core.domain.model import SessionStatus
 
 PATH = "status"
 # Words that mean the same wherever they are used. Left out on purpose: "complete", which at some

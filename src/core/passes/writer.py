@@ -9,10 +9,11 @@ from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
-from core.database import STATEMENT_ROWS, StoreError
-from core.model import Claim, Outcome, Pause, Recorded, Result, Summary
-from core.observability import PassLog, logger
-from core.store import Store
+from core.database.port import STATEMENT_ROWS
+from core.domain.model import Claim, Outcome, Pause, Recorded, Result, Summary
+from core.errors import StoreError
+from core.log import PassLog, logger
+from core.store.store import Store
 
 # Results are gathered this long, or until they fill a statement, so that one records many of them
 # and a claim waits for few. A killed pass loses that much, and those sessions are then checked once

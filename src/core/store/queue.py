@@ -12,8 +12,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from itertools import batched
 
-from core.database import STATEMENT_ROWS, Database, Value, integer, listed, marks, moment
-from core.model import Claim, Outcome, Result
+from core.database.port import STATEMENT_ROWS, Database, Value, integer, listed, marks, moment
+from core.domain.model import Claim, Outcome, Result
 
 UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
 

@@ -13,8 +13,8 @@ from pymysql import converters
 from pymysql.connections import Connection
 from pymysql.constants import FIELD_TYPE
 
-from core.database import StoreError
-from core.settings import MySQLAddress
+from core.database.address import MySQLAddress
+from core.errors import StoreError
 
 CONNECT_SECONDS = 5
 STATEMENT_SECONDS = 10

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from core.model import JsonObject, StatusChange, iso
-from core.observability import logger
+from core.domain.model import JsonObject, StatusChange, iso
+from core.log import logger
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient

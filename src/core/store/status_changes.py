@@ -9,9 +9,10 @@ from datetime import datetime, timedelta
 from itertools import batched
 from typing import NamedTuple, Protocol
 
-from core.database import Database, RefusedError, Value, listed, marks
-from core.model import Outcome, Recorded, Result, SessionStatus, StatusChange
-from core.queue import Queue, by_token
+from core.database.port import Database, Value, listed, marks
+from core.domain.model import Outcome, Recorded, Result, SessionStatus, StatusChange
+from core.errors import RefusedError
+from core.store.queue import Queue, by_token
 
 # In one transaction, so that it holds few of the shop's rows: as many events as one PutEvents call
 # takes. With hundreds of ids MariaDB may also read the whole table instead of their rows.
@@ -25,7 +26,7 @@ KEEP_CHANGES = timedelta(days=1)
 
 
 class Publisher(Protocol):
-    """Tells others of status changes; see `core.events.EventBus`."""
+    """Tells others of status changes; see `core.aws.event_bus.EventBus`."""
 
     def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
         """Publish up to CHANGES_AT_ONCE changes; returns the session ids of those that were."""

@@ -13,9 +13,10 @@ from pymysql.charset import charset_by_name
 from pymysql.connections import Connection
 from pymysql.constants import CR, ER
 
-from core.database import RefusedError, Row, StoreError, Value
-from core.mysql_connection import connect, where
-from core.settings import MySQLAddress, SettingsError
+from core.database.address import MySQLAddress
+from core.database.mysql_connection import connect, where
+from core.database.port import Row, Value
+from core.errors import RefusedError, SettingsError, StoreError
 
 ATTEMPTS = 5
 

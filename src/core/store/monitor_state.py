@@ -10,8 +10,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from core.database import Database, Row, Value, integer, moment, moment_or_none
-from core.model import Count, Pause
+from core.database.port import Database, Row, Value, integer, moment, moment_or_none
+from core.domain.model import Count, Pause
 
 # Pauses in a row, where billing does not say how long: 1, 2, 4 … seconds.
 LONGEST_BLIND_PAUSE = timedelta(seconds=60)

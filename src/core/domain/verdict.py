@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from core.model import JsonObject, Outcome
-from core.runs import FRESH_INTERVALS
+from core.domain.model import JsonObject, Outcome
 
+# A monitor whose newest pass began longer ago than this many intervals is not working.
+FRESH_INTERVALS = 6
 # The schedule's first start comes within a minute of its first minute.
 FIRST_PASS_SECONDS = 120
 # Later than this many intervals, a session has lost a slot of its own.

@@ -4,20 +4,15 @@ The log messages are the same on Lambda, inside JSON records with fields, and on
 written at every pass is paid for half a million times a month: it holds what somebody reads.
 """
 
-import json
 import logging
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 
 from aws_lambda_powertools import Logger
 
-from core.model import Answer, Claim, Outcome, Result, Summary, iso
-
-NAMESPACE = "CheckoutSessionMonitor"
+from core.domain.model import Answer, Claim, Outcome, Result, Summary, iso
 
 # Lines of one outcome in one pass; the rest is counted. 10,000 lines of 200 bytes every 5 s would
 # be 34 GB a day.
@@ -25,33 +20,8 @@ LINES_PER_OUTCOME = 50
 # Different unknown words in one pass's line.
 MOST_WORDS = 5
 
-# What `active` and `closed` are not: SessionsChecked and StatusChanges hold those.
-CHECKS: Mapping[Outcome, str] = {
-    outcome: "Checks" + outcome.value.title().replace("_", "")
-    for outcome in Outcome
-    if outcome not in (Outcome.ACTIVE, Outcome.CLOSED)
-}
-# Every metric and its unit. Most are sent only where there is something to count, because a custom
-# metric is billed for each hour in which it appears.
-METRICS: Mapping[str, str] = {
-    "SessionsOpen": "Count",
-    "OverdueSeconds": "Seconds",
-    "PassDuration": "Milliseconds",
-    "PassesCompleted": "Count",
-    "SessionsChecked": "Count",
-    **dict.fromkeys(CHECKS.values(), "Count"),
-    "ChecksFailed": "Count",
-    "StatusChanges": "Count",
-    "EventsFailed": "Count",
-    "BillingLatency": "Milliseconds",
-    "PassesFailed": "Count",
-}
 # Fields of a summary that its line says itself; left out there, as is what is none, zero or empty.
 SAID = frozenset(("started_at", "success"))
-# As many values as one metric of an EMF record may have.
-MOST_VALUES = 100
-# Milliseconds.
-WHOLE_FROM = 100
 
 logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # a record's `taskName`
 # CloudWatch keeps the time of every record, and the log group's name says whose it is.
@@ -66,75 +36,6 @@ def set_level(*, debug: bool) -> None:
 def use_plain_text() -> None:
     """Log bare messages, for a terminal, instead of JSON records."""
     logger.registered_handler.setFormatter(logging.Formatter("%(message)s"))
-
-
-def measure(summary: Summary) -> None:
-    """Emit one pass's metrics, in one EMF record."""
-    standing: dict[str, float] = {}  # of a tick's passes one leads, and not each time counts
-    if summary.counted:
-        standing["SessionsOpen"] = summary.open
-    if summary.led:
-        standing["OverdueSeconds"] = round(summary.overdue_seconds, 3)
-    counts = {
-        "SessionsChecked": summary.checked,
-        **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
-        "ChecksFailed": summary.errors,
-        "StatusChanges": summary.status_changes,
-        "EventsFailed": summary.unpublished,
-    }
-    _emit(
-        {
-            **standing,
-            "PassDuration": round(summary.duration_seconds * 1000, 1),
-            "PassesCompleted": 1,
-            **{name: count for name, count in counts.items() if count},
-        },
-        latencies=summary.latencies,
-    )
-
-
-def measure_failure() -> None:
-    """Emit that a pass ended without completing."""
-    _emit({"PassesFailed": 1})
-
-
-def _emit(values: Mapping[str, float], latencies: Sequence[float] = ()) -> None:
-    """Write an EMF record: CloudWatch makes metrics of it, with the stack's name for `service`.
-
-    Not by Powertools' Metrics, which takes one value at a time, and a hundredth for the record's
-    end.
-    """
-    record: dict[str, object] = {**values}
-    if latencies:
-        record["BillingLatency"] = [milliseconds(value) for value in representatives(latencies)]
-    directive = {
-        "Namespace": NAMESPACE,
-        "Dimensions": [["service"]],
-        "Metrics": [{"Name": name, "Unit": METRICS[name]} for name in record],
-    }
-    head = {
-        "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [directive]},
-        "service": os.environ.get("POWERTOOLS_SERVICE_NAME", "service_undefined"),
-    }
-    print(json.dumps(head | record, separators=(",", ":")), flush=True)  # noqa: T201 (EMF is read from stdout)
-
-
-def representatives(values: Sequence[float]) -> list[float]:
-    """The values themselves; of more than MOST_VALUES, their 1st, 2nd ... 100th percentile.
-
-    So every whole percentile of these, the greatest value included, is that of all values.
-    """
-    ordered = sorted(values)
-    if len(ordered) <= MOST_VALUES:
-        return ordered
-    ranks = (-(-len(ordered) * n // MOST_VALUES) for n in range(1, MOST_VALUES + 1))
-    return [ordered[rank - 1] for rank in ranks]
-
-
-def milliseconds(seconds: float) -> float:
-    """Whole ones from WHOLE_FROM on: a hundred of these are written at every pass."""
-    found = seconds * 1000
-    return round(found) if found >= WHOLE_FROM else round(found, 1)
 
 
 def _say_checked(claim: Claim, answer: Answer) -> None:

@@ -1,4 +1,4 @@
-"""What the tables need of a database engine; `core.mysql` and `core.sqlite` are the two."""
+"""What the tables need of a database engine; `mysql` and `sqlite` beside this file are the two."""
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -11,14 +11,6 @@ type Row = tuple[Value, ...]
 # Ids in one statement: about 20 KB of SQL. MariaDB turns an IN of 1,000 and more into a join with
 # a temporary table (in_predicate_conversion_threshold), which is slower here.
 STATEMENT_ROWS = 500
-
-
-class StoreError(Exception):
-    """The database cannot be used. The message says why, in one sentence, without the password."""
-
-
-class RefusedError(StoreError):
-    """The database takes statements, but not these values: a CHECK, a key or a trigger says no."""
 
 
 class Database(Protocol):

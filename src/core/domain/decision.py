@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from core.cadence import next_check, slot_at
-from core.model import Answer, Claim, Result, SessionStatus
+from core.domain.cadence import next_check, slot_at
+from core.domain.model import Answer, Claim, Result, SessionStatus
 from core.settings import Settings
 
 

@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import httpx
 
-from core.model import Answer, Outcome
-from core.status import StatusReader
-from core.transport import Get, ReqwestTransport
+from core.billing.status_words import StatusReader
+from core.billing.transport import Get, ReqwestTransport
+from core.domain.model import Answer, Outcome
 
 # More than any session's state takes; what is beyond it is not read.
 MAX_BODY_BYTES = 64 * 1024

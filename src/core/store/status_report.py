@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from core.cadence import slot_at
-from core.database import Database, Row, integer, moment, moment_or_none
-from core.model import JsonObject, Reason, Skip, iso
-from core.queue import longest_due
-from core.runs import ALIVE_SECONDS
-from core.settings import MySQLAddress, Settings, SQLitePath
-from core.verdict import Facts, judge
+from core.database.address import MySQLAddress, SQLitePath
+from core.database.port import Database, Row, integer, moment, moment_or_none
+from core.domain.cadence import slot_at
+from core.domain.model import JsonObject, Reason, Skip, iso
+from core.domain.verdict import Facts, judge
+from core.settings import Settings
+from core.store.pass_history import ALIVE_SECONDS
+from core.store.queue import longest_due
 
 PASSES = 60  # of ticks
 BY_HAND = 20  # passes since then that somebody triggered

@@ -1,19 +1,13 @@
 """How many workers a tick needs, and how a leader on Lambda starts them."""
 
 import asyncio
-import json
 import math
-import threading
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
 
-from core.model import Answer, iso
-from core.observability import logger
+from core.domain.model import Answer
+from core.log import logger
 from core.settings import Settings
-
-if TYPE_CHECKING:
-    from mypy_boto3_lambda import LambdaClient
 
 # The checks of a tick begin within this share of the interval: the rest of it is for answers that
 # are slow, and for the next tick's sessions.
@@ -21,15 +15,7 @@ BEGIN_WITHIN_SHARE = 0.2
 # Below it, a worker's processor is what limits it.
 SHORTEST_LATENCY_SECONDS = 0.001
 
-# A start is one small call; the next tick is the retry.
-CONNECT_SECONDS = 1
-READ_SECONDS = 2
-
 type StartWorker = Callable[[datetime], None]
-
-
-class StartError(Exception):
-    """A worker could not be started; the message says why."""
 
 
 class Crew:
@@ -91,48 +77,3 @@ class Crew:
         latency = self._healthy_seconds / self._healthy
         within = BEGIN_WITHIN_SHARE * self._settings.interval_seconds
         return in_flight + int(in_flight * within / max(latency, SHORTEST_LATENCY_SECONDS))
-
-
-class LambdaWorkers:
-    """Starts a function once more, for the same tick. boto3 is imported when the first is needed.
-
-    The function is this very one: what it is given is what the loop gives it.
-    """
-
-    def __init__(self, function_name: str) -> None:
-        self._function_name = function_name
-        self._client: LambdaClient | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self, tick: datetime) -> None:
-        """Start one worker; it comes back as soon as Lambda has queued the start.
-
-        Raises:
-            StartError: Lambda did not.
-        """
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (a second)
-
-        try:
-            with self._lock:
-                self._client = self._client or _client()
-            self._client.invoke(
-                FunctionName=self._function_name,
-                InvocationType="Event",
-                Payload=json.dumps({"tick": iso(tick)}),
-            )
-        except (BotoCoreError, ClientError) as error:
-            raise StartError(str(error)) from None
-
-
-def _client() -> "LambdaClient":
-    import boto3  # noqa: PLC0415 (it takes a second)
-    from botocore.config import Config  # noqa: PLC0415
-
-    return boto3.client(
-        "lambda",
-        config=Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": 1},
-        ),
-    )

@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-from core.settings import MySQLAddress, SettingsError, checked_api_key
+from core.database.address import MySQLAddress
+from core.errors import SettingsError
+from core.settings import checked_api_key
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.parameters import SecretsProvider

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from core.database import RefusedError, Row, StoreError, Value
-from core.model import iso
+from core.database.port import Row, Value
+from core.domain.model import iso
+from core.errors import RefusedError, StoreError
 
 BUSY_SECONDS = 5
 
