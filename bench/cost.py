@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from bench.executions import Clock
 from core.domain.cadence import Cadence, parse_duration
 from local import loop
+from testkit.clock import VirtualClock
 
 ROOT = Path(__file__).parents[1]
 PRICES = ROOT / "bench/prices.toml"
@@ -99,7 +99,7 @@ def executions(interval: int) -> tuple[float, float]:
 
     One begins each minute, as they do while none is lost; each ends when it hears of the next one.
     """
-    clock, latest = Clock(), loop.Parameter()
+    clock, latest = VirtualClock(), loop.Parameter()
     definition = loop.definition(interval)
     seconds, ticks = [], []
 

@@ -21,7 +21,7 @@ from bench.report import Results, tell
 from bench.servers import Request
 from core.domain.model import percentile
 from local import loop
-from tests.support import numbered
+from testkit.shops import numbered
 
 INTERVAL_SECONDS = 5
 LAMBDA_SECONDS = 60.0

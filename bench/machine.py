@@ -16,7 +16,8 @@ from bench.clients import Job
 from bench.programs import Client, Program
 from bench.report import tell
 from bench.servers import NGINX_MODULE, Billing, billing_stub
-from tests.support import Shop, SQLiteShop, add_sessions, mariadb_server, mysql_shop, statements
+from local.mariadb import mariadb_server
+from testkit.shops import Shop, SQLiteShop, add_sessions, mysql_shop, statements
 
 PACKAGES = {
     "nginx": "nginx-light",

@@ -1,7 +1,7 @@
 """Passes really run, for `make cost`: what one writes, sends, and takes of a processor.
 
 The handler of the worker's Lambda, on a MariaDB (TEST_DATABASE_URL, or one of its own), against a
-billing service over TLS that answers after 100 ms (bench/wire.py).
+billing service over TLS that answers after 100 ms (testkit/tls_billing.py).
 """
 
 import contextlib
@@ -18,12 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench import wire
 from core.domain.cadence import slot_at
 from core.domain.model import iso
 from core.log import logger
 from handlers import check
-from tests.support import Shop, add_sessions, mariadb_server, mysql_shop
+from local.mariadb import mariadb_server
+from testkit import tls_billing
+from testkit.shops import Shop, add_sessions, mysql_shop
 
 LATENCY_SECONDS = 0.1
 OPEN, IN_FLIGHT = 1_000, 100
@@ -73,7 +74,7 @@ def measure() -> str:
         )
         services = {
             version: stack.enter_context(
-                wire.service(directory, LATENCY_SECONDS, http2=version == "http2")
+                tls_billing.service(directory, LATENCY_SECONDS, http2=version == "http2")
             )
             for version in ("http2", "http1.1")
         }
@@ -88,7 +89,7 @@ def measure() -> str:
         return _measured(shop, services)
 
 
-def _measured(shop: Shop, services: Mapping[str, wire.Service]) -> str:
+def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
     add_sessions(shop, {SESSION.format(n): CHECKOUT.format(n) for n in range(OPEN)})
     wires = {}
     for version, service in services.items():

@@ -10,8 +10,9 @@ from bench.programs import HTTP, MARIADB, Program
 from bench.report import Results, cpu_seconds_a_check
 from core.store.status_report import Overview
 from core.worker import open_database
-from tests.history import History
-from tests.support import FakeClock, Shop, add_sessions, numbered
+from testkit.clock import FakeClock
+from testkit.history import History
+from testkit.shops import Shop, add_sessions, numbered
 
 CLOSED = 100_000
 DAY_OF_PASSES = 17_280

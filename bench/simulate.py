@@ -31,7 +31,7 @@ from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
-from tests.support import statements
+from testkit.shops import statements
 
 if TYPE_CHECKING:
     from core.database.port import Value

@@ -19,7 +19,7 @@ from bench.programs import (
     Program,
 )
 from bench.report import Results, cpu_seconds_a_check, peak_mb, rate, tell
-from tests.support import Shop, numbered
+from testkit.shops import Shop, numbered
 
 WARM_UP = 1000
 

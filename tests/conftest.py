@@ -7,17 +7,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import (
-    FakeBilling,
-    FakeClock,
-    MySQLShop,
-    Passes,
-    Shop,
-    SQLiteShop,
-    mariadb_server,
-    mysql_shop,
-    statements,
-)
+from local.mariadb import mariadb_server
+from testkit.clock import FakeClock
+from testkit.shops import MySQLShop, Shop, SQLiteShop, mysql_shop, statements
+from tests.support import FakeBilling, Passes
 
 NO_SERVER = (
     "no MariaDB or MySQL server: install mariadb-server, or set TEST_DATABASE_URL, and "

@@ -1,21 +1,14 @@
-"""What several test modules need: a shop's database, a clock, a billing service made of a table."""
+"""What several test modules need: events, a billing service made of a table, passes over a shop."""
 
 import asyncio
 import json
-import re
-import sqlite3
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
-
-import pymysql
+from typing import TYPE_CHECKING, Any
 
 from core.database.port import Database
 from core.domain.model import Answer, Count, Outcome, Reason, Summary
@@ -24,138 +17,22 @@ from core.passes.check_pass import (
     check_open_checkout_sessions,
     trigger_checkout_session_check,
 )
-from core.settings import Settings
 from core.store.store import Store
 from core.worker import open_database
-from local.mariadb import mariadb_server as mariadb_server  # noqa: PLC0414 (tests and bench use it)
+from testkit.clock import FakeClock
+from testkit.shops import Shop, settings_for
 
 if TYPE_CHECKING:
     from core.passes.scaling import StartWorker
     from core.store.status_changes import Publisher
 
 EVENTS = Path(__file__).parents[1] / "events"
-SCHEMA = Path(__file__).parents[1] / "local" / "schema"
-NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
-
-
-class FakeClock:
-    """A database clock that moves only when told to."""
-
-    def __init__(self, now: datetime = NOON) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
-
-
-class Shop(Protocol):
-    """A database with a checkout_session table, as a shop has it; rows come back as tuples."""
-
-    @property
-    def url(self) -> str: ...
-
-    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
-
-
-@dataclass
-class SQLiteShop:
-    path: Path
-
-    @property
-    def url(self) -> str:
-        return f"sqlite:///{self.path}"
-
-    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        connection = sqlite3.connect(self.path)
-        try:
-            rows = connection.execute(sql.replace("%s", "?"), parameters).fetchall()
-            connection.commit()
-        finally:
-            connection.close()
-        return rows
-
-
-@dataclass
-class MySQLShop:
-    server: str
-    database: str
-
-    @property
-    def url(self) -> str:
-        return f"{self.server.rstrip('/')}/{self.database}"
-
-    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        connection = connect(self.server, self.database)
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute(sql, parameters or None)
-                return list(cursor.fetchall())
-        finally:
-            connection.close()
 
 
 def event(name: str) -> dict[str, Any]:
     """An event as users invoke the functions with it."""
     loaded: dict[str, Any] = json.loads((EVENTS / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
-
-
-def connect(server: str, database: str | None = None) -> pymysql.Connection:
-    url = urlsplit(server)
-    return pymysql.connect(
-        host=url.hostname,
-        port=url.port or 3306,
-        user=url.username,
-        password=url.password or "",
-        database=database,
-        charset="utf8mb4",
-        autocommit=True,
-        ssl_disabled=True,  # else each connection reads the system's CAs, in 10 ms
-    )
-
-
-def statements(engine: str) -> list[str]:
-    """The shop's schema, one statement each."""
-    text = (SCHEMA / f"{engine}.sql").read_text(encoding="utf-8")
-    return [s for s in re.sub(r"--.*", "", text).split(";") if s.strip()]
-
-
-@contextmanager
-def mysql_shop(server: str, schema: Iterable[str] | None = None) -> Iterator[MySQLShop]:
-    """A database of one's own on the server, dropped at the end."""
-    shop = MySQLShop(server, f"monitor_test_{uuid.uuid4().hex[:12]}")
-    with connect(server) as connection, connection.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {shop.database} CHARACTER SET utf8mb4")
-    try:
-        for statement in statements("mysql") if schema is None else schema:
-            shop.run(statement)
-        yield shop
-    finally:
-        with connect(server) as connection, connection.cursor() as cursor:
-            cursor.execute(f"DROP DATABASE {shop.database}")
-
-
-def add_sessions(shop: Shop, sessions: Mapping[str, str | None], status: str = "open") -> None:
-    """Put sessions in the shop's table: billing checkout ids by session id."""
-    items = list(sessions.items())
-    for start in range(0, len(items), 500):
-        some = items[start : start + 500]
-        shop.run(
-            "INSERT INTO checkout_session (id, billing_checkout_id, status) VALUES "
-            + ", ".join(["(%s, %s, %s)"] * len(some)),
-            [value for session, checkout in some for value in (session, checkout, status)],
-        )
-
-
-def numbered(count: int, word: str = "active") -> dict[str, str | None]:
-    return {f"s{n}": f"checkout_{word}_{n}" for n in range(count)}
-
-
-def settings_for(shop: Shop, **env: str) -> Settings:
-    return Settings.from_env({"DATABASE_URL": shop.url, "APIKEY": "test-key", **env})
 
 
 def database_of(shop: Shop, clock: FakeClock | None = None) -> Database:

@@ -11,8 +11,8 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core import metrics
 from core.domain.model import Outcome, Reason, Summary
+from testkit.clock import NOON
 from tests.alarms import CloudWatch
-from tests.support import NOON
 
 TEMPLATE = yaml_parse((Path(__file__).parents[1] / "template.yaml").read_text(encoding="utf-8"))
 ALARMS: Mapping[str, Mapping[str, Any]] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import wire
 from core.billing.client import BillingClient
 from core.billing.transport import MOST_STREAMS
 from core.domain.model import Outcome
+from testkit import tls_billing
 
 TIMEOUT_SECONDS = 5  # a connection is asked for its life after a fifth of it
 
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 5  # a connection is asked for its life after a fifth of it
 class Proxy:
     """Stands between client and service; `url` is the service's through it."""
 
-    def __init__(self, service: wire.Service) -> None:
+    def __init__(self, service: tls_billing.Service) -> None:
         self.service = service
         self.silent = 0  # so many of the first connections carry nothing any more
         self._connections: list[asyncio.StreamWriter] = []
@@ -75,8 +75,8 @@ class Proxy:
 
 
 @pytest.fixture
-def http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wire.Service]:
-    with wire.service(tmp_path, 0.05, http2=True, most_requests=200) as service:
+def http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tls_billing.Service]:
+    with tls_billing.service(tmp_path, 0.05, http2=True, most_requests=200) as service:
         monkeypatch.setenv("SSL_CERT_FILE", str(service.authority))
         yield service
 
@@ -102,7 +102,9 @@ async def checks(client: BillingClient, count: int, in_flight: int = 40) -> Coun
 
 
 @asynccontextmanager
-async def through_a_proxy(service: wire.Service) -> AsyncIterator[tuple[Proxy, BillingClient]]:
+async def through_a_proxy(
+    service: tls_billing.Service,
+) -> AsyncIterator[tuple[Proxy, BillingClient]]:
     proxy = Proxy(service)
     url = await proxy.start()
     try:
@@ -112,7 +114,7 @@ async def through_a_proxy(service: wire.Service) -> AsyncIterator[tuple[Proxy, B
         await proxy.stop()
 
 
-async def test_a_check_sends_less_than_half_of_the_bytes(http2: wire.Service) -> None:
+async def test_a_check_sends_less_than_half_of_the_bytes(http2: tls_billing.Service) -> None:
     async with client(http2.url) as billing:
         before = http2.counts()
         assert await checks(billing, 180) == {Outcome.ACTIVE: 180}
@@ -124,7 +126,7 @@ async def test_a_check_sends_less_than_half_of_the_bytes(http2: wire.Service) ->
 
 
 async def test_a_service_that_ends_connections_gets_one_for_each_and_no_check_is_lost(
-    http2: wire.Service,
+    http2: tls_billing.Service,
 ) -> None:
     async with client(http2.url) as billing:
         before = http2.counts()
@@ -132,14 +134,16 @@ async def test_a_service_that_ends_connections_gets_one_for_each_and_no_check_is
         assert 5 <= (http2.counts() - before).connections <= 10
 
 
-async def test_more_requests_than_a_connection_takes_get_others(http2: wire.Service) -> None:
+async def test_more_requests_than_a_connection_takes_get_others(http2: tls_billing.Service) -> None:
     async with client(http2.url) as billing:
         before = http2.counts()
         assert await checks(billing, 250, in_flight=250) == {Outcome.ACTIVE: 250}
         assert (http2.counts() - before).connections == -(-250 // MOST_STREAMS)
 
 
-async def test_a_dead_connection_costs_neither_a_check_nor_a_time_out(http2: wire.Service) -> None:
+async def test_a_dead_connection_costs_neither_a_check_nor_a_time_out(
+    http2: tls_billing.Service,
+) -> None:
     async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
         proxy.fall_silent()
@@ -150,7 +154,7 @@ async def test_a_dead_connection_costs_neither_a_check_nor_a_time_out(http2: wir
 
 @pytest.mark.parametrize("seconds", [0, 0.03], ids=["idle", "in flight"])
 async def test_a_connection_that_is_reset_costs_no_check(
-    http2: wire.Service, seconds: float
+    http2: tls_billing.Service, seconds: float
 ) -> None:
     async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
@@ -160,11 +164,11 @@ async def test_a_connection_that_is_reset_costs_no_check(
 
 
 async def test_a_service_that_speaks_http2_no_longer_is_asked_by_http1(
-    http2: wire.Service, tmp_path: Path
+    http2: tls_billing.Service, tmp_path: Path
 ) -> None:
     async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)
-        with wire.service(tmp_path, 0.05) as old:
+        with tls_billing.service(tmp_path, 0.05) as old:
             proxy.service = old
             proxy.reset()
             assert await checks(billing, 80) == {Outcome.ACTIVE: 80}
@@ -172,7 +176,7 @@ async def test_a_service_that_speaks_http2_no_longer_is_asked_by_http1(
 
 
 async def test_a_service_that_is_away_is_a_network_error_and_found_again(
-    http2: wire.Service,
+    http2: tls_billing.Service,
 ) -> None:
     async with through_a_proxy(http2) as (proxy, billing):
         await checks(billing, 40)

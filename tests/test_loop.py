@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.executions import Clock
 from local import loop
 from local.loop import Arguments, Definition, Parameter, TaskError
+from testkit.clock import VirtualClock
 
 NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC).timestamp()
 MINUTES = [NOON + 60 * minute for minute in range(61)]  # an hour, and the start that ends it
@@ -42,7 +42,9 @@ class Execution:
 class SlowParameter(Parameter):
     """The parameter on a virtual clock; with an error, it has nothing else to say."""
 
-    def __init__(self, clock: Clock, seconds: Callable[[], float], error: str | None) -> None:
+    def __init__(
+        self, clock: VirtualClock, seconds: Callable[[], float], error: str | None
+    ) -> None:
         super().__init__()
         self.calls: list[tuple[float, str]] = []  # the moment, and "get" or "put"
         self._clock = clock
@@ -77,7 +79,7 @@ class StepFunctions:
     fails: Fails = lambda _slot, _attempt: None
     attempts: Counter[float] = field(default_factory=Counter)
     ran: list[Execution] = field(default_factory=list)
-    clock: Clock = field(default_factory=Clock)
+    clock: VirtualClock = field(default_factory=VirtualClock)
     definition: Definition = field(init=False)
     latest: SlowParameter = field(init=False)
 

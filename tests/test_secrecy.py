@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from local.billing import running_billing
-from tests.support import MySQLShop, add_sessions, numbered
+from testkit.shops import MySQLShop, add_sessions, numbered
 
 ROOT = Path(__file__).parents[1]
 

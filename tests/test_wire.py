@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import wire
 from core.billing.client import BillingClient
 from core.billing.status_words import PATH, WORDS, StatusReader
 from core.domain.model import Outcome
+from testkit import tls_billing
 
 CHECKS, AT_ONCE = 400, 40
 
@@ -30,7 +30,7 @@ async def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
         await asyncio.gather(*(check(number) for number in range(CHECKS)))
         await asyncio.sleep(0.1)  # the last acknowledgements are delayed
 
-    async def both_passes(service: wire.Service) -> wire.Counts:
+    async def both_passes(service: tls_billing.Service) -> tls_billing.Counts:
         client = BillingClient(
             api_url=service.url, api_key="k" * 32, timeout_seconds=10, status_reader=reader
         )
@@ -41,7 +41,7 @@ async def test_a_check_sends_at_most_so_many_bytes_on_kept_connections(
         await client.aclose()
         return counts
 
-    with wire.service(tmp_path, latency_seconds=0.05) as service:
+    with tls_billing.service(tmp_path, latency_seconds=0.05) as service:
         monkeypatch.setenv("SSL_CERT_FILE", str(service.authority))
         counts = await both_passes(service)
     assert (counts.requests, counts.connections) == (CHECKS, 0)

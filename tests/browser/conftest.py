@@ -24,8 +24,10 @@ from core.errors import StoreError
 from core.store.status_report import Overview
 from core.worker import Health, open_database
 from handlers.api import OPENAPI, add_routes
-from tests.history import History
-from tests.support import FakeClock, SQLiteShop, event, statements
+from testkit.clock import FakeClock
+from testkit.history import History
+from testkit.shops import SQLiteShop, statements
+from tests.support import event
 
 SCREENSHOTS = Path(__file__).parents[2] / ".screenshots"
 ARGUMENTS = [

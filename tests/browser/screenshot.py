@@ -14,9 +14,9 @@ import httpx
 import pytest
 from playwright.sync_api import sync_playwright
 
+from testkit.shops import SQLiteShop, add_sessions, statements
 from tests.browser.conftest import ARGUMENTS, CHROMIUM
 from tests.local.test_run import Monitor, running
-from tests.support import SQLiteShop, add_sessions, statements
 
 PICTURE = Path(__file__).parents[2] / "docs" / "page.png"
 # What billing is made to do, and for how many seconds.

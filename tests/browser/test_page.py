@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import expect
 
 from handlers.page import operators_page
+from testkit.history import SECOND, History
 from tests.browser.conftest import Seen
-from tests.history import SECOND, History
 
 STATUS_UPDATES = {"STATUS_UPDATES": "true"}
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from core.log import logger
 from core.settings import Settings
 from core.worker import Worker
+from testkit.clock import FakeClock
+from testkit.shops import SQLiteShop, add_sessions, statements
 from tests.chaos.billing import FAULTS, LIMITS, Misbehaving
-from tests.support import FakeClock, SQLiteShop, add_sessions, statements
 
 INTERVAL, TIMEOUT, TICKS = 0.4, 0.8, 3
 HEALTHY = [f"fine-{n}" for n in range(5)]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from testkit.clock import FakeClock
+from testkit.shops import MySQLShop
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.proxy import Proxy
 from tests.chaos.stage import Stage
 from tests.chaos.world import World
 from tests.conftest import SERVERS, a_shop
-from tests.support import FakeClock, MySQLShop
 
 REPORT = os.environ.get("CHAOS_REPORT")
 TABLE = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)

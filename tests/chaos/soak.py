@@ -31,11 +31,12 @@ from urllib.parse import urlsplit
 import pymysql
 
 from core.billing.status_words import WORDS
+from local.mariadb import mariadb_server
+from testkit.shops import MySQLShop, add_sessions, connect, mysql_shop
 from tests.chaos.billing import FAULTS, LIMITS, Fault, Misbehaving
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.proxy import Action, Proxy, Statement, cut, refuse
 from tests.chaos.world import UNANSWERED
-from tests.support import MySQLShop, add_sessions, connect, mariadb_server, mysql_shop
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "docs" / "reliability.md"

@@ -12,9 +12,10 @@ import pytest
 import trustme
 
 from core.domain.model import Outcome, Reason
+from testkit.clock import FakeClock
+from testkit.shops import add_sessions
 from tests.chaos.billing import FAULTS, LIMITS, Misbehaving
 from tests.chaos.world import KEY, TIMEOUT, World, outcomes
-from tests.support import FakeClock, add_sessions
 
 HEALTHY = {f"ok-{n}": f"fine-{n}" for n in range(5)}
 

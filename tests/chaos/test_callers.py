@@ -16,8 +16,8 @@ from schemathesis.core.result import Ok
 from core.settings import Settings
 from local.api import running_api
 from local.workers import Workers
+from testkit.shops import add_sessions
 from tests.chaos.world import KEY, World
-from tests.support import add_sessions
 
 SESSIONS = {f"ok-{n}": f"fine-{n}" for n in range(8)}
 

@@ -11,6 +11,9 @@ import pymysql
 import pytest
 
 from core.domain.model import Outcome
+from local.mariadb import mariadb_server
+from testkit.clock import FakeClock
+from testkit.shops import MySQLShop, add_sessions, connect, mysql_shop, statements
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
 from tests.chaos.conftest import Cases
@@ -18,15 +21,6 @@ from tests.chaos.proxy import Action, Cut, Statement, cut, refuse
 from tests.chaos.stage import SESSIONS, WORDS, Stage
 from tests.chaos.world import World
 from tests.conftest import MYSQL, SERVERS, without_a_server
-from tests.support import (
-    FakeClock,
-    MySQLShop,
-    add_sessions,
-    connect,
-    mariadb_server,
-    mysql_shop,
-    statements,
-)
 
 # What is drawn at random is drawn anew with another seed; a failure shows the statement.
 SEED = int(os.environ.get("CHAOS_SEED", "1"))

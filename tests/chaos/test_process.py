@@ -15,12 +15,12 @@ import pytest
 from core.errors import StoreError
 from core.settings import Settings
 from core.worker import Worker
+from testkit.shops import add_sessions
 from tests.chaos.conftest import Cases
 from tests.chaos.proxy import Statement
 from tests.chaos.stage import Stage
 from tests.chaos.test_database_faults import SEED
 from tests.chaos.world import World
-from tests.support import add_sessions
 
 SRC = Path(__file__).parents[2] / "src"
 

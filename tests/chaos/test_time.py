@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 
 from core.domain.model import Outcome
+from testkit.shops import add_sessions
 from tests.chaos.world import INTERVAL, World, later, outcomes
-from tests.support import add_sessions
 
 SESSIONS = {f"ok-{n}": f"fine-{n}" for n in range(6)}
 

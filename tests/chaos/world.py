@@ -20,9 +20,10 @@ from core.errors import StoreError
 from core.settings import Settings
 from core.store.status_report import HISTORY, Overview
 from core.worker import Worker, open_database
+from testkit.clock import FakeClock
+from testkit.shops import Shop, settings_for
 from tests.chaos.billing import Misbehaving
 from tests.chaos.bus import Bus
-from tests.support import FakeClock, Shop, settings_for
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5

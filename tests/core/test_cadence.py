@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.domain.cadence import Cadence, Step, next_check, parse_duration, slot_at
-from tests.support import NOON
+from testkit.clock import NOON
 
 INTERVALS = st.integers(1, 60)
 SECONDS = st.integers(1, 100_000)

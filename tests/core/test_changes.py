@@ -11,22 +11,9 @@ from core.domain.model import Answer, Claim, Outcome, Result, SessionStatus, Sta
 from core.errors import StoreError
 from core.store.status_changes import Publisher
 from core.store.store import Store
-from tests.support import (
-    NOON,
-    FakeBilling,
-    FakeClock,
-    MySQLShop,
-    Passes,
-    Shop,
-    SQLiteShop,
-    add_sessions,
-    census,
-    connect,
-    database_of,
-    numbered,
-    settings_for,
-    until,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, SQLiteShop, add_sessions, connect, numbered, settings_for
+from tests.support import FakeBilling, Passes, census, database_of, until
 
 PAID = Answer(Outcome.ACTIVE, 200, 0.01, status=SessionStatus.SUCCESS, billing_status="paid")
 FAILED = Answer(Outcome.ACTIVE, 200, 0.01, status=SessionStatus.FAILURE, billing_status="canceled")

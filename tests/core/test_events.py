@@ -19,7 +19,8 @@ from core.aws import event_bus
 from core.aws.event_bus import EventBus, event_id
 from core.domain.model import SessionStatus, StatusChange
 from core.worker import Worker
-from tests.support import NOON, FakeClock, Shop, add_sessions, numbered, settings_for
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered, settings_for
 
 ROOT = Path(__file__).parents[2]
 CHANGES = [

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from core.domain.cadence import slot_at
 from core.domain.model import Answer, Claim, Outcome, Result
 from core.store.store import Store
-from tests.support import FakeClock, Shop, add_sessions, census, database_of, numbered
+from testkit.clock import FakeClock
+from testkit.shops import Shop, add_sessions, numbered
+from tests.support import census, database_of
 
 INTERVAL = timedelta(seconds=5)
 LEASE = timedelta(seconds=20)

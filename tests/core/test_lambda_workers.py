@@ -9,7 +9,7 @@ import pytest
 
 from core.aws.lambda_workers import LambdaWorkers
 from core.errors import StartWorkerError
-from tests.support import NOON
+from testkit.clock import NOON
 
 
 class Lambda(BaseHTTPRequestHandler):

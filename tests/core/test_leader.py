@@ -20,18 +20,9 @@ from core.store import reconcile as census_module
 from core.store.reconcile import Census
 from core.store.store import Store
 from core.worker import Worker
-from tests.support import (
-    NOON,
-    FakeBilling,
-    FakeClock,
-    Passes,
-    Shop,
-    add_sessions,
-    census,
-    database_of,
-    numbered,
-    settings_for,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered, settings_for
+from tests.support import FakeBilling, Passes, census, database_of
 
 HANG = Answer(Outcome.TIMEOUT, None, 10.0)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.domain.model import PERCENTILES, Outcome, Reason, Skip, Summary, iso, percentile
-from tests.support import NOON
+from testkit.clock import NOON
 
 FAILURES = {
     Outcome.UNEXPECTED_STATUS,

@@ -27,20 +27,9 @@ from core.settings import Settings
 from core.store.queue import Queue
 from core.store.store import Store
 from core.worker import Worker
-from tests.support import (
-    NOON,
-    FakeBilling,
-    FakeClock,
-    MySQLShop,
-    Passes,
-    Shop,
-    add_sessions,
-    census,
-    database_of,
-    numbered,
-    settings_for,
-    until,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
+from tests.support import FakeBilling, Passes, census, database_of, until
 
 TIMEOUT = Answer(Outcome.TIMEOUT, None, 10.0)
 

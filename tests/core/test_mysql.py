@@ -13,19 +13,9 @@ from core.database.port import Row, Value
 from core.domain.model import Answer, Claim, Outcome, Reason, Result, Summary
 from core.errors import StoreError
 from core.store.store import Store
-from tests.support import (
-    NOON,
-    FakeClock,
-    MySQLShop,
-    Shop,
-    add_sessions,
-    census,
-    connect,
-    database_of,
-    mysql_shop,
-    numbered,
-    settings_for,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, add_sessions, connect, mysql_shop, numbered, settings_for
+from tests.support import census, database_of
 
 LEASE = timedelta(seconds=20)
 

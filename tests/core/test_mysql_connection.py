@@ -15,8 +15,9 @@ from core.database.address import MySQLAddress
 from core.database.mysql import ATTEMPTS, MySQLDatabase
 from core.errors import StoreError
 from core.worker import Worker
+from local.mariadb import mariadb_server
+from testkit.shops import MySQLShop, settings_for
 from tests.conftest import PLACES, without_a_server
-from tests.support import MySQLShop, mariadb_server, settings_for
 
 
 def address_of(shop: MySQLShop) -> MySQLAddress:

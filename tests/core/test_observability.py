@@ -16,7 +16,7 @@ from core import log, metrics
 from core.domain.model import Answer, Claim, Outcome, Reason, Summary
 from core.log import LINES_PER_OUTCOME, PassLog, line, logger
 from core.metrics import representatives
-from tests.support import NOON
+from testkit.clock import NOON
 
 STATUS_CODES = {
     Outcome.NOT_FOUND: 404,

@@ -4,7 +4,9 @@ import random
 from datetime import timedelta
 
 from core.domain.model import Answer, Outcome
-from tests.support import NOON, FakeBilling, FakeClock, Passes, add_sessions, numbered
+from testkit.clock import NOON, FakeClock
+from testkit.shops import add_sessions, numbered
+from tests.support import FakeBilling, Passes
 
 SESSIONS = 40
 TICKS = 10 * 60 // 5

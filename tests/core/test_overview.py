@@ -13,9 +13,10 @@ from core.domain.model import iso
 from core.settings import Settings
 from core.store.status_report import Overview, settings_in_force
 from core.worker import open_database
+from testkit.clock import NOON, FakeClock
+from testkit.history import SECOND, History
+from testkit.shops import Shop
 from tests.conftest import MYSQL
-from tests.history import SECOND, History
-from tests.support import NOON, FakeClock, Shop
 
 
 @pytest.fixture

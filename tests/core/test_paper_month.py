@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.domain.cadence import Cadence, next_check
-from tests.support import NOON
+from testkit.clock import NOON
 
 SETTINGS = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
 RECOMMENDED = "5s until 10m, 30s until 1h, 5m"

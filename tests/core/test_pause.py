@@ -20,20 +20,9 @@ from core.passes.writer import Recorder
 from core.store.monitor_state import Shared
 from core.store.store import Store
 from handlers.api import message
-from tests.support import (
-    NOON,
-    FakeBilling,
-    FakeClock,
-    MySQLShop,
-    Passes,
-    Shop,
-    add_sessions,
-    census,
-    connect,
-    database_of,
-    numbered,
-    until,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
+from tests.support import FakeBilling, Passes, census, database_of, until
 
 BLIND = Answer(Outcome.RATE_LIMITED, 429, 0.01)
 

@@ -17,7 +17,7 @@ from core.errors import SettingsError
 from core.settings import Settings
 from core.worker import Worker
 from local.billing import running_billing
-from tests.support import Shop, add_sessions
+from testkit.shops import Shop, add_sessions
 
 SRC = Path(__file__).parents[2] / "src"
 

@@ -19,21 +19,9 @@ from core.domain.model import Answer, Outcome, Result, SessionStatus, StatusChan
 from core.store.store import Store
 from core.worker import Worker
 from local.billing import running_billing
-from tests.support import (
-    NOON,
-    FakeBilling,
-    FakeClock,
-    MySQLShop,
-    Passes,
-    Shop,
-    add_sessions,
-    census,
-    connect,
-    database_of,
-    numbered,
-    settings_for,
-    until,
-)
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered, settings_for
+from tests.support import FakeBilling, Passes, census, database_of, until
 
 PAID = Answer(Outcome.ACTIVE, 200, 0.01, status=SessionStatus.SUCCESS, billing_status="paid")
 FAILED = Answer(Outcome.ACTIVE, 200, 0.01, status=SessionStatus.FAILURE, billing_status="failed")

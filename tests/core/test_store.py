@@ -10,7 +10,9 @@ import pytest
 from core.domain.model import Answer, Claim, Count, Outcome, Reason, Result, Skip, Summary
 from core.errors import StoreError
 from core.store.store import NO_STATUS_INDEX, Store, View
-from tests.support import NOON, FakeClock, Shop, add_sessions, census, database_of, numbered
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered
+from tests.support import census, database_of
 
 LEASE = timedelta(seconds=20)
 

@@ -6,7 +6,7 @@ import pytest
 
 from core.domain.model import Outcome
 from core.domain.verdict import Facts, Level, clock, duration, judge
-from tests.support import NOON
+from testkit.clock import NOON
 
 WELL = {
     "now": NOON,

@@ -21,7 +21,7 @@ from pymysql.cursors import DictCursor
 
 from local import mariadb
 from local.package import ARCHITECTURE, FOR_THIS_MACHINE
-from tests.support import MySQLShop, connect, mysql_shop
+from testkit.shops import MySQLShop, connect, mysql_shop
 
 ROOT = Path(__file__).parents[2]
 EVENTS = ROOT / "events"

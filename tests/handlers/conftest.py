@@ -7,7 +7,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from handlers import check
 from local.billing import SimulatedBilling, running_billing
-from tests.support import Shop
+from testkit.shops import Shop
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from core.store.store import Store
 from core.worker import open_database
 from handlers import api, check
 from local.billing import SimulatedBilling
-from tests.support import Shop, add_sessions, event
+from testkit.shops import Shop, add_sessions
+from tests.support import event
 
 pytestmark = pytest.mark.usefixtures("environment")
 

@@ -11,7 +11,8 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from core.errors import SettingsError, StoreError
 from handlers import check
 from local.billing import SimulatedBilling
-from tests.support import Shop, add_sessions, event
+from testkit.shops import Shop, add_sessions
+from tests.support import event
 
 SRC = Path(__file__).parents[2] / "src"
 

@@ -9,7 +9,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from core.log import logger
 from core.worker import Worker
 from handlers import check
-from tests.support import Shop, add_sessions, settings_for
+from testkit.shops import Shop, add_sessions, settings_for
 
 # With ids of the usual lengths; five lines hold two of them, twice.
 MOST_BYTES = 3_000

@@ -11,7 +11,8 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from core.domain.model import iso
 from core.worker import Worker
 from handlers import check
-from tests.support import FakeClock, Shop, add_sessions, numbered, settings_for
+from testkit.clock import FakeClock
+from testkit.shops import Shop, add_sessions, numbered, settings_for
 from tests.test_loop import MINUTES, NOON, StepFunctions, jittered, slots
 
 

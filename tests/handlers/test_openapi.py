@@ -12,8 +12,10 @@ from core.store.status_report import Overview
 from core.worker import open_database
 from handlers import api, check
 from local.loop import TEMPLATE
-from tests.history import SECOND, History
-from tests.support import FakeClock, Shop, add_sessions, event
+from testkit.clock import FakeClock
+from testkit.history import SECOND, History
+from testkit.shops import Shop, add_sessions
+from tests.support import event
 
 DOCUMENT: dict[str, Any] = json.loads(api.OPENAPI.read_text(encoding="utf-8"))
 OPERATIONS = {

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from local.terminal import MOST_IN_A_PASS, MOST_NEW, NewsOnly
-from tests.support import NOON, SQLiteShop, add_sessions, numbered, statements
+from testkit.clock import NOON
+from testkit.shops import SQLiteShop, add_sessions, numbered, statements
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from core.errors import SettingsError, StoreError
 from core.worker import Health
 from local import trigger
 from local.api import running_api
-from tests.support import NOON
+from testkit.clock import NOON
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}

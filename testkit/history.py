@@ -9,7 +9,8 @@ from typing import Any
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import open_database
-from tests.support import NOON, FakeClock, Shop, add_sessions, settings_for
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, settings_for
 
 SECOND = timedelta(seconds=1)
 

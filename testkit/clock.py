@@ -1,12 +1,28 @@
-"""Executions of the loop side by side on one virtual clock: an hour of them takes a second."""
+"""Clocks that take no time: a fake one for a database, a virtual one that threads share."""
 
 import heapq
 import itertools
 import threading
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+
+NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
 
-class Clock:
+class FakeClock:
+    """A database clock that moves only when told to."""
+
+    def __init__(self, now: datetime = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+class VirtualClock:
     """A clock that threads share; when all of them wait on it, it goes on to the next one's moment.
 
     One thread runs at a time, in the order of the moments they wait for, so a run repeats itself.

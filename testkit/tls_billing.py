@@ -102,7 +102,7 @@ def service(
         subprocess.run(new, check=True, capture_output=True)
     with subprocess.Popen(
         [
-            *(sys.executable, "-m", "bench.wire", certificate, key, str(latency_seconds)),
+            *(sys.executable, "-m", "testkit.tls_billing", certificate, key, str(latency_seconds)),
             *("h2" if http2 else "http/1.1", str(most_requests)),
         ],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
