@@ -60,6 +60,7 @@ check: .venv/ready ## Lint, format, types, template, workflow, scripts
 	ruff check
 	ruff format --check
 	mypy
+	pytest --quiet tests/test_layers.py
 	cfn-lint template.yaml
 	zizmor --offline --quiet --persona=auditor .github
 	shellcheck .ci/*

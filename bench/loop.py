@@ -19,7 +19,7 @@ from bench.machine import Machine, wait
 from bench.programs import MARIADB, Client, Program
 from bench.report import Results, tell
 from bench.servers import Request
-from core.domain.model import percentile
+from core.domain.summary import percentile
 from local import loop
 from testkit.shops import numbered
 

@@ -8,7 +8,7 @@ from statistics import median
 from bench.machine import Machine, adopt, make_due, pass_job
 from bench.programs import HTTP, MARIADB, Program
 from bench.report import Results, cpu_seconds_a_check
-from core.store.status_report import Overview
+from core.store.status_report import read_status
 from core.worker import open_database
 from testkit.clock import FakeClock
 from testkit.history import History
@@ -207,7 +207,7 @@ def status(machine: Machine, results: Results) -> None:
             database = open_database(history.settings(), clock=FakeClock(history.now))
             for _ in range(31):
                 began = time.perf_counter()
-                Overview(database, history.settings()).read()
+                read_status(database, history.settings())
                 took.append(time.perf_counter() - began)
             database.close()
         told = f"{median(took) * 1000:.1f} ms, {max(took) * 1000:.1f} ms at most"

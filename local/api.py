@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 from aws_lambda_powertools.event_handler import HttpResolverLocal, Response, content_types
 
-from handlers.api import Monitor, add_routes
 from handlers.page import operators_page
+from handlers.routes import Monitor, add_routes
 from local.billing import BY_ID, MODES, SimulatedBilling
 
 type Message = MutableMapping[str, Any]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-from core.domain.model import JsonObject, Summary
+from core.domain.model import JsonObject
+from core.domain.summary import Summary
 from core.errors import StartWorkerError, StoreError
 from core.log import logger
 from core.settings import Settings

@@ -24,7 +24,7 @@ class History:
         self._ids = itertools.count(1)
         store = Store(open_database(settings_for(shop), clock=FakeClock(now)))
         store.prepare()
-        store.shared.read_pause()  # puts the row there
+        store.state.read_pause()  # puts the row there
         store.close()
         shop.run("DELETE FROM checkout_session_run")
 

@@ -31,7 +31,7 @@ SEGMENT_HEADERS = 20 + 20 + 12
 # and tcpi_segs_in (32 bits): include/uapi/linux/tcp.h.
 TCP_INFO = struct.Struct("120x 2Q 2I")
 
-MOST_STREAMS = 128  # of an HTTP/2 connection, as nginx has it
+MAX_STREAMS = 128  # of an HTTP/2 connection, as nginx has it
 BODY = b'{"status":"active"}'
 HEADERS = [
     (":status", "200"),
@@ -152,7 +152,7 @@ class _Http2Connection(_Connection):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._http2.local_settings.max_concurrent_streams = MOST_STREAMS
+        self._http2.local_settings.max_concurrent_streams = MAX_STREAMS
         self._http2.initiate_connection()
         self._flush()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.database.port import Database
-from core.domain.model import Answer, Count, Outcome, Reason, Summary
+from core.domain.model import Answer, OpenCounts, Outcome, Reason
+from core.domain.summary import Summary
 from core.passes.check_pass import (
     PassOptions,
     check_open_checkout_sessions,
@@ -39,12 +40,12 @@ def database_of(shop: Shop, clock: FakeClock | None = None) -> Database:
     return open_database(settings_for(shop), clock=clock)
 
 
-def census(store: Store, tick: datetime, session_ids: Sequence[str] | None = None) -> Count:
-    """Adopt the new sessions, forget the closed ones, and count all, or those."""
-    count = store.census(tick, session_ids)
-    while count.next_piece():
+def reconcile(store: Store, tick: datetime, session_ids: Sequence[str] | None = None) -> OpenCounts:
+    """Adopt the new sessions, drop the closed ones, and count all, or those named."""
+    reconciliation = store.reconciliation(tick, session_ids)
+    while reconciliation.reconcile_next_piece():
         pass
-    return count.count
+    return reconciliation.counts
 
 
 async def until(condition: Callable[[], bool]) -> None:

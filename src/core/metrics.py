@@ -5,18 +5,19 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core.domain.model import Outcome, Summary
+from core.domain.model import Outcome
+from core.domain.summary import Summary
 
 NAMESPACE = "CheckoutSessionMonitor"
 
-# What `active` and `closed` are not: SessionsChecked and StatusChanges hold those.
+# One metric for each outcome, except that SessionsChecked and StatusChanges count these two.
 CHECKS: Mapping[Outcome, str] = {
     outcome: "Checks" + outcome.value.title().replace("_", "")
     for outcome in Outcome
     if outcome not in (Outcome.ACTIVE, Outcome.CLOSED)
 }
-# Every metric and its unit. Most are sent only where there is something to count, because a custom
-# metric is billed for each hour in which it appears.
+# Every metric and its unit. Most are sent only if they are not zero, because a custom metric is
+# billed for each hour in which it appears.
 METRICS: Mapping[str, str] = {
     "SessionsOpen": "Count",
     "OverdueSeconds": "Seconds",
@@ -30,19 +31,20 @@ METRICS: Mapping[str, str] = {
     "BillingLatency": "Milliseconds",
     "PassesFailed": "Count",
 }
-# As many values as one metric of an EMF record may have.
-MOST_VALUES = 100
+# A metric of an EMF record may have this many values.
+MAX_VALUES = 100
 # Milliseconds.
 WHOLE_FROM = 100
 
 
 def measure(summary: Summary) -> None:
     """Emit one pass's metrics, in one EMF record."""
-    standing: dict[str, float] = {}  # of a tick's passes one leads, and not each time counts
+    # One pass of each tick leads, and a leader does not count every time.
+    gauges: dict[str, float] = {}
     if summary.counted:
-        standing["SessionsOpen"] = summary.open
+        gauges["SessionsOpen"] = summary.open
     if summary.led:
-        standing["OverdueSeconds"] = round(summary.overdue_seconds, 3)
+        gauges["OverdueSeconds"] = round(summary.overdue_seconds, 3)
     counts = {
         "SessionsChecked": summary.checked,
         **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
@@ -52,7 +54,7 @@ def measure(summary: Summary) -> None:
     }
     _emit(
         {
-            **standing,
+            **gauges,
             "PassDuration": round(summary.duration_seconds * 1000, 1),
             "PassesCompleted": 1,
             **{name: count for name, count in counts.items() if count},
@@ -69,8 +71,8 @@ def measure_failure() -> None:
 def _emit(values: Mapping[str, float], latencies: Sequence[float] = ()) -> None:
     """Write an EMF record: CloudWatch makes metrics of it, with the stack's name for `service`.
 
-    Not by Powertools' Metrics, which takes one value at a time, and a hundredth for the record's
-    end.
+    Powertools' Metrics is not used, because it takes one value at a time and closes a record at the
+    hundredth.
     """
     record: dict[str, object] = {**values}
     if latencies:
@@ -88,18 +90,18 @@ def _emit(values: Mapping[str, float], latencies: Sequence[float] = ()) -> None:
 
 
 def representatives(values: Sequence[float]) -> list[float]:
-    """The values themselves; of more than MOST_VALUES, their 1st, 2nd ... 100th percentile.
+    """The values themselves; of more than MAX_VALUES, their 1st, 2nd ... 100th percentile.
 
-    So every whole percentile of these, the greatest value included, is that of all values.
+    Every whole percentile of the result, the maximum included, is that of all values.
     """
     ordered = sorted(values)
-    if len(ordered) <= MOST_VALUES:
+    if len(ordered) <= MAX_VALUES:
         return ordered
-    ranks = (-(-len(ordered) * n // MOST_VALUES) for n in range(1, MOST_VALUES + 1))
+    ranks = (-(-len(ordered) * n // MAX_VALUES) for n in range(1, MAX_VALUES + 1))
     return [ordered[rank - 1] for rank in ranks]
 
 
 def milliseconds(seconds: float) -> float:
-    """Whole ones from WHOLE_FROM on: a hundred of these are written at every pass."""
+    """Rounded to whole ones from WHOLE_FROM on: every pass writes a hundred of these."""
     found = seconds * 1000
     return round(found) if found >= WHOLE_FROM else round(found, 1)

@@ -1,4 +1,4 @@
-"""What the operator configures: read once from the environment, refused with one clear sentence."""
+"""What the operator configures, read once from the environment; errors are one clear sentence."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,9 +11,15 @@ from pyreqwest.http import Url
 
 from core.billing import status_words
 from core.billing.status_words import StatusReader
-from core.database.address import DATABASE_URL_FORM, DatabaseAddress, parse_database_url
+from core.database.address import (
+    DATABASE_URL_FORM,
+    DatabaseAddress,
+    DatabaseSecret,
+    parse_database_url,
+)
 from core.domain import cadence
 from core.domain.cadence import Cadence, parse_duration
+from core.domain.decision import CheckRules
 from core.errors import SettingsError
 
 BILLING_API_URL = "http://localhost:4000/billing/api/v1/paysession"
@@ -21,24 +27,23 @@ BILLING_API_URL = "http://localhost:4000/billing/api/v1/paysession"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Every setting, with its default. `from_env` is the only place that reads the environment."""
+    """Every setting; `from_env` reads them, with their defaults, from the environment."""
 
-    database: DatabaseAddress | None  # None: database_secret_arn is set
-    api_key: str | None = field(default=None, repr=False)
-    api_key_secret_arn: str | None = None
-    database_secret_arn: str | None = None
-    billing_api_url: str = BILLING_API_URL
-    interval_seconds: int = 5
-    cadence: Cadence = field(default_factory=lambda: Cadence.parse("5s"))
-    backoff_max_seconds: int = 60
-    request_timeout_seconds: float = 10.0
-    max_concurrency: int = 100
-    max_workers: int = 10
-    status_reader: StatusReader | None = None  # None: no status is written
-    expires_after_seconds: int | None = None
-    event_bus_name: str | None = None
-    log_lines_active: int | None = 5  # of one pass; None: all of them
-    debug: bool = False
+    database: DatabaseAddress
+    api_key: str | None = field(repr=False)
+    api_key_secret_arn: str | None
+    billing_api_url: str
+    interval_seconds: int
+    cadence: Cadence
+    backoff_max_seconds: int
+    request_timeout_seconds: float
+    max_concurrency: int
+    max_workers: int
+    status_reader: StatusReader | None  # None: no status is written
+    expires_after_seconds: int | None
+    event_bus_name: str | None
+    log_lines_active: int | None  # in one pass; None: no limit
+    debug: bool
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
@@ -56,32 +61,26 @@ class Settings:
                     "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
         debug = _boolean(given, "DEBUG")
-        log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, least=0, most=10_000)
+        log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, min_value=0, max_value=10_000)
         api_key = given.get("APIKEY")
-        database_url = given.get("DATABASE_URL")
-        database_secret_arn = given.get("DATABASE_SECRET_ARN")
-        if database_url is None and database_secret_arn is None:
-            raise SettingsError(
-                f"DATABASE_URL is not set; it must be {DATABASE_URL_FORM}, "
-                "or DATABASE_SECRET_ARN must name a secret."
-            )
-        interval = _number(given, "CHECK_INTERVAL_SECONDS", int, 5, least=1, most=60)
+        interval = _number(given, "CHECK_INTERVAL_SECONDS", int, 5, min_value=1, max_value=60)
         return cls(
-            database=parse_database_url(database_url) if database_url else None,
+            database=_database(given),
             api_key=checked_api_key("APIKEY", api_key) if api_key else None,
             api_key_secret_arn=None if api_key else given.get("APIKEY_SECRET_ARN"),
-            database_secret_arn=None if database_url else database_secret_arn,
             billing_api_url=_billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
             interval_seconds=interval,
             cadence=_cadence(given.get("CHECK_CADENCE", f"{interval}s")),
             backoff_max_seconds=_number(
-                given, "CHECK_BACKOFF_MAX_SECONDS", int, 60, least=0, most=86_400
+                given, "CHECK_BACKOFF_MAX_SECONDS", int, 60, min_value=0, max_value=86_400
             ),
             request_timeout_seconds=_number(
-                given, "REQUEST_TIMEOUT_SECONDS", float, 10, least=0.1, most=30
+                given, "REQUEST_TIMEOUT_SECONDS", float, 10, min_value=0.1, max_value=30
             ),
-            max_concurrency=_number(given, "MAX_CONCURRENCY", int, 100, least=1, most=1000),
-            max_workers=_number(given, "MAX_WORKERS", int, 10, least=1, most=1000),
+            max_concurrency=_number(
+                given, "MAX_CONCURRENCY", int, 100, min_value=1, max_value=1000
+            ),
+            max_workers=_number(given, "MAX_WORKERS", int, 10, min_value=1, max_value=1000),
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
             event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),
@@ -89,17 +88,36 @@ class Settings:
             debug=debug,
         )
 
+    def check_rules(self) -> CheckRules:
+        return CheckRules(
+            self.interval_seconds,
+            self.cadence,
+            self.backoff_max_seconds,
+            self.expires_after_seconds,
+        )
+
+
+def _database(given: Mapping[str, str]) -> DatabaseAddress:
+    if url := given.get("DATABASE_URL"):
+        return parse_database_url(url)
+    if arn := given.get("DATABASE_SECRET_ARN"):
+        return DatabaseSecret(arn)
+    raise SettingsError(
+        f"DATABASE_URL is not set; it must be {DATABASE_URL_FORM}, "
+        "or DATABASE_SECRET_ARN must name a secret."
+    )
+
 
 def checked_api_key(source: str, key: str) -> str:
-    """The key, when an HTTP header can carry it. `source` is where it comes from.
+    """Return the key, if an HTTP header can carry it. `source` names where it comes from.
 
     Raises:
-        SettingsError: it cannot. The message does not show the key.
+        SettingsError: a header cannot carry it. The message does not show the key.
     """
     if not all("!" <= character <= "~" for character in key):
         raise SettingsError(
-            f"{source} holds a space, a control character or a character outside ASCII (not shown "
-            "here); it must be visible ASCII characters only, as an HTTP header can carry them."
+            f"{source} contains a space, a control character or a character outside ASCII (not "
+            "shown here); it must be visible ASCII characters only, as HTTP headers require."
         )
     return key
 
@@ -123,7 +141,7 @@ def _billing_api_url(text: str) -> str:
         authority = text
     if "@" in authority:
         raise SettingsError(
-            f"BILLING_API_URL holds a user or a password (not shown here); it must be {allowed}."
+            f"BILLING_API_URL contains a user or a password (not shown here); it must be {allowed}."
         )
     if not usable:
         raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
@@ -176,7 +194,13 @@ def _event_bus_name(text: str | None) -> str | None:
 
 
 def _number[N: (int, float)](
-    given: Mapping[str, str], name: str, read: Callable[[str], N], default: N, *, least: N, most: N
+    given: Mapping[str, str],
+    name: str,
+    read: Callable[[str], N],
+    default: N,
+    *,
+    min_value: N,
+    max_value: N,
 ) -> N:
     text = given.get(name)
     if text is None:
@@ -186,9 +210,11 @@ def _number[N: (int, float)](
         value = read(text)
     except ValueError:
         value = None
-    # The comparison is written so that NaN is refused too.
-    if value is None or not least <= value <= most:
-        raise SettingsError(f"{name} is {text!r}; it must be {kind} from {least} to {most}.")
+    # This comparison refuses NaN too.
+    if value is None or not min_value <= value <= max_value:
+        raise SettingsError(
+            f"{name} is {text!r}; it must be {kind} from {min_value} to {max_value}."
+        )
     return value
 
 

@@ -1,4 +1,4 @@
-"""The wiring: settings become a store, a billing client and the event loop they live on."""
+"""The wiring: settings become a store, a billing client and the event loop they run on."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -12,10 +12,11 @@ import uvloop
 
 from core.aws import secrets_manager
 from core.billing.client import BillingClient
-from core.database.address import MySQLAddress, SQLitePath
+from core.database.address import DatabaseSecret, MySQLAddress, SQLitePath
 from core.database.mysql import MySQLDatabase
 from core.database.port import Database
-from core.domain.model import JsonObject, Reason, Summary, iso
+from core.domain.model import JsonObject, Reason, iso
+from core.domain.summary import Summary
 from core.domain.verdict import FRESH_INTERVALS
 from core.errors import SettingsError, StoreError
 from core.log import logger
@@ -26,12 +27,12 @@ from core.settings import Settings
 from core.store.status_changes import Publisher
 from core.store.store import Store
 
-# Kept free at the end of a Lambda's time: to record what is in flight and to write the run's row.
+# Kept free at the end of a Lambda's time, to record what is in flight and to write the pass's row.
 FINISH_SECONDS = 5.0
 
 
 class Health(NamedTuple):
-    """Which of the monitor's own checks hold, by name; no detail that would help an attacker."""
+    """The monitor's checks of itself, by name; no detail that would help an attacker."""
 
     checks: dict[str, bool]
     at: datetime
@@ -45,15 +46,15 @@ class Health(NamedTuple):
         return {
             "status": "ok" if self.ok else "degraded",
             "timestamp": iso(self.at),
-            "checks": {name: "ok" if holds else "failed" for name, holds in self.checks.items()},
+            "checks": {name: "ok" if ok else "failed" for name, ok in self.checks.items()},
             "last_pass_at": iso(self.last_pass_at) if self.last_pass_at else None,
         }
 
 
 class Worker:
-    """What one Lambda execution environment keeps from pass to pass, connections above all.
+    """What one Lambda execution environment keeps between passes, above all connections.
 
-    It runs one thing at a time and belongs to the thread that uses it first; only `stop` may be
+    It does one thing at a time and belongs to the thread that uses it first; only `stop` may be
     called from another one.
     """
 
@@ -70,7 +71,7 @@ class Worker:
         self._database = open_database(settings, clock=clock)
         self._store = Store(self._database, _publisher(settings))
         self._billing = _billing(settings, transport)
-        # asyncio's own loop pays two system calls for each answer that comes from Rust's threads.
+        # asyncio's own loop makes two system calls for each answer that comes from Rust's threads.
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._running: asyncio.Task[Summary] | None = None
@@ -78,7 +79,7 @@ class Worker:
     def check_open_checkout_sessions(
         self, tick: datetime | None = None, *, seconds: float = 60.0
     ) -> Summary:
-        """Run the pass of a tick, within `seconds`. Raises what the pass raises."""
+        """Make the pass of a tick, within `seconds`. Raises what the pass raises."""
         total = max(1.0, seconds - FINISH_SECONDS)
         options = PassOptions(
             Reason.TICK,
@@ -98,7 +99,7 @@ class Worker:
         )
 
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
-        """Run a manual pass. Raises what the pass raises."""
+        """Make a manual pass. Raises what the pass raises."""
         return self._run(
             check_pass.trigger_checkout_session_check(
                 self._store,
@@ -110,7 +111,7 @@ class Worker:
         )
 
     def health(self) -> Health:
-        """Look at the database, the heartbeat and the API key; what fails is logged."""
+        """Check the database, the heartbeat and the API key; failures are logged."""
         checks = {"database": False, "last_pass": False, "api_key": self._billing is not None}
         last_pass_at = None
         try:
@@ -125,17 +126,17 @@ class Worker:
         return Health(checks, now, last_pass_at)
 
     def status(self) -> JsonObject:
-        """How everything stands; see `core.store.status_report.Overview`. Raises StoreError."""
-        from core.store.status_report import Overview  # noqa: PLC0415 (a cold worker does without)
+        """The answer of `GET /api/status`. Raises StoreError."""
+        from core.store.status_report import read_status  # noqa: PLC0415 (not for a cold worker)
 
         def read() -> JsonObject:
             self._prepare()
-            return Overview(self._database, self._settings).read()
+            return read_status(self._database, self._settings)
 
         return self._database_thread.submit(read).result()
 
     def stop(self) -> None:
-        """Ask a running pass, from any thread, to hand back its claims and end (CancelledError)."""
+        """Make a pass under way, from any thread, give back its claims and end (CancelledError)."""
         if (task := self._running) is not None:
             task.get_loop().call_soon_threadsafe(task.cancel)
 
@@ -146,11 +147,11 @@ class Worker:
         self._database_thread.submit(self._store.close).result()
         self._database_thread.shutdown()
 
-    def _run(self, one_pass: Coroutine[None, None, Summary]) -> Summary:
+    def _run(self, coroutine: Coroutine[None, None, Summary]) -> Summary:
         async def cancellable() -> Summary:
             self._running = asyncio.current_task()
             try:
-                return await one_pass
+                return await coroutine
             finally:
                 self._running = None
 
@@ -162,7 +163,7 @@ class Worker:
 
     def _heartbeat(self) -> tuple[datetime | None, datetime]:
         self._prepare()
-        return self._store.runs.last_sign_of_life(), self._store.now()
+        return self._store.history.last_start(), self._store.now()
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:
@@ -171,19 +172,17 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
         case MySQLAddress() as address:
             return MySQLDatabase(lambda *, refresh: address, clock=clock)  # noqa: ARG005
         case SQLitePath(path):
-            from core.database.sqlite import SQLiteDatabase  # noqa: PLC0415 (a cold worker does without)
+            from core.database.sqlite import SQLiteDatabase  # noqa: PLC0415 (not for a cold worker)
 
             return SQLiteDatabase(path, clock=clock)
-        case None:
-            arn = settings.database_secret_arn
-            assert arn is not None  # noqa: S101 (Settings.from_env sees to it)
+        case DatabaseSecret(arn):
             return MySQLDatabase(partial(secrets_manager.read_database, arn), clock=clock)
 
 
 def _publisher(settings: Settings) -> Publisher | None:
     if settings.event_bus_name is None:
         return None
-    from core.aws.event_bus import EventBus  # noqa: PLC0415 (a cold worker does without)
+    from core.aws.event_bus import EventBus  # noqa: PLC0415 (not for a cold worker)
 
     return EventBus(settings.event_bus_name)
 

@@ -1,5 +1,8 @@
 """The worker's Lambda: one check pass a tick, started by the loop every interval."""
 
+from handlers import cold_start  # noqa: F401 (imports with the garbage collector off)
+
+# isort: split
 import functools
 import os
 from collections.abc import Mapping
@@ -17,7 +20,7 @@ from core.worker import Worker
 
 
 class TickError(ValueError):
-    """The event carries a tick that is no moment."""
+    """The event's tick is not a valid timestamp."""
 
 
 @functools.cache
@@ -29,7 +32,7 @@ def worker() -> Worker:
     """
     settings = Settings.from_env(os.environ)
     log.set_level(debug=settings.debug)
-    # Lambda's own variable; without it (sam local has it too) this is the only worker.
+    # Lambda sets it (and sam local too); without it, this is the only worker.
     function_name = os.environ.get("AWS_LAMBDA_FUNCTION_NAME")
     start_worker = LambdaWorkers(function_name) if function_name else None
     return Worker(settings, start_worker=start_worker)
@@ -39,8 +42,8 @@ def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
     """Check what is due. `event` is `{"tick": "2026-01-15T10:30:05.000Z"}`, the tick optional.
 
     Returns the pass's summary. Raises SettingsError, TickError or StoreError, each logged in one
-    sentence first, so that the invocation counts as an error of the function; and whatever a bug
-    raises, which counts as a failed pass like these.
+    sentence first, so that the invocation counts as an error of the function. Whatever a bug raises
+    counts as a failed pass too.
     """
     try:
         summary = worker().check_open_checkout_sessions(
@@ -51,23 +54,23 @@ def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
             log.logger.error(f"❌ {error}")
         metrics.measure_failure()
         raise
-    if summary.led or summary.checked:  # not of a tick that was delivered twice
+    if summary.led or summary.checked:  # not for a tick that was delivered twice
         metrics.measure(summary)
     return summary.as_dict()
 
 
 def parse_tick(event: Mapping[str, Any]) -> datetime | None:
-    """The moment in `event["tick"]`, None when there is none."""
+    """The time in `event["tick"]`; None if there is none."""
     tick = event.get("tick")
     if tick is None:
         return None
     try:
-        moment = datetime.fromisoformat(tick)
+        time = datetime.fromisoformat(tick)
     except (TypeError, ValueError):
-        moment = None
-    if moment is None or moment.tzinfo is None:
+        time = None
+    if time is None or time.tzinfo is None:
         raise TickError(
             f"The event's tick is {tick!r}; it must be an ISO 8601 time with an offset, "
             "e.g. 2026-01-15T10:30:05.000Z, or be left out."
         )
-    return moment.astimezone(UTC)
+    return time.astimezone(UTC)

@@ -19,11 +19,12 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
-from core.domain.model import JsonObject, Outcome, Reason, Skip, Summary
+from core.domain.model import JsonObject, Outcome, Reason, Skip
+from core.domain.summary import Summary
 from core.errors import StoreError
-from core.store.status_report import Overview
+from core.store.status_report import read_status
 from core.worker import Health, open_database
-from handlers.api import OPENAPI, add_routes
+from handlers.routes import OPENAPI, add_routes
 from testkit.clock import FakeClock
 from testkit.history import History
 from testkit.shops import SQLiteShop, statements
@@ -62,7 +63,7 @@ class Monitor:
         settings = self.history.settings(**self._env)
         database = open_database(settings, clock=FakeClock(self.history.now))
         try:
-            return Overview(database, settings).read()
+            return read_status(database, settings)
         finally:
             database.close()
 

@@ -15,10 +15,11 @@ from typing import Any
 import pymysql
 
 from core.billing.status_words import WORDS
-from core.domain.model import Summary, iso
+from core.domain.model import iso
+from core.domain.summary import Summary
 from core.errors import StoreError
 from core.settings import Settings
-from core.store.status_report import HISTORY, Overview
+from core.store.status_report import HISTORY, read_status
 from core.worker import Worker, open_database
 from testkit.clock import FakeClock
 from testkit.shops import Shop, settings_for
@@ -234,7 +235,7 @@ class World:
         settings = settings_for(self.shop)
         database = open_database(settings, clock=self.clock)
         try:
-            told: Any = Overview(database, settings).read()
+            told: Any = read_status(database, settings)
         finally:
             database.close()
         since = self.clock.now - HISTORY

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from core.domain.model import Outcome, Reason, Skip, Summary
+from core.domain.model import Outcome, Reason, Skip
+from core.domain.summary import Summary
 from core.errors import SettingsError, StoreError
 from core.worker import Health
 from local import trigger
@@ -190,7 +191,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(
 ) -> None:
     code, [said] = run(f"{elsewhere}/200", "--api-key", key)
     assert code == 1
-    assert said.startswith("❌ --api-key holds a space, a control character or a character outside")
+    assert said.startswith("❌ --api-key contains a space, a control character or a character outside")
     assert "hidd" not in said
     assert not Elsewhere.api_keys
 

@@ -1,0 +1,1 @@
+"""AWS services: secrets, events, and starting more workers."""

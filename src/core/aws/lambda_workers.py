@@ -5,22 +5,20 @@ import threading
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from core.aws.clients import make_client
 from core.domain.model import iso
 from core.errors import StartWorkerError
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
 
-# A start is one small call; the next tick is the retry.
+# The next tick is the retry.
 CONNECT_SECONDS = 1
 READ_SECONDS = 2
 
 
 class LambdaWorkers:
-    """Starts a function once more, for the same tick. boto3 is imported when the first is needed.
-
-    The function is this very one: what it is given is what the loop gives it.
-    """
+    """Invokes a function with the event that the loop gives it."""
 
     def __init__(self, function_name: str) -> None:
         self._function_name = function_name
@@ -28,10 +26,10 @@ class LambdaWorkers:
         self._lock = threading.Lock()
 
     def __call__(self, tick: datetime) -> None:
-        """Start one worker; it comes back as soon as Lambda has queued the start.
+        """Start one worker for the tick; returns as soon as Lambda has queued the invocation.
 
         Raises:
-            StartWorkerError: Lambda did not.
+            StartWorkerError: Lambda did not queue it.
         """
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (a second)
 
@@ -48,14 +46,4 @@ class LambdaWorkers:
 
 
 def _client() -> "LambdaClient":
-    import boto3  # noqa: PLC0415 (it takes a second)
-    from botocore.config import Config  # noqa: PLC0415
-
-    return boto3.client(
-        "lambda",
-        config=Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": 1},
-        ),
-    )
+    return make_client("lambda", connect_seconds=CONNECT_SECONDS, read_seconds=READ_SECONDS)

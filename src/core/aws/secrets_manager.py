@@ -1,6 +1,6 @@
 """Secrets from AWS Secrets Manager, kept for an hour, read again when one is refused.
 
-boto3 takes a second to import, so nothing here is imported before a secret is needed.
+Powertools' parameters import boto3, which takes a second: they are imported with the first secret.
 """
 
 import functools
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
+from core.aws.clients import client_config
 from core.database.address import MySQLAddress
 from core.errors import SettingsError
 from core.settings import checked_api_key
@@ -16,16 +17,15 @@ from core.settings import checked_api_key
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.parameters import SecretsProvider
 
-# A refused secret is read again at once (a rotation); this bounds how long an old one lives on
-# where both are accepted.
+# A refused secret is read again at once. If the old one and the new one are both accepted after a
+# rotation, the old one is used for at most this long.
 KEEP_SECONDS = 3600
 
-# Left to itself, botocore waits for a minute five times, which is longer than a function lives.
 CONNECT_SECONDS = 2.0
 READ_SECONDS = 3.0
 ATTEMPTS = 2
 
-MOST_PORT = 65_535
+MAX_PORT = 65_535
 DATABASE_KEYS = ("username", "password", "host", "dbname")
 
 
@@ -33,24 +33,24 @@ def read_api_key(arn: str, *, refresh: bool = False) -> str:
     """The billing API key: the secret's text, or its `APIKEY` where the text is a JSON object.
 
     Raises:
-        SettingsError: the secret cannot be read, or holds no usable key.
+        SettingsError: the secret cannot be read, or contains no usable key.
     """
     text = _read("APIKEY_SECRET_ARN", arn, refresh=refresh)
     parsed = _parsed(text)
     key = parsed.get("APIKEY") if isinstance(parsed, dict) else text
     if not isinstance(key, str) or not key.strip():
         raise SettingsError(
-            f"APIKEY_SECRET_ARN names the secret {arn}, which holds no key; it must be the key "
-            'itself or a JSON object {"APIKEY": "..."}.'
+            f"APIKEY_SECRET_ARN names the secret {arn}, which does not contain a key; it must be "
+            'the key itself or a JSON object {"APIKEY": "..."}.'
         )
     return checked_api_key("APIKEY_SECRET_ARN", key.strip())
 
 
 def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
-    """The database in a secret of the form that RDS makes; `port`, `ssl` and `ssl_ca` are optional.
+    """The address in a secret of the form that RDS makes; `port`, `ssl`, `ssl_ca` are optional.
 
     Raises:
-        SettingsError: the secret cannot be read, or is of another form.
+        SettingsError: the secret cannot be read, or has another form.
     """
     parsed = _parsed(_read("DATABASE_SECRET_ARN", arn, refresh=refresh))
     if not isinstance(parsed, dict):
@@ -59,18 +59,18 @@ def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
     def refuse(what: str) -> Never:
         raise SettingsError(
             f"DATABASE_SECRET_ARN names the secret {arn}, which {what}; it must be a JSON object "
-            f"with {', '.join(DATABASE_KEYS)} and, where it is not 3306, port; for TLS that is "
-            "verified, ssl_ca, a CA's file, or ssl, true for the system's CAs."
+            f"with {', '.join(DATABASE_KEYS)}, and port if it is not 3306; for verified TLS, "
+            "ssl_ca with the path of a CA file, or ssl with true for the system's CAs."
         )
 
     if missing := [key for key in DATABASE_KEYS if not parsed.get(key)]:
         refuse(f"lacks {', '.join(missing)}")
     port = str(parsed.get("port", 3306))
-    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MAX_PORT:
         refuse(f"has the port {port!r}")
     ssl_ca = parsed.get("ssl_ca") or None
     if ssl_ca is not None and not (isinstance(ssl_ca, str) and Path(ssl_ca).is_file()):
-        refuse(f"has the ssl_ca {ssl_ca!r}, which is no file here")
+        refuse(f"has the ssl_ca {ssl_ca!r}, which is not a file here")
     ssl = str(parsed.get("ssl", ssl_ca is not None)).lower()
     if ssl not in ("true", "false") or (ssl == "false" and ssl_ca is not None):
         refuse(f"has {ssl!r} for ssl")
@@ -93,7 +93,7 @@ def _parsed(text: str) -> Any:  # noqa: ANN401 (JSON)
 
 
 def _read(variable: str, arn: str, *, refresh: bool) -> str:
-    # Both take a second to import, because of boto3.
+    # Slow imports, because of boto3.
     from aws_lambda_powertools.utilities.parameters import exceptions  # noqa: PLC0415
     from botocore import exceptions as boto  # noqa: PLC0415
 
@@ -109,19 +109,15 @@ def _read(variable: str, arn: str, *, refresh: bool) -> str:
         raise SettingsError(
             f"{variable} names the secret {arn}, which cannot be read: {why}."
         ) from None
-    assert isinstance(value, str | bytes)  # noqa: S101 (no transformation is asked for)
-    return value if isinstance(value, str) else value.decode()
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 @functools.cache
 def _manager() -> "SecretsProvider":
     from aws_lambda_powertools.utilities.parameters import SecretsProvider  # noqa: PLC0415
-    from botocore.config import Config  # noqa: PLC0415
 
     return SecretsProvider(
-        boto_config=Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        boto_config=client_config(
+            connect_seconds=CONNECT_SECONDS, read_seconds=READ_SECONDS, attempts=ATTEMPTS
         )
     )

@@ -1,4 +1,4 @@
-"""The billing service: one GET for a session, and every way it can go, told as an outcome."""
+"""The billing client: one GET for each check; every result or failure becomes an `Answer`."""
 
 import asyncio
 import time
@@ -15,35 +15,34 @@ from core.billing.status_words import StatusReader
 from core.billing.transport import Get, ReqwestTransport
 from core.domain.model import Answer, Outcome
 
-# More than any session's state takes; what is beyond it is not read.
+# More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
 
-# A service that asks for more is asked again after this long all the same: by then it may be well,
-# and the sessions' owners are waiting.
+# A longer pause is cut to this: by then the service may have recovered, and customers are waiting.
 MAX_RETRY_AFTER_SECONDS = 300.0
 
 USER_AGENT = "csm"  # checkout session monitor
 
 RATE_LIMITING = frozenset((429, 503))
 UNAUTHORIZED = frozenset((401, 403))
-# A key that is refused may have been rotated. A revoked one is refused for every session, and must
-# not become a request to the secret's keeper for each of them.
+# A refused key may have been rotated, so the secret is read again. A revoked key is refused for
+# every session; the secret must not be read once for each of them.
 KEY_READ_AGAIN_SECONDS = 30.0
 
-# Every URL parser takes these for path segments that mean "here" and "up", also percent-encoded
-# (RFC 3986 section 5.2.4; WHATWG URL, "double-dot path segment"), so no URL can carry them as ids.
+# Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
+# URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
 
 
 class BillingClient:
     """Asks the billing service about sessions, each within a total time, over kept connections.
 
-    With a `status_reader`, an answer of 200 tells the session's status, by what its body says.
-    `read_key_again`, where the key can change, is called in a thread after a 401 or 403; when it
-    brings another key, the request is sent once more. It belongs to the event loop it is used on.
+    With a `status_reader`, the body of a 200 gives the session's status. `read_key_again`, if the
+    key can change, is called in a thread after a 401 or 403; if it returns another key, the request
+    is sent once more. A client belongs to the event loop it is used on.
 
-    `transport` ends each request within `timeout_seconds` itself: a timer of the event loop's for
-    each would take as long as a tenth of the whole check.
+    `transport` itself ends each request within `timeout_seconds`: a timer of the event loop for
+    each request would add a tenth to the cost of a check.
     """
 
     def __init__(
@@ -59,11 +58,11 @@ class BillingClient:
         now: Callable[[], datetime] | None = None,
     ) -> None:
         self._prefix = f"{api_url}/"
-        # The transport is called without an httpx.AsyncClient around it: nothing a client adds
+        # The transport is called without an httpx.AsyncClient: nothing that a client adds
         # (redirects, cookies, authentication, hooks) is wanted here, and it costs more time than
-        # the request. A client would also add this header.
+        # the request. A client would also set the Host header.
         host = httpx.URL(api_url).netloc.decode("ascii")
-        # Each byte here is sent with every check, half a billion times a month for 1,000 sessions.
+        # These bytes are sent with every check, half a billion times a month for 1,000 sessions.
         self._headers = httpx.Headers(
             {
                 "host": host,
@@ -87,7 +86,7 @@ class BillingClient:
         await self._transport.aclose()
 
     async def check(self, billing_checkout_id: str | None) -> Answer:
-        """Ask about one session. Every failure of billing or of the network is an `Answer`."""
+        """Ask about one session. Every failure of billing or of the network is an `Answer` too."""
         if not billing_checkout_id:
             return Answer(Outcome.INVALID_SESSION, detail="it has no billing_checkout_id")
         segment = path_segment(billing_checkout_id)
@@ -132,7 +131,7 @@ class BillingClient:
         return response, await _read(response)
 
     async def _key_rotated(self, refused: httpx.Headers, read_key: Callable[[], str]) -> bool:
-        """Whether there is another key than the refused one: a rotation heals itself."""
+        """Whether there is another key than the refused one, after a rotation."""
         async with self._rotation:
             if self._headers is not refused:
                 return True  # another check has just found the new key
@@ -148,7 +147,7 @@ class BillingClient:
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
-    """The id as one path segment of a URL, or None when no URL can carry it.
+    """The id as one path segment of a URL, or None if no URL can carry it.
 
     Everything but RFC 3986's unreserved characters is percent-encoded, so an id can neither leave
     its segment nor add a query.
@@ -157,12 +156,12 @@ def path_segment(billing_checkout_id: str) -> str | None:
         return None
     try:
         return quote(billing_checkout_id, safe="")
-    except UnicodeEncodeError:  # half of a surrogate pair is no character
+    except UnicodeEncodeError:  # half of a surrogate pair is not a character
         return None
 
 
 def classify(status_code: int, *, asks_to_retry: bool) -> Outcome:
-    """What an answer's status says of the session."""
+    """The outcome that an answer's status code stands for."""
     match status_code:
         case 200:
             return Outcome.ACTIVE
@@ -179,7 +178,7 @@ def classify(status_code: int, *, asks_to_retry: bool) -> Outcome:
 
 
 def parse_retry_after(text: str, now: datetime) -> float | None:
-    """Seconds to wait, MAX_RETRY_AFTER_SECONDS at most; None when the header says nothing usable.
+    """Seconds to wait, up to MAX_RETRY_AFTER_SECONDS; None if the header cannot be used.
 
     The header is a whole number of seconds or an HTTP date (RFC 9110, section 10.2.3).
     """
@@ -196,7 +195,7 @@ def parse_retry_after(text: str, now: datetime) -> float | None:
 
 
 async def _read(response: httpx.Response) -> bytes | None:
-    """The body, read to its end so that the connection can be used again; None beyond the limit."""
+    """The body, read to its end so that the connection can be reused; None beyond the limit."""
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

@@ -1,4 +1,4 @@
-"""What the body of a billing answer says of a session, in the shop's words."""
+"""What the body of an answer says about a session: billing's word, and its meaning to the shop."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from jmespath.parser import ParsedResult
 from core.domain.model import SessionStatus
 
 PATH = "status"
-# Words that mean the same wherever they are used. Left out on purpose: "complete", which at some
-# services is said of a session whose payment is still on its way, and "authorized".
+# Words that mean the same at every billing service. Left out on purpose: "complete", which some
+# services use while the payment is still under way, and "authorized".
 WORDS: Mapping[str, SessionStatus] = {
     **dict.fromkeys(("open", "pending", "active", "created", "processing"), SessionStatus.OPEN),
     **dict.fromkeys(("success", "succeeded", "paid", "captured"), SessionStatus.SUCCESS),
@@ -28,11 +28,11 @@ WORDS_FORM = (
     '"success", "unpaid": "open"}'
 )
 
-_LONGEST_WORD = 60  # characters of an unknown word that are shown
+_MAX_WORD_LENGTH = 60  # an unknown word is shown up to this length
 
 
-class Reading(NamedTuple):
-    """What was found: a status and billing's word for it, or no status and what stood there."""
+class StatusReading(NamedTuple):
+    """A status and billing's word for it; or no status, and what was found instead."""
 
     status: SessionStatus | None
     seen: str
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StatusReader:
-    """Finds billing's word for a session's state in an answer, and what it means to the shop."""
+    """Finds billing's word for a session's status in an answer, and what it means to the shop."""
 
     path: str = PATH  # JMESPath
     words: Mapping[str, SessionStatus] = field(default_factory=lambda: WORDS)  # in lower case
@@ -50,47 +50,49 @@ class StatusReader:
         """Compile the path.
 
         Raises:
-            JMESPathError: it is none.
+            JMESPathError: it is not a JMESPath expression.
         """
         object.__setattr__(self, "_search", jmespath.compile(self.path))
 
-    def read(self, body: bytes | None) -> Reading:
-        """Read one body; None stands for one that is too long to be read."""
+    def read(self, body: bytes | None) -> StatusReading:
+        """Read one body; None stands for a body that is too long."""
         if body is None:
-            return Reading(None, "a body that is too long")
+            return StatusReading(None, "a body that is too long")
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
-            return Reading(None, "a body that is no JSON")
+            return StatusReading(None, "a body that is not valid JSON")
         try:
             found = self._search.search(parsed)
-        except JMESPathError:  # a function of the path was given a value that it cannot take
-            return Reading(None, f"nothing that {self.path!r} can be applied to")
+        except JMESPathError:  # a function in the path got a value of a wrong type
+            return StatusReading(None, f"nothing that {self.path!r} can be applied to")
         if found is None:
-            return Reading(None, f"nothing at {self.path!r}")
+            return StatusReading(None, f"nothing at {self.path!r}")
         word = found if isinstance(found, str) else json.dumps(found)
         status = self.words.get(word.lower())
-        if status is None and len(word) > _LONGEST_WORD:
-            word = f"{word[:_LONGEST_WORD]}…"
-        return Reading(status, word if status else repr(word))
+        if status is None and len(word) > _MAX_WORD_LENGTH:
+            word = f"{word[:_MAX_WORD_LENGTH]}…"
+        return StatusReading(status, word if status else repr(word))
 
 
 def parse_words(text: str) -> Mapping[str, SessionStatus]:
-    """A `BILLING_STATUS_MAP`; upper and lower case are the same in billing's words.
+    """Parse a `BILLING_STATUS_MAP`; billing's words are not case-sensitive.
 
     Raises:
-        ValueError: another form, with what is wrong about it.
+        ValueError: the text has another form; the message says what is wrong.
     """
     try:
         given = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("it is no JSON") from None
+        raise ValueError("it is not valid JSON") from None
     if not isinstance(given, dict) or not given:
-        raise ValueError("it is no JSON object with at least one word")
+        raise ValueError("it is not a JSON object with at least one word")
     words: dict[str, SessionStatus] = {}
     for word, status in given.items():
         if status not in list(SessionStatus):
-            raise ValueError(f"{word!r} is mapped to {status!r}, which the table does not know")
+            raise ValueError(
+                f"{word!r} is mapped to {status!r}, which is not a status of the table"
+            )
         if word.lower() in words:
             raise ValueError(f"{word!r} is mapped twice")
         words[word.lower()] = SessionStatus(status)

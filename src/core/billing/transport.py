@@ -18,36 +18,36 @@ from pyreqwest.http import HeaderMap
 from pyreqwest.request import StreamRequest
 from pyreqwest.response import ResponseBodyReader
 
-# Read at once: more than any session's state takes, so that one read brings a whole body.
+# Read at once: more than any session's answer needs, so that one read returns a whole body.
 CHUNK_BYTES = 64 * 1024 + 1
 
-# What becomes of a request on a kept connection that the service, or something between, has ended
-# since: a service closes idle connections, and one that was frozen with us may be gone. Asking once
-# more is safe: a GET changes nothing.
-_ENDED_UNDER_US = frozenset(
+# The errors of a request on a kept connection that the service, or a device in between, has closed
+# meanwhile: services close idle connections, and a frozen Lambda environment does not notice.
+# Sending the request once more is safe: a GET changes nothing.
+_CLOSED_MEANWHILE = frozenset(
     ("connection closed before message completed", "Connection reset by peer", "Broken pipe")
 )
-# Lambda gives a process 1,024 descriptors. A request that was given up holds one until its socket
-# is closed, in another thread, and where all time out at once as many begin anew; these then wait.
-MOST_CONNECTIONS = 960
-# Kept connections are not trusted for longer: load balancers forget an idle one after 60 s (AWS's
-# default), and a request on it would be answered by nobody.
+# Lambda gives a process 1,024 file descriptors. A request that was given up holds one until another
+# thread closes its socket. If all requests time out at once, as many new ones begin and wait.
+MAX_CONNECTIONS = 960
+# Idle connections are not kept for longer: load balancers forget an idle one after 60 s (AWS's
+# default), and a request on it would never be answered.
 KEEP_IDLE = timedelta(seconds=30)
 
 # Requests at once on one HTTP/2 connection: services allow about as many (RFC 9113, section 6.5.2,
-# advises against fewer), and the rest would wait.
-MOST_STREAMS = 100
-# An HTTP/2 connection that brings nothing for so long, with requests on it, is asked whether it is
-# alive, and has as long to answer. Twice this is well within the default time of a request.
+# recommends at least 100), and further requests would wait.
+MAX_STREAMS = 100
+# An HTTP/2 connection that has been silent for this long, with requests on it, is pinged. It has as
+# long again to answer. Twice this is well within the default time of a request.
 PING_AFTER_SECONDS = 2.0
 _KEEP_ALIVE_TIMED_OUT = "keep-alive timed out"
 
 
 class Get(httpx.Request):
-    """A GET with headers that many requests share, whose URL is parsed only if someone looks at it.
+    """A GET with headers that many requests share; its URL is parsed only when it is read.
 
-    What httpx does to make a request (parse the URL, copy the headers, encode no body) takes as
-    long as to send it and to read the answer.
+    httpx parses the URL and copies the headers of a request, which takes as long as sending it and
+    reading the answer.
     """
 
     def __init__(self, address: str, headers: httpx.Headers) -> None:
@@ -73,32 +73,31 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     Redirects are not followed, because the API key would travel with them. TLS certificates are
     verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected.
 
-    Where the service offers HTTP/2, it is used: a check then sends less than half of the bytes.
+    HTTP/2 is used if the service offers it: a check then sends less than half of the bytes.
 
-    A request takes `timeout_seconds` at most, from when it is handed over until its body is read,
-    whatever it waits for and however often it is sent. That time is kept in Rust, which a
-    cancellation does not reach: without it the request, and its connection, would live until
-    billing answers.
+    A request takes at most `timeout_seconds`, from the call until its body is read, including all
+    waits and a second attempt. Rust measures that time, because a cancellation does not reach Rust:
+    without it the request, and its connection, would live until billing answers.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        # It offers both versions with each TLS handshake, and takes HTTP/1.1 without TLS.
+        # It offers both versions in each TLS handshake, and uses HTTP/1.1 without TLS.
         self._either = _Client(
             _client(timeout_seconds).http2(enable=True).pool_idle_timeout(KEEP_IDLE)
         )
         self._unkept = _Client(_client(timeout_seconds).pool_max_idle_per_host(0))
         self._timeout_seconds = timeout_seconds
-        self._headers: httpx.Headers | None = None  # those of the last request, and as it took them
+        self._headers: httpx.Headers | None = None  # of the last request
         self._items: list[tuple[str, str]] = []
-        # Where a connection of `_either` ends, each request that waits makes another, a hundred
-        # handshakes for one. Clients that know the version before make one.
+        # When a connection of `_either` ends, each waiting request opens another one: a hundred
+        # handshakes instead of one. Clients that know the version in advance open one.
         self._http2: list[_Client] = []
         self._speaks_http2 = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         began, sent_before = time.monotonic(), None
         if self._speaks_http2:
-            for _ in range(2):  # a connection that has ended under us is not a service that is away
+            for _ in range(2):  # a closed connection does not mean that the service is down
                 with suppress(httpx.NetworkError):
                     return await self._send(self._http2_client(), request, sent_before)
                 sent_before = began
@@ -106,14 +105,14 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         try:
             return await self._send(self._either, request, sent_before)
         except httpx.NetworkError as error:
-            if str(error) not in _ENDED_UNDER_US:
+            if str(error) not in _CLOSED_MEANWHILE:
                 raise
-        # Not on another kept one: where one has been ended, all of them may have been.
+        # Not on another kept one: if one was closed, all of them may have been.
         return await self._send(self._unkept, request, began)
 
     def _http2_client(self) -> "_Client":
         for client in self._http2:
-            if client.requests < MOST_STREAMS:
+            if client.requests < MAX_STREAMS:
                 return client
         ping = timedelta(seconds=min(PING_AFTER_SECONDS, self._timeout_seconds / 5))
         self._http2.append(
@@ -130,7 +129,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     async def _send(
         self, client: "_Client", request: httpx.Request, sent_before: float | None = None
     ) -> httpx.Response:
-        """Send it by that client; in what is left of its time, where it was sent before."""
+        """Send it by that client; a second attempt gets the rest of the first one's time."""
         address = request.address if isinstance(request, Get) else str(request.url)
         builder = client.client.request(request.method, address).headers(
             self._items_of(request.headers)
@@ -154,7 +153,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     def _items_of(self, headers: httpx.Headers) -> list[tuple[str, str]]:
         if headers is not self._headers:  # many requests share them
-            # HTTP/2 has another form of it, and services refuse both; either is made of the URL.
+            # HTTP/2 has its own form of it, and services refuse both; reqwest makes either.
             self._items = [item for item in headers.multi_items() if item[0] != "host"]
             self._headers = headers
         return self._items
@@ -165,7 +164,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
 
 class _Client:
-    """A client of pyreqwest's, its own connections, and how many requests are on them."""
+    """A pyreqwest client with its own connections, and the number of requests on them."""
 
     def __init__(self, builder: ClientBuilder) -> None:
         self.client: Client = builder.build()
@@ -176,7 +175,7 @@ def _client(timeout_seconds: float) -> ClientBuilder:
     return (
         ClientBuilder()
         .timeout(timedelta(seconds=timeout_seconds))
-        .max_connections(MOST_CONNECTIONS)
+        .max_connections(MAX_CONNECTIONS)
         .follow_redirects(enable=False)
         .gzip(enable=False)
         .brotli(enable=False)
@@ -186,9 +185,9 @@ def _client(timeout_seconds: float) -> ClientBuilder:
 
 
 class _Received(httpx.Response):
-    """A response whose headers are copied only if someone looks at them.
+    """A response whose headers are copied only when they are read.
 
-    httpx.Response copies and normalises each of them: longer than the rest of an answer takes.
+    httpx.Response copies and normalises them, which takes longer than the rest of an answer.
     """
 
     def __init__(self, status: int, headers: HeaderMap, body: "_Body") -> None:
@@ -232,7 +231,7 @@ class _Body(httpx.AsyncByteStream):
             raise _translated(error, self._request) from error
         if chunk is None:
             raise StopAsyncIteration
-        self._ended = len(chunk) < CHUNK_BYTES  # `read` comes back with less only at the end
+        self._ended = len(chunk) < CHUNK_BYTES  # `read` returns less only at the end
         return bytes(chunk)
 
     async def aclose(self) -> None:
@@ -241,7 +240,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 def _readable(headers: HeaderMap) -> list[tuple[str, str]]:
-    """The headers as text, without those whose values are not ASCII: none of them is needed."""
+    """The headers as text, without those whose values are not ASCII: none of those is needed."""
     try:
         return list(headers.items())
     except ValueError:
@@ -253,10 +252,10 @@ def _readable(headers: HeaderMap) -> list[tuple[str, str]]:
 
 
 def _translated(error: PyreqwestError, request: httpx.Request) -> httpx.TransportError:
-    """The same error in httpx's terms, with its innermost cause for a message."""
+    """The same error as httpx raises it, with its innermost cause as the message."""
     causes = error.details["causes"] if isinstance(error, DetailedPyreqwestError) else None
     message = str(causes[-1]["message"]) if causes else type(error).__name__
-    # "Connection refused (os error 111)": the number says no more than the words.
+    # "Connection refused (os error 111)": the number adds nothing.
     message = message.partition(" (os error ")[0]
     if causes and any(cause["message"] == _KEEP_ALIVE_TIMED_OUT for cause in causes):
         return httpx.NetworkError(_KEEP_ALIVE_TIMED_OUT, request=request)

@@ -16,14 +16,14 @@ DATABASE_URL_FORM = (
 
 @dataclass(frozen=True, slots=True)
 class MySQLAddress:
-    """Where a MySQL or MariaDB server is, and who we are there."""
+    """A MySQL or MariaDB server, and the user that connects to it."""
 
     host: str
     port: int
     user: str
     password: str = field(repr=False)
     database: str
-    ssl_ca: str | None = None  # a CA file of one's own
+    ssl_ca: str | None = None  # a private CA's file
     ssl: bool = False  # TLS required, certificate verified by ssl_ca or the system's CAs
 
 
@@ -33,32 +33,38 @@ class SQLitePath(NamedTuple):
     path: Path
 
 
-type DatabaseAddress = MySQLAddress | SQLitePath
+class DatabaseSecret(NamedTuple):
+    """The Secrets Manager secret that holds the address of a MySQL server."""
+
+    arn: str
 
 
-def parse_database_url(text: str) -> DatabaseAddress:
-    """Take a `DATABASE_URL` apart. Percent-encoding in user, password and database is undone.
+type DatabaseAddress = MySQLAddress | SQLitePath | DatabaseSecret
+
+
+def parse_database_url(text: str) -> MySQLAddress | SQLitePath:
+    """Parse a `DATABASE_URL`. Percent-encoding in user, password and database is decoded.
 
     Raises:
-        SettingsError: another form. The message shows no more of the text than its scheme, because
-            the rest may hold the password.
+        SettingsError: another form. The message shows only the scheme of the text, because the
+            rest may contain the password.
     """
     try:
         url = urlsplit(text)
         port = url.port
     except ValueError:
         url = None
-    if url is None:  # out of the except clause: that error's text may hold the password
-        _refuse_database_url(text, "cannot be read as a URL")
+    if url is None:  # outside the except clause: that error's text may contain the password
+        _refuse_database_url(text, "is not a valid URL")
     if "#" in text:
-        _refuse_database_url(text, "holds a '#', which must be written %23")
+        _refuse_database_url(text, "contains a '#'; encode it as %23")
     if url.scheme == "sqlite":
         path = unquote(url.path.removeprefix("/"))
         if url.netloc or not path or "?" in text:
-            _refuse_database_url(text, "names no file")
+            _refuse_database_url(text, "does not name a file")
         return SQLitePath(Path(path))
     if url.scheme != "mysql":
-        _refuse_database_url(text, "has another scheme than mysql or sqlite")
+        _refuse_database_url(text, "has an unsupported scheme")
     database = unquote(url.path.removeprefix("/"))
     if not (url.hostname and url.username and database) or "/" in database or port == 0:
         _refuse_database_url(text, "must name a user, a host and one database")
@@ -69,7 +75,7 @@ def parse_database_url(text: str) -> DatabaseAddress:
         _refuse_database_url(text, "has an option other than ssl_ca=<file> or ssl=true|false")
     if ssl_ca is not None and not Path(ssl_ca).is_file():
         raise SettingsError(
-            f"DATABASE_URL names the CA file {ssl_ca!r} in ssl_ca, which is not there; "
+            f"DATABASE_URL names the CA file {ssl_ca!r} in ssl_ca, which does not exist; "
             "it must be the path of a file in PEM format."
         )
     return MySQLAddress(
@@ -85,7 +91,7 @@ def parse_database_url(text: str) -> DatabaseAddress:
 
 def _refuse_database_url(text: str, why: str) -> Never:
     scheme, separator, _ = text.partition("://")
-    # What stands before '://' is a scheme only in this form (RFC 3986); it may be a password too.
+    # Text before '://' is a scheme only in this form (RFC 3986); otherwise it may be a password.
     if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
         scheme = "…"
     shown = f"{scheme}://…" if separator else "a text without '://'"

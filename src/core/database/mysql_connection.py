@@ -1,7 +1,7 @@
-"""One connection to a MySQL or MariaDB server: time-outs, TLS, what its session is set to.
+"""How a connection to a MySQL or MariaDB server is opened: time-outs, TLS, session settings.
 
-PyMySQL raises a MySQLError for what the server or the network does. Whatever else goes wrong on the
-way to a connection becomes a StoreError here, in one sentence.
+PyMySQL raises a MySQLError for errors of the server or the network. Any other error on the way to a
+connection becomes a StoreError here, in one sentence.
 """
 
 import ssl
@@ -26,21 +26,21 @@ def connect(address: MySQLAddress) -> Connection:
 
     Raises:
         pymysql.MySQLError: the server cannot be reached, or refuses us.
-        StoreError: anything else, above all what the address itself makes impossible.
+        StoreError: any other error, for example an address that cannot be used.
     """
     try:
         return _connection(address)
     except pymysql.MySQLError:
         raise
-    except RuntimeError as error:  # PyMySQL's for the want of the cryptography package
+    except RuntimeError as error:  # PyMySQL misses the cryptography package
         raise StoreError(
-            f"The database {where(address)} asks for the password encrypted, as "
-            "caching_sha2_password does, but offers no TLS to encrypt it with; turn on TLS there."
+            f"The database {where(address)} wants the password encrypted, as "
+            "caching_sha2_password does, but offers no TLS to encrypt it; turn on TLS there."
         ) from error
     except UnicodeError as error:  # whose text may hold the password
         raise StoreError(
-            f"The database {where(address)} cannot be used: its host name is impossible, or user, "
-            "password or database hold half of a surrogate pair."
+            f"The database {where(address)} cannot be used: its host name is not valid, or the "
+            "user, password or database name contains half of a surrogate pair."
         ) from error
     except Exception as error:
         raise StoreError(f"The database {where(address)} cannot be used: {error}.") from error
@@ -63,8 +63,8 @@ def _connection(address: MySQLAddress) -> Connection:
         read_timeout=STATEMENT_SECONDS,
         write_timeout=STATEMENT_SECONDS,
         conv=_CONVERSIONS,
-        # A statement sees what is committed, and locks rows, not the gaps between them: with the
-        # default, two passes that claim and adopt at once run into each other's gap locks.
+        # A statement sees what is committed, and locks rows, not the gaps between them. With the
+        # default level, two passes that claim and adopt at once block each other's gaps.
         init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
         # Without it PyMySQL uses TLS where the server offers it, and verifies nothing.
         ssl=_verifying(address.ssl_ca) if address.ssl else None,
@@ -75,13 +75,12 @@ def _connection(address: MySQLAddress) -> Connection:
 
 
 def _verifying(ca_file: str | None) -> ssl.SSLContext:
-    """TLS that takes only a certificate of that CA, or of one of the system's, for that host.
+    """TLS that accepts only a certificate for that host, from that CA or from the system's CAs.
 
-    A context of our own, because PyMySQL leaves the host's name unchecked unless it is given a CA's
-    file.
+    It needs a context of its own, because PyMySQL does not check the host's name without a CA file.
     """
     context = ssl.create_default_context(cafile=ca_file)
-    # Python asks for extensions that the CA lacks which a MySQL server makes itself.
+    # Python requires extensions that are missing in the CA which a MySQL server makes for itself.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 

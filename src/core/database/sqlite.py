@@ -1,11 +1,11 @@
-"""SQLite, the embedded database: a laptop's, and the tests'."""
+"""SQLite, the embedded database of a laptop and of the tests."""
 
 import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from core.database.port import Row, Value
+from core.database.port import Connection, Row, Transaction, Value
 from core.domain.model import iso
 from core.errors import RefusedError, StoreError
 
@@ -69,8 +69,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
 CREATE INDEX IF NOT EXISTS checkout_session_change_changed
   ON checkout_session_change (changed_at)"""
 
-# The monitor's own tables of version 0.1.0 are made anew: SQLite cannot change a column, and what
-# they hold of a laptop's sessions is found out again at the next tick.
+# Tables of version 0.1.0 are dropped and made again: SQLite cannot change a column, and the next
+# tick finds out again what they hold of a laptop's sessions.
 OUTDATED = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND ("
     " (name = 'checkout_session_check' AND sql NOT LIKE '%failing_since%') OR"
@@ -78,10 +78,44 @@ OUTDATED = (
     " (name = 'checkout_session_pause' AND sql NOT LIKE '%last_tick%'))"
 )
 
-# How moments are kept: as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 knows
-# adapters and converters only for the whole process, by type and by a column's declared type.
+# Times are kept as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 registers adapters
+# and converters for the whole process, by type and by a column's declared type.
 sqlite3.register_adapter(datetime, iso)
 sqlite3.register_converter("DATETIME", lambda text: datetime.fromisoformat(text.decode()))
+
+
+class SQLiteConnection:
+    """Runs statements on a connection of sqlite3's; it is a `Transaction` after BEGIN."""
+
+    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], datetime]) -> None:
+        self._connection = connection
+        self._clock = clock
+
+    def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
+        return self._execute(sql, parameters).fetchall()
+
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> int:
+        return self._execute(sql, parameters).rowcount
+
+    def now(self) -> datetime:
+        return self._clock()
+
+    def savepoint(self) -> None:
+        self.execute("SAVEPOINT unwritten")
+
+    def roll_back_to_savepoint(self) -> None:
+        self.execute("ROLLBACK TO SAVEPOINT unwritten")
+
+    def roll_back(self) -> None:
+        """End a transaction without its changes; does nothing outside of one."""
+        if self._connection.in_transaction:
+            self._connection.rollback()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _execute(self, sql: str, parameters: Sequence[Value]) -> sqlite3.Cursor:
+        return self._connection.execute(sql.replace("%s", "?"), parameters)
 
 
 class SQLiteDatabase:
@@ -95,37 +129,16 @@ class SQLiteDatabase:
         self.prepared = False
         self._path = path
         self._clock = clock or _wall_clock
-        self._connection: sqlite3.Connection | None = None
+        self._connection: SQLiteConnection | None = None
 
     def prepare(self) -> bool:
-        def work() -> bool:
-            if not self.query("SELECT 1 FROM sqlite_master WHERE name = 'checkout_session'"):
-                raise StoreError(
-                    f"The database {self._path} has no table checkout_session; "
-                    "local/schema/sqlite.sql makes one for a trial."
-                )
-            for (outdated,) in self.query(OUTDATED):
-                self.execute(f"DROP TABLE {outdated}")
-            for statement in TABLES.split(";"):
-                self.execute(statement)
-            return bool(
-                self.query(
-                    "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
-                    " pragma_index_info(list.name) AS info WHERE info.seqno = 0"
-                    " AND info.name = 'status'"
-                )
-            )
-
-        indexed = self.run(work)
+        indexed = self.run(self._make_tables)
         self.prepared = True
         return indexed
 
     @property
     def now_sql(self) -> str:
         return f"'{iso(self._clock())}'"
-
-    def now(self) -> datetime:
-        return self._clock()
 
     def comparable(self, session_id: str) -> bool:
         try:
@@ -134,23 +147,31 @@ class SQLiteDatabase:
             return False
         return True
 
-    def transaction[T](self, work: Callable[[], T]) -> T:
-        def atomic() -> T:
-            self.execute("BEGIN IMMEDIATE")
-            result = work()
-            self.execute("COMMIT")
+    def transaction[T](self, work: Callable[[Transaction], T]) -> T:
+        def atomic(connection: SQLiteConnection) -> T:
+            connection.execute("BEGIN IMMEDIATE")
+            result = work(connection)
+            connection.execute("COMMIT")
             return result
 
-        return self.run(atomic)
+        return self._run(atomic)
 
-    def run[T](self, work: Callable[[], T]) -> T:
+    def run[T](self, work: Callable[[Connection], T]) -> T:
+        return self._run(work)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _run[T](self, work: Callable[[SQLiteConnection], T]) -> T:
         try:
             if self._connection is None:
                 self._connection = self._connect()
-            return work()
+            return work(self._connection)
         except BaseException as error:
-            if self._connection is not None and self._connection.in_transaction:
-                self._connection.rollback()
+            if self._connection is not None:
+                self._connection.roll_back()
             if isinstance(error, sqlite3.Error):
                 if "no such" in str(error):  # table or column: SQLite has no code of its own for it
                     self.prepared = False
@@ -160,22 +181,7 @@ class SQLiteDatabase:
                 raise StoreError(message) from error
             raise
 
-    def query(self, sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
-        return self._execute(sql, parameters).fetchall()
-
-    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> int:
-        return self._execute(sql, parameters).rowcount
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _execute(self, sql: str, parameters: Sequence[Value]) -> sqlite3.Cursor:
-        assert self._connection is not None, "outside run()"  # noqa: S101 (a bug of ours)
-        return self._connection.execute(sql.replace("%s", "?"), parameters)
-
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> SQLiteConnection:
         connection = sqlite3.connect(
             self._path,
             timeout=BUSY_SECONDS,
@@ -184,7 +190,23 @@ class SQLiteDatabase:
         )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
+        return SQLiteConnection(connection, self._clock)
+
+    def _make_tables(self, connection: Connection) -> bool:
+        """Make what is missing; returns whether the shop's table has an index on status."""
+        if not connection.query("SELECT 1 FROM sqlite_master WHERE name = 'checkout_session'"):
+            raise StoreError(f"The database {self._path} has no table checkout_session.")
+        for (outdated,) in connection.query(OUTDATED):
+            connection.execute(f"DROP TABLE {outdated}")
+        for statement in TABLES.split(";"):
+            connection.execute(statement)
+        return bool(
+            connection.query(
+                "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+                " pragma_index_info(list.name) AS info WHERE info.seqno = 0"
+                " AND info.name = 'status'"
+            )
+        )
 
 
 def _wall_clock() -> datetime:

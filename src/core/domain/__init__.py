@@ -1,0 +1,1 @@
+"""Pure values and decisions; imports nothing but the standard library."""

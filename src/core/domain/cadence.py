@@ -47,7 +47,7 @@ class Cadence(NamedTuple):
         for part in younger:
             every, separator, until = part.partition(" until ")
             if not separator:
-                raise ValueError(f"the step {part!r} says no age at which it ends ('until')")
+                raise ValueError(f"the step {part!r} lacks 'until' and an age")
             steps.append(Step(parse_duration(every), parse_duration(until)))
         steps.append(Step(parse_duration(oldest), math.inf))
         for step, older in itertools.pairwise(steps):
@@ -76,11 +76,11 @@ def parse_duration(text: str) -> int:
     """Seconds in `90s`, `10m`, `2h` or `1d`.
 
     Raises:
-        ValueError: another form, or zero.
+        ValueError: the text has another form, or is zero.
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None or int(match[1]) == 0:
-        raise ValueError(f"{text.strip()!r} is no duration")
+        raise ValueError(f"{text.strip()!r} is not a duration")
     return int(match[1]) * UNIT_SECONDS[match[2]]
 
 
@@ -89,10 +89,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / size:.0f}{unit}"
 
 
-@lru_cache(maxsize=8)  # the sessions of a batch were claimed at the same moment
-def slot_at(moment: datetime, interval_seconds: int) -> datetime:
-    """The last multiple of the interval since the epoch that is not after `moment`."""
-    return datetime.fromtimestamp(moment.timestamp() // interval_seconds * interval_seconds, UTC)
+@lru_cache(maxsize=8)  # the sessions of a batch were claimed at the same time
+def slot_at(time: datetime, interval_seconds: int) -> datetime:
+    """The last multiple of the interval since the epoch that is not after `time`."""
+    return datetime.fromtimestamp(time.timestamp() // interval_seconds * interval_seconds, UTC)
 
 
 def next_check(
@@ -106,16 +106,16 @@ def next_check(
 ) -> datetime:
     """The slot in which a session checked in `slot` is due again.
 
-    `failures` in a row double the wait up to `backoff_max_seconds` (0: no backoff), and a healthy
-    session's wait is never made shorter by it. `choose(low, high)` is the jitter, a random whole
-    number of slots between half of the wait and all of it: sessions that failed together do not
-    come back together.
+    `failures` in a row double the wait up to `backoff_max_seconds` (0: no backoff); it is never
+    shorter than a healthy session's. `choose(low, high)` draws the jitter, a random whole number of
+    slots between half of the wait and all of it, so that sessions that failed together are not
+    checked together again.
     """
     regular = max(1, math.ceil(every_seconds / interval_seconds))
-    most = max(regular, backoff_max_seconds // interval_seconds)
+    max_slots = max(regular, backoff_max_seconds // interval_seconds)
     slots = regular
-    if failures > 0 and most > regular:
+    if failures > 0 and max_slots > regular:
         # 2**20 intervals is beyond every cap that settings allow; the bound keeps the power small.
-        longest = min(most, regular * 2 ** min(failures, 20))
+        longest = min(max_slots, regular * 2 ** min(failures, 20))
         slots = choose(max(regular, math.ceil(longest / 2)), longest)
     return slot + timedelta(seconds=slots * interval_seconds)

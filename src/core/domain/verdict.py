@@ -1,4 +1,4 @@
-"""Whether open sessions are checked on time, in one sentence; decided here and nowhere else."""
+"""The verdict: whether open sessions are checked on time, in one sentence."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from enum import StrEnum
 
 from core.domain.model import JsonObject, Outcome
 
-# A monitor whose newest pass began longer ago than this many intervals is not working.
+# A monitor whose newest pass began longer ago than this many intervals does not work.
 FRESH_INTERVALS = 6
-# The schedule's first start comes within a minute of its first minute.
+# The schedule starts the loop for the first time within two minutes of the deployment.
 FIRST_PASS_SECONDS = 120
-# Later than this many intervals, a session has lost a slot of its own.
+# A session that is later than this many intervals has missed a slot.
 LATE_INTERVALS = 2
-# As the alarms Overdue and FailedChecks have it.
+# The thresholds of the alarms Overdue and FailedChecks.
 OVERDUE_SECONDS = 60
 FAILED_SHARE = 0.5
 
@@ -23,18 +23,18 @@ BILLING_TROUBLE = {
     Outcome.NETWORK_ERROR: "Billing cannot be reached",
     Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
     Outcome.RATE_LIMITED: "Billing limits the rate",
-    Outcome.UNKNOWN_STATUS: "Billing's answers are not understood (see BILLING_STATUS_MAP)",
-    Outcome.DEFERRED: "Billing has closed sessions whose status cannot follow yet",
+    Outcome.UNKNOWN_STATUS: "Billing's answers have unknown words (see BILLING_STATUS_MAP)",
+    Outcome.DEFERRED: "Sessions that billing has closed cannot be updated yet",
     Outcome.REFUSED: "The shop's database refuses what billing says",
     Outcome.INVALID_SESSION: "Most sessions have no checkout id to ask billing about",
 }
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """How serious it is."""
 
     OK = "ok"
-    WAITING = "waiting"  # nothing can be said yet
+    WAITING = "waiting"  # too early to judge
     WARNING = "warning"
     CRITICAL = "critical"
 
@@ -57,15 +57,15 @@ class Facts:
 
     now: datetime
     interval_seconds: int
-    last_pass_at: datetime | None  # when the newest tick's pass began; None: there was none
-    installed_at: datetime | None  # of a monitor without a pass
+    last_pass_at: datetime | None  # when the newest pass of a tick began; None: there was none
+    installed_at: datetime | None  # if there was no pass yet
     open: int | None  # None: not counted yet
-    outcomes: Mapping[str, int]  # of the last checks of the open sessions; "": not checked yet
+    outcomes: Mapping[str, int]  # the last outcome of each open session; "": not checked yet
     overdue_seconds: float
     paused_until: datetime | None = None  # None: no pause is in force
     has_api_key: bool = True
-    failing_since: datetime | None = None  # since when most checks of each pass fail, if they do
-    failing_code: int | None = None  # an HTTP status that billing answers with, if it does
+    failing_since: datetime | None = None  # since when most checks of each pass have failed
+    failing_code: int | None = None  # the HTTP status of the failing answers, if they have one
     expected_ticks: int = 0  # in the last hour
     missed_ticks: int = 0
     last_missed: datetime | None = None
@@ -84,14 +84,14 @@ class Facts:
 
 
 def judge(facts: Facts) -> Verdict:
-    """The worst that holds, in words, and beside it what else is worth knowing."""
+    """The worst finding as a sentence, and the others as notes."""
     (level, text), *others = _findings(facts)
     notes = [f"{other}." for found, other in others if found not in (Level.OK, Level.WAITING)]
     return Verdict(level, text, (*notes, *_notes(facts)))
 
 
 def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
-    """What holds, the worst first."""
+    """All that applies, the worst first."""
     began = facts.last_pass_at or facts.installed_at
     silent = (facts.now - began).total_seconds() if began else 0.0
     fresh = FRESH_INTERVALS * facts.interval_seconds
@@ -112,10 +112,10 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
         worse = facts.overdue_seconds > OVERDUE_SECONDS
         text = f"Checks are up to {duration(facts.overdue_seconds)} late"
         yield Level.CRITICAL if worse else Level.WARNING, text
-    yield _well(facts.open)
+    yield _on_time(facts.open)
 
 
-def _well(open_sessions: int | None) -> tuple[Level, str]:
+def _on_time(open_sessions: int | None) -> tuple[Level, str]:
     match open_sessions:
         case None:
             return Level.WAITING, "The open sessions are being counted"
@@ -123,8 +123,8 @@ def _well(open_sessions: int | None) -> tuple[Level, str]:
             return Level.OK, "No open sessions, and the monitor is running on time"
         case 1:
             return Level.OK, "1 open session checked on time"
-        case many:
-            return Level.OK, f"All {many:,} open sessions checked on time"
+        case count:
+            return Level.OK, f"All {count:,} open sessions checked on time"
 
 
 def _billing_trouble(facts: Facts, since: datetime) -> str:
@@ -149,7 +149,7 @@ def _notes(facts: Facts) -> list[str]:
     if facts.killed_pass_at is not None:
         notes.append(
             f"The pass of {clock(facts.killed_pass_at, facts.now, seconds=True)} was "
-            "killed; what it had claimed comes back by itself."
+            "killed; its claims expire on their own."
         )
     return notes
 
@@ -157,7 +157,7 @@ def _notes(facts: Facts) -> list[str]:
 def duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3 h 5 min`, `2 days`."""
     minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
-    if minutes < 2:  # noqa: PLR2004 (a minute and a bit is told in seconds)
+    if minutes < 2:  # noqa: PLR2004 (up to two minutes are shown in seconds)
         return f"{seconds:.0f} s"
     if not hours:
         return f"{minutes} min"
@@ -167,6 +167,6 @@ def duration(seconds: float) -> str:
 
 
 def clock(at: datetime, now: datetime, *, seconds: bool = False) -> str:
-    """`10:31 UTC`, and of another day `24 Nov 10:31 UTC`. The database's times are UTC."""
+    """`10:31 UTC`, or on another day `24 Nov 10:31 UTC`. The database's times are UTC."""
     day = "" if at.date() == now.date() else f"{at:%-d %b} "
     return f"{day}{at:%H:%M:%S} UTC" if seconds else f"{day}{at:%H:%M} UTC"

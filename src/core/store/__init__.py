@@ -1,0 +1,1 @@
+"""The monitor's tables, one module each, and the report that reads them."""

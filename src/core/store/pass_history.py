@@ -1,6 +1,6 @@
-"""`checkout_session_run`, the log of passes: a row from a pass's beginning on, for a day.
+"""`checkout_session_run`, the history of passes: one row for each, kept for a day.
 
-It is the heartbeat, and tells which passes are under way.
+The newest row is the monitor's heartbeat, and rows without an end show which passes are under way.
 """
 
 import json
@@ -8,112 +8,120 @@ import random
 from collections import Counter
 from datetime import datetime, timedelta
 
-from core.database.port import Database, Value, integer, marks, moment
-from core.domain.model import Outcome, Reason, Skip, Summary
+from core.database.port import Connection, Database, Value, as_datetime, as_int, placeholders
+from core.domain.model import Outcome, Reason, Skip
+from core.domain.summary import Summary
 
-KEEP_RUNS = timedelta(days=1)
+KEEP_PASSES = timedelta(days=1)
 
-# A pass that is under way says so every second. One that has said nothing for this long was killed,
-# or is frozen: nobody needs to wait for it.
+# A pass under way writes its progress every second. One that has been silent for this long was
+# killed or is frozen: nobody has to wait for it.
 ALIVE_SECONDS = 5.0
 
 
-class Runs:
-    """Writes and reads the log. Every method raises StoreError."""
+class PassHistory:
+    """Writes and reads the history. Every method raises StoreError."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._last_id = 0
 
     def prepare(self) -> None:
-        """Say since when there is a monitor: one that has just been installed is not late."""
-        if self.last_sign_of_life() is None:
-            now = self._database.run(self._database.now)
+        """Record when the monitor was installed, so that a new one does not count as late."""
+        if self.last_start() is None:
+            now = self._database.run(lambda connection: connection.now())
             summary = Summary(Reason.START, now)
             self.end(self.begin(summary), summary)
 
     def begin(self, summary: Summary) -> int:
         """Add the row of a pass that begins, and return its id.
 
-        The id is made here, of the time: a statement that is sent again after a connection broke
-        adds no second row.
+        The id is made here, from the time: a statement that is sent again after a broken connection
+        does not add a second row.
         """
         nanoseconds = round(summary.started_at.timestamp() * 1000) * 1_000_000
-        run_id = nanoseconds + random.randrange(1_000_000)  # noqa: S311 (no secret)
-        run_id = self._last_id = max(run_id, self._last_id + 1)
+        pass_id = nanoseconds + random.randrange(1_000_000)  # noqa: S311 (no secret)
+        pass_id = self._last_id = max(pass_id, self._last_id + 1)
         row: dict[str, Value] = {
-            "id": run_id,
+            "id": pass_id,
             "reason": summary.reason.value,
             "tick": summary.tick,
             "started_at": summary.started_at,
-            **_told(summary),
+            **_columns(summary),
         }
-        self._database.run(
-            lambda: self._database.execute(
+
+        def insert(connection: Connection) -> None:
+            connection.execute(
                 f"{self._database.insert_or_ignore} INTO checkout_session_run ({', '.join(row)})"
-                f" VALUES {marks(row)}",
+                f" VALUES {placeholders(row)}",
                 tuple(row.values()),
             )
-        )
-        return run_id
 
-    def progress(self, run_id: int, *, seconds: float, checked: int, errors: int) -> None:
-        """Say that the pass is under way, and how far it has come."""
+        self._database.run(insert)
+        return pass_id
+
+    def update_progress(self, pass_id: int, *, seconds: float, checked: int, errors: int) -> None:
+        """Record that the pass is under way, and how many checks it has made."""
         duration_ms = round(seconds * 1000)
-        self._update(run_id, {"duration_ms": duration_ms, "checked": checked, "errors": errors})
+        self._update(pass_id, {"duration_ms": duration_ms, "checked": checked, "errors": errors})
 
-    def end(self, run_id: int, summary: Summary) -> None:
-        self._update(run_id, {"finished_at": summary.finished_at, **_told(summary)})
+    def end(self, pass_id: int, summary: Summary) -> None:
+        self._update(pass_id, {"finished_at": summary.finished_at, **_columns(summary)})
 
     def forget_old(self) -> None:
-        def work() -> None:
-            day_ago = self._database.now() - KEEP_RUNS
-            self._database.execute(
+        """Delete the rows that are over a day old."""
+
+        def delete(connection: Connection) -> None:
+            day_ago = connection.now() - KEEP_PASSES
+            connection.execute(
                 "DELETE FROM checkout_session_run WHERE finished_at < %s", (day_ago,)
             )
-            self._database.execute(
+            connection.execute(
                 "DELETE FROM checkout_session_run WHERE finished_at IS NULL AND started_at < %s",
                 (day_ago,),
             )
 
-        self._database.run(work)
+        self._database.run(delete)
 
-    def under_way(self) -> int:
-        """How many ticks' passes have begun, not ended, and given a sign of life of late."""
+    def count_under_way(self) -> int:
+        """Count the ticks' passes that have begun, not ended, and are alive."""
 
-        def work() -> int:
-            since = self._database.now() - timedelta(seconds=ALIVE_SECONDS)
-            rows = self._database.query(
+        def count(connection: Connection) -> int:
+            alive_since = connection.now() - timedelta(seconds=ALIVE_SECONDS)
+            rows = connection.query(
                 "SELECT started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
             return sum(
-                moment(started_at) + timedelta(milliseconds=integer(so_far)) >= since
+                as_datetime(started_at) + timedelta(milliseconds=as_int(so_far)) >= alive_since
                 for started_at, so_far in rows
             )
 
-        return self._database.run(work)
+        return self._database.run(count)
 
-    def last_sign_of_life(self) -> datetime | None:
+    def last_start(self) -> datetime | None:
         """When the newest pass began, or the monitor was installed; None before both."""
         rows = self._database.run(
-            lambda: self._database.query(
+            lambda connection: connection.query(
                 "SELECT started_at FROM checkout_session_run ORDER BY id DESC LIMIT 1"
             )
         )
-        return moment(rows[0][0]) if rows else None
+        return as_datetime(rows[0][0]) if rows else None
 
-    def _update(self, run_id: int, row: dict[str, Value]) -> None:
+    def _update(self, pass_id: int, row: dict[str, Value]) -> None:
         columns = ", ".join(f"{name} = %s" for name in row)
-        self._database.run(
-            lambda: self._database.execute(
-                f"UPDATE checkout_session_run SET {columns} WHERE id = %s", (*row.values(), run_id)
+
+        def update(connection: Connection) -> None:
+            connection.execute(
+                f"UPDATE checkout_session_run SET {columns} WHERE id = %s",
+                (*row.values(), pass_id),
             )
-        )
+
+        self._database.run(update)
 
 
-def _told(summary: Summary) -> dict[str, Value]:
+def _columns(summary: Summary) -> dict[str, Value]:
     latency = summary.latency_ms
     return {
         "duration_ms": round(summary.duration_seconds * 1000),

@@ -1,31 +1,52 @@
 """`checkout_session_check`, the queue: one row for each open session, handed out by claims.
 
-Claims and results name rows by their number: to compare ids by the shop's collation, at every
-level of a key, takes MySQL up to as long as all the rest of an UPDATE.
-
 A session is due when its `next_check_at` has come and no claim on it is valid any more.
+
+Claims and decisions name rows by their number. To compare ids by the shop's collation, at every
+level of a key, takes MySQL up to as long as the rest of an UPDATE.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import batched
+from typing import NamedTuple
 
-from core.database.port import STATEMENT_ROWS, Database, Value, integer, listed, marks, moment
-from core.domain.model import Claim, Outcome, Result
+from core.database.port import (
+    STATEMENT_ROWS,
+    Connection,
+    Database,
+    Row,
+    Transaction,
+    Value,
+    as_datetime,
+    as_int,
+    number_list,
+    placeholders,
+)
+from core.domain.model import Claim, Outcome, Recheck
 
 UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
 
-# So long after its claim, at the least, a session counts as checked: a manual pass that begins in
-# the very millisecond of a check can tell the checks before it from its own.
+# A session counts as checked at least this long after its claim. A manual pass that begins in the
+# very millisecond of a check can then tell earlier checks from its own.
 _AFTER_CLAIM = timedelta(milliseconds=1)
 
 
-def longest_due(database: Database) -> str:
-    """An expression: when the longest due of the sessions that nobody is checking was due, or NULL.
+class CheckRecord(NamedTuple):
+    """What the queue's row keeps of one check."""
 
-    What is claimed is passed over one by one: there are few of them, and they come first.
+    claim: Claim
+    outcome: Outcome
+    status_code: int | None
+    next_check_at: datetime
+
+
+def oldest_due(database: Database) -> str:
+    """An expression: the earliest due time of the sessions that nobody is checking, or NULL.
+
+    It skips claimed rows one by one: there are few of them, and they come first.
     """
     return (
         f"(SELECT next_check_at FROM checkout_session_check {database.in_due_order}"
@@ -35,7 +56,7 @@ def longest_due(database: Database) -> str:
 
 
 class Queue:
-    """Claims out, results in. Every method raises StoreError."""
+    """Claims go out, results come in. Every method raises StoreError."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -43,7 +64,7 @@ class Queue:
     def claim_due(
         self, now: datetime, *, tick: datetime, lease: timedelta, limit: int
     ) -> list[Claim]:
-        """Claim up to `limit` sessions due by now or by the tick, least recently due first."""
+        """Claim up to `limit` sessions due by now or by the tick, the longest due first."""
         return self._claim("next_check_at <= %s", (max(now, tick),), now, lease, limit)
 
     def claim_unchecked(
@@ -55,103 +76,95 @@ class Queue:
         limit: int,
         session_ids: Sequence[str] | None = None,
     ) -> list[Claim]:
-        """Claim up to `limit` open sessions not checked after that moment, due or not."""
+        """Claim up to `limit` open sessions that were not checked after `since`, due or not."""
         condition = "(last_checked_at IS NULL OR last_checked_at <= %s)"
         wanted: Sequence[str] = ()
         if session_ids is not None:
             wanted = [i for i in session_ids if self._database.comparable(i)]
             if not wanted:
                 return []
-            condition += f" AND session_id IN {marks(wanted)}"
+            condition += f" AND session_id IN {placeholders(wanted)}"
         return self._claim(condition, (since, *wanted), now, lease, limit)
 
-    def record(self, results: Iterable[Result], now: datetime) -> None:
+    def record(self, rechecks: Iterable[Recheck], now: datetime) -> None:
         """Keep what the checks found, free the claims, and set when each session is due again.
 
-        A claim that has lapsed and was taken over is left to whoever has it now; so is one that was
-        recorded already, by a statement whose connection then broke.
+        A claim that expired and was taken over is left to its new owner. So is a row that was
+        recorded already by a statement whose connection then broke.
         """
-        if by_outcome := _by_outcome(results):
-            self._database.run(partial(self.record_as, by_outcome, now))
+        records = [
+            CheckRecord(r.claim, r.answer.outcome, r.answer.status_code, r.next_check_at)
+            for r in rechecks
+        ]
+        if records:
+            self._database.run(partial(self.write_records, records=records, now=now))
 
-    def record_as(self, results: Mapping[Outcome, Iterable[Result]], now: datetime) -> None:
-        """The same by outcome. Within `Database.run`."""
-        for outcome, those in results.items():
-            for alike, rowids in _alike(those).items():
-                status_code, next_check_at, claimed_at, claimed_until = alike
-                checked_at = max(now, claimed_at + _AFTER_CLAIM)
-                failing = "consecutive_failures = 0, failing_since = NULL"
-                parameters: tuple[Value, ...] = ()
-                if outcome.is_error:
-                    failing = (
-                        "consecutive_failures = consecutive_failures + 1,"
-                        " failing_since = COALESCE(failing_since, %s)"
-                    )
-                    parameters = (checked_at,)
-                for some in batched(rowids, STATEMENT_ROWS, strict=False):
-                    self._database.execute(
-                        f"UPDATE checkout_session_check {self._database.by_rowid}"
-                        " SET last_checked_at = %s,"
-                        " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
-                        f" attempts = attempts + 1, {failing}, claimed_until = NULL"
-                        f" WHERE claimed_until = %s AND rowid IN {listed(some)}",
-                        (
-                            checked_at,
-                            outcome.value,
-                            status_code,
-                            next_check_at,
-                            *parameters,
-                            claimed_until,
-                        ),
-                    )
+    def write_records(
+        self, connection: Connection, records: Iterable[CheckRecord], now: datetime
+    ) -> None:
+        """Write the records with one statement for all rows that get the same values."""
+        for values, rowids in _group_by_values(records).items():
+            checked_at = max(now, values.claimed_at + _AFTER_CLAIM)
+            failing = "consecutive_failures = 0, failing_since = NULL"
+            parameters: tuple[Value, ...] = ()
+            if values.outcome.is_error:
+                failing = (
+                    "consecutive_failures = consecutive_failures + 1,"
+                    " failing_since = COALESCE(failing_since, %s)"
+                )
+                parameters = (checked_at,)
+            for some in batched(rowids, STATEMENT_ROWS, strict=False):
+                connection.execute(
+                    f"UPDATE checkout_session_check {self._database.by_rowid}"
+                    " SET last_checked_at = %s,"
+                    " last_outcome = %s, last_status_code = %s, next_check_at = %s,"
+                    f" attempts = attempts + 1, {failing}, claimed_until = NULL"
+                    f" WHERE claimed_until = %s AND rowid IN {number_list(some)}",
+                    (
+                        checked_at,
+                        values.outcome.value,
+                        values.status_code,
+                        values.next_check_at,
+                        *parameters,
+                        values.claimed_until,
+                    ),
+                )
 
     def release(self, claims: Iterable[Claim]) -> None:
-        """Give back sessions that were claimed and not checked: they stay as due as they were."""
-        by_claim = by_token(claims)
+        """Give back sessions that were claimed and not checked; their due time stays."""
+        if by_token := group_by_token(claims):
+            self._database.run(partial(self._free, by_token=by_token))
 
-        def work() -> None:
-            for claimed_until, rowids in by_claim.items():
-                for some in batched(rowids, STATEMENT_ROWS, strict=False):
-                    self._database.execute(
-                        f"UPDATE checkout_session_check {self._database.by_rowid}"
-                        " SET claimed_until = NULL"
-                        f" WHERE claimed_until = %s AND rowid IN {listed(some)}",
-                        (claimed_until,),
-                    )
+    def count_due(self, *, tick: datetime, limit: int) -> int:
+        """Count the due sessions up to `limit`, including those whose check is under way."""
 
-        if by_claim:
-            self._database.run(work)
-
-    def count_due(self, *, tick: datetime, most: int) -> int:
-        """How many sessions are due, those included whose check is under way; `most` at most."""
-
-        def work() -> int:
-            due_by = max(self._database.now(), tick)
-            [(due,)] = self._database.query(
+        def count(connection: Connection) -> int:
+            [(due,)] = connection.query(
                 "SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_check"
-                f" WHERE next_check_at <= %s LIMIT {most:d}) AS due",
-                (due_by,),
+                f" WHERE next_check_at <= %s LIMIT {limit:d}) AS due",
+                (max(connection.now(), tick),),
             )
-            return integer(due)
+            return as_int(due)
 
-        return self._database.run(work)
+        return self._database.run(count)
 
-    def adopt(self, session_ids: Iterable[Value], now: datetime) -> None:
-        """Queue sessions that are new, due at once. Within `Database.run`."""
+    def adopt(self, connection: Connection, session_ids: Iterable[Value], now: datetime) -> None:
+        """Queue new sessions, due at once."""
         for some in batched(session_ids, STATEMENT_ROWS, strict=False):
             values = [value for session_id in some for value in (session_id, now, now)]
-            self._database.execute(
+            connection.execute(
                 f"{self._database.insert_or_ignore} INTO checkout_session_check"
                 " (session_id, next_check_at, first_seen_at) VALUES "
                 + ", ".join(["(%s, %s, %s)"] * len(some)),
                 values,
             )
 
-    def forget(self, session_ids: Iterable[Value]) -> None:
-        """Take sessions that are not open any more off the queue. Within `Database.run`."""
+    def drop(self, connection: Connection, session_ids: Iterable[Value]) -> None:
+        """Take sessions that are not open any more off the queue."""
         for some in batched(session_ids, STATEMENT_ROWS, strict=False):
-            self._database.execute(
-                f"DELETE FROM checkout_session_check WHERE session_id IN {marks(some)}", some
+            connection.execute(
+                f"DELETE FROM checkout_session_check WHERE session_id IN {placeholders(some)}",
+                some,
             )
 
     def _claim(
@@ -162,85 +175,103 @@ class Queue:
         lease: timedelta,
         limit: int,
     ) -> list[Claim]:
-        work = partial(self._claim_rows, condition, parameters, now, lease, limit)
+        def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
+            rows = self._lock_rows(transaction, condition, (*parameters, now), limit)
+            claims = [_claim_on(row, now, now + lease) for row in rows if _is_open(row)]
+            self._mark_claimed(transaction, claims, now + lease)
+            self.drop(transaction, (row[_SESSION_ID] for row in rows if not _is_open(row)))
+            return len(rows), claims
+
         found, claims = limit, list[Claim]()
-        while found == limit and not claims:  # all of them closed: what is due lies behind them
-            found, claims = self._database.transaction(work)
+        while found == limit and not claims:  # all were closed: look for due sessions behind them
+            found, claims = self._database.transaction(claim)
         return claims
 
-    def _claim_rows(
-        self,
-        condition: str,
-        parameters: Sequence[Value],
-        now: datetime,
-        lease: timedelta,
-        limit: int,
-    ) -> tuple[int, list[Claim]]:
-        """How many rows were found, and the claims on those whose session is open."""
-        # Only the monitor's own rows are locked. A join would hold up the shop (MariaDB has no FOR
-        # UPDATE OF); a subquery reads without a lock on every engine. The status is looked at in
-        # what is selected, so that the shop's row can only be found by its key, whatever the
-        # statistics make of an index on status.
-        rows = self._database.query(
+    def _lock_rows(
+        self, transaction: Transaction, condition: str, parameters: Sequence[Value], limit: int
+    ) -> Sequence[Row]:
+        """Lock unclaimed rows, in due order; the last column is NULL for a session not open.
+
+        For an open session it is the checkout id, or '' if the shop has none: in a subquery's
+        result, NULL already says that there is no open session.
+        """
+        # Only the monitor's own rows are locked. A join would lock the shop's rows too (MariaDB has
+        # no FOR UPDATE OF); a subquery reads without a lock on every engine. The status is tested
+        # in the SELECT list and not in WHERE, so that the shop's row can only be found by its key,
+        # whatever the statistics of an index on status are.
+        return transaction.query(
             "SELECT c.rowid, c.session_id, c.first_seen_at, c.consecutive_failures,"
             " (SELECT CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END"
             " FROM checkout_session s WHERE s.id = c.session_id)"
             f" FROM checkout_session_check c {self._database.in_due_order}"
             f" WHERE {condition} AND {UNCLAIMED}"
             f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
-            (*parameters, now),
+            parameters,
         )
-        until = now + lease
-        claims = [
-            Claim(
-                integer(rowid),
-                str(session_id),
-                str(checkout) or None,
-                moment(seen),
-                integer(failures),
-                now,
-                until,
-            )
-            for rowid, session_id, seen, failures, checkout in rows
-            if checkout is not None
-        ]
+
+    def _mark_claimed(
+        self, transaction: Transaction, claims: Iterable[Claim], until: datetime
+    ) -> None:
         for some in batched(claims, STATEMENT_ROWS, strict=False):
-            self._database.execute(
+            transaction.execute(
                 f"UPDATE checkout_session_check {self._database.by_rowid} SET claimed_until = %s"
-                f" WHERE rowid IN {listed(claim.rowid for claim in some)}",
+                f" WHERE rowid IN {number_list(claim.rowid for claim in some)}",
                 (until,),
             )
-        self.forget(session_id for _rowid, session_id, *_, checkout in rows if checkout is None)
-        return len(rows), claims
+
+    def _free(self, connection: Connection, by_token: dict[datetime, list[int]]) -> None:
+        for claimed_until, rowids in by_token.items():
+            for some in batched(rowids, STATEMENT_ROWS, strict=False):
+                connection.execute(
+                    f"UPDATE checkout_session_check {self._database.by_rowid}"
+                    " SET claimed_until = NULL"
+                    f" WHERE claimed_until = %s AND rowid IN {number_list(some)}",
+                    (claimed_until,),
+                )
 
 
-def _by_outcome(results: Iterable[Result]) -> dict[Outcome, list[Result]]:
-    groups: defaultdict[Outcome, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[result.answer.outcome].append(result)
-    return groups
+# Columns of the rows that a claim locks.
+_SESSION_ID, _CHECKOUT_ID = 1, 4
 
 
-type _Alike = tuple[int | None, datetime, datetime, datetime]
+def _is_open(row: Row) -> bool:
+    return row[_CHECKOUT_ID] is not None
 
 
-def _alike(results: Iterable[Result]) -> dict[_Alike, list[int]]:
-    """Rows by what is recorded of them: most of a batch is one group, one statement."""
-    groups: defaultdict[_Alike, list[int]] = defaultdict(list)
-    for result in results:
-        claim = result.claim
-        alike = (
-            result.answer.status_code,
-            result.next_check_at,
-            claim.claimed_at,
-            claim.claimed_until,
+def _claim_on(row: Row, claimed_at: datetime, claimed_until: datetime) -> Claim:
+    rowid, session_id, first_seen_at, consecutive_failures, checkout_id = row
+    return Claim(
+        rowid=as_int(rowid),
+        session_id=str(session_id),
+        billing_checkout_id=str(checkout_id) or None,
+        first_seen_at=as_datetime(first_seen_at),
+        consecutive_failures=as_int(consecutive_failures),
+        claimed_at=claimed_at,
+        claimed_until=claimed_until,
+    )
+
+
+class _RecordValues(NamedTuple):
+    outcome: Outcome
+    status_code: int | None
+    next_check_at: datetime
+    claimed_at: datetime
+    claimed_until: datetime
+
+
+def _group_by_values(records: Iterable[CheckRecord]) -> dict[_RecordValues, list[int]]:
+    """Row numbers by what is written: most of a batch is one group, and so one statement."""
+    groups: defaultdict[_RecordValues, list[int]] = defaultdict(list)
+    for claim, outcome, status_code, next_check_at in records:
+        values = _RecordValues(
+            outcome, status_code, next_check_at, claim.claimed_at, claim.claimed_until
         )
-        groups[alike].append(claim.rowid)
+        groups[values].append(claim.rowid)
     return groups
 
 
-def by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
-    """The rows of each claim, by its `claimed_until`."""
+def group_by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+    """The row numbers of some claims by their `claimed_until`."""
     groups: defaultdict[datetime, list[int]] = defaultdict(list)
     for claim in claims:
         groups[claim.claimed_until].append(claim.rowid)

@@ -1,24 +1,40 @@
-"""Status changes: a session leaves `open` once, by billing's word about its checkout, and is told.
+"""Status changes: a session leaves `open` once, by billing's word about its checkout.
 
-Of the shop's table only `status` is ever written, and only from `open`.
+Only `status` of the shop's table is ever written, and only from `open`. What was changed is logged
+in `checkout_session_change`.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import batched
 from typing import NamedTuple, Protocol
 
-from core.database.port import Database, Value, listed, marks
-from core.domain.model import Outcome, Recorded, Result, SessionStatus, StatusChange
+from core.database.port import (
+    Connection,
+    Database,
+    Transaction,
+    Value,
+    number_list,
+    placeholders,
+)
+from core.domain.model import (
+    Outcome,
+    Recorded,
+    Refusal,
+    SessionStatus,
+    StatusChange,
+    StatusChangedEvent,
+)
 from core.errors import RefusedError
-from core.store.queue import Queue, by_token
+from core.store.queue import CheckRecord, Queue, group_by_token
 
-# In one transaction, so that it holds few of the shop's rows: as many events as one PutEvents call
+# In one transaction, so that it locks few of the shop's rows: as many events as one PutEvents call
 # takes. With hundreds of ids MariaDB may also read the whole table instead of their rows.
 CHANGES_AT_ONCE = 10
 
-# Beside ids. As a bare `status = 'open'` it makes MariaDB read every open session by the index on
+# Used beside ids. A plain `status = 'open'` makes MariaDB read every open session by the index on
 # status instead of the few by their keys.
 STILL_OPEN = "COALESCE(status, '') = 'open'"
 
@@ -26,185 +42,197 @@ KEEP_CHANGES = timedelta(days=1)
 
 
 class Publisher(Protocol):
-    """Tells others of status changes; see `core.aws.event_bus.EventBus`."""
+    """Publishes status changes; see `core.aws.event_bus.EventBus`."""
 
-    def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
-        """Publish up to CHANGES_AT_ONCE changes; returns the session ids of those that were."""
+    def publish(self, events: Sequence[StatusChangedEvent]) -> Collection[str]:
+        """Publish up to CHANGES_AT_ONCE events; returns the session ids of the published ones."""
 
 
-class _Row(NamedTuple):
+class _ShopRow(NamedTuple):
     billing_checkout_id: str | None
     billing_order_id: str | None
 
 
-class Changes:
-    """Writes status changes, and logs them in `checkout_session_change`.
-
-    Every method raises StoreError.
-    """
+class StatusChanges:
+    """Makes status changes and logs them. Every method raises StoreError."""
 
     def __init__(self, database: Database, queue: Queue, publisher: Publisher | None) -> None:
         self._database = database
         self._queue = queue
         self._publisher = publisher
 
-    def make(self, results: Sequence[Result]) -> Recorded:
-        """Write the new statuses of these results, and record those that cannot be written.
+    def make(self, changes: Sequence[StatusChange]) -> Recorded:
+        """Write the new statuses, and record the changes that cannot be made.
 
-        A session is changed, and its change published, only while it is open, its row is not
-        locked by the shop, it has the checkout that billing was asked about, and its claim is still
-        ours. What the database refuses is not published, and holds up no other session.
+        A session is changed, and its event published, only if it is open, its row is not locked by
+        the shop, it still has the checkout that billing was asked about, and the claim on it is
+        still valid. A change that the database refuses is not published, and delays no other.
         """
         recorded = Recorded()
-        for some in batched(results, CHANGES_AT_ONCE, strict=False):
+        for some in batched(changes, CHANGES_AT_ONCE, strict=False):
             recorded += self._make(some)
         return recorded
 
     def forget_old(self) -> None:
-        self._database.run(
-            lambda: self._database.execute(
+        """Delete the log's rows that are over a day old."""
+
+        def delete(connection: Connection) -> None:
+            connection.execute(
                 "DELETE FROM checkout_session_change WHERE changed_at < %s",
-                (self._database.now() - KEEP_CHANGES,),
+                (connection.now() - KEEP_CHANGES,),
             )
-        )
 
-    def _make(self, results: Sequence[Result]) -> Recorded:
+        self._database.run(delete)
+
+    def _make(self, changes: Sequence[StatusChange]) -> Recorded:
         try:
-            return self._database.transaction(lambda: self._change(results))
+            return self._database.transaction(partial(self._change, changes=changes))
         except RefusedError as error:
-            if len(results) > 1:
-                half = len(results) // 2
-                return self._make(results[:half]) + self._make(results[half:])
-            self._database.run(
-                lambda: self._queue.record_as({Outcome.REFUSED: results}, self._database.now())
-            )
-            return Recorded(outcomes={Outcome.REFUSED: 1}, refusals=[(results[0], str(error))])
+            if len(changes) > 1:  # find the one that is refused
+                half = len(changes) // 2
+                return self._make(changes[:half]) + self._make(changes[half:])
+            [change] = changes
+            self._database.run(partial(self._record_refused, change=change))
+            refusal = Refusal(change, str(error))
+            return Recorded(outcomes={Outcome.REFUSED: 1}, refusals=[refusal])
 
-    def _change(self, results: Sequence[Result]) -> Recorded:
-        by_id = {result.claim.session_id: result for result in results}
-        ours = self._still_ours(results)
-        rows = self._open_unlocked(ours)
-        unlike = [i for i, row in rows.items() if row.billing_checkout_id != _asked(by_id[i])]
-        alike = {i: row for i, row in rows.items() if i not in unlike}
-        changed = self._write_and_publish([by_id[i] for i in alike], rows)
-        self._log(changed)
-        # Locked by the shop, which is writing it right now: neither waited for nor overruled.
-        locked = self._open([i for i in ours if i not in rows])
-        gone = [i for i in ours if i not in rows and i not in locked]
-        self._queue.forget([*gone, *(result.claim.session_id for result in changed)])
-        unpublished = [i for i in alike if by_id[i] not in changed]
-        now = self._database.now()
-        deferred = [
-            *(by_id[i]._replace(next_check_at=now) for i in unlike),  # about its new checkout
-            *(_at_next_slot(by_id[i]) for i in (*locked, *unpublished)),
+    def _change(self, transaction: Transaction, changes: Sequence[StatusChange]) -> Recorded:
+        by_id = {change.claim.session_id: change for change in changes}
+        ours = self._lock_claimed(transaction, changes)
+        rows = self._lock_open(transaction, ours)
+        same_checkout = [
+            i for i, row in rows.items() if row.billing_checkout_id == _asked(by_id[i])
         ]
-        self._queue.record_as({Outcome.DEFERRED: deferred}, now)
-        closed = len(gone) + len(changed)
-        outcomes = Counter({Outcome.CLOSED: closed, Outcome.DEFERRED: len(results) - closed})
-        return Recorded(changed, +outcomes, len(unpublished))
+        changed = self._write_and_publish(transaction, [by_id[i] for i in same_checkout], rows)
+        self._log(transaction, changed)
+        # The shop holds these locks because it is writing: neither wait for it nor overrule it.
+        locked = self._open(transaction, [i for i in ours if i not in rows])
+        closed = [i for i in ours if i not in rows and i not in locked]
+        self._queue.drop(transaction, [*closed, *(change.claim.session_id for change in changed)])
+        unpublished = [i for i in same_checkout if by_id[i] not in changed]
+        now = transaction.now()
+        # A session with a new checkout is checked again at once.
+        new_checkout = [_deferred(by_id[i], until=now) for i in rows if i not in same_checkout]
+        later = [_deferred(by_id[i], until=by_id[i].retry_at) for i in (*locked, *unpublished)]
+        self._queue.write_records(transaction, [*new_checkout, *later], now)
+        closings = len(closed) + len(changed)
+        outcomes = {Outcome.CLOSED: closings, Outcome.DEFERRED: len(changes) - closings}
+        return Recorded(+Counter(outcomes), changed, len(unpublished))
 
-    def _still_ours(self, results: Sequence[Result]) -> list[str]:
-        """The ids whose claim has not lapsed and gone to another worker; held until the commit."""
+    def _lock_claimed(self, transaction: Transaction, changes: Iterable[StatusChange]) -> list[str]:
+        """The ids whose claim is still valid, locked until the commit."""
         ours: list[str] = []
-        for claimed_until, rowids in by_token(result.claim for result in results).items():
-            rows = self._database.query(
+        for claimed_until, rowids in group_by_token(change.claim for change in changes).items():
+            rows = transaction.query(
                 "SELECT session_id FROM checkout_session_check"
-                f" WHERE claimed_until = %s AND rowid IN {listed(rowids)}"
+                f" WHERE claimed_until = %s AND rowid IN {number_list(rowids)}"
                 f" {self._database.lock_rows_or_wait}",
                 (claimed_until,),
             )
             ours += [str(session_id) for (session_id,) in rows]
         return ours
 
-    def _open_unlocked(self, session_ids: Sequence[str]) -> dict[str, _Row]:
-        """The shop's rows of those that are open, held until the commit; none that it holds."""
+    def _lock_open(
+        self, transaction: Transaction, session_ids: Sequence[str]
+    ) -> dict[str, _ShopRow]:
+        """The shop's rows that are open and not locked by it, locked until the commit."""
         if not session_ids:
             return {}
-        rows = self._database.query(
+        rows = transaction.query(
             "SELECT id, billing_checkout_id, billing_order_id FROM checkout_session"
-            f" WHERE {STILL_OPEN} AND id IN {marks(session_ids)} {self._database.lock_rows}",
+            f" WHERE {STILL_OPEN} AND id IN {placeholders(session_ids)} {self._database.lock_rows}",
             session_ids,
         )
-        return {str(i): _Row(_text(checkout), _text(order)) for i, checkout, order in rows}
+        return {str(i): _ShopRow(_text(checkout), _text(order)) for i, checkout, order in rows}
 
-    def _open(self, session_ids: Sequence[str]) -> list[str]:
+    def _open(self, transaction: Transaction, session_ids: Sequence[str]) -> list[str]:
         if not session_ids:
             return []
-        rows = self._database.query(
-            f"SELECT id FROM checkout_session WHERE {STILL_OPEN} AND id IN {marks(session_ids)}",
+        rows = transaction.query(
+            "SELECT id FROM checkout_session"
+            f" WHERE {STILL_OPEN} AND id IN {placeholders(session_ids)}",
             session_ids,
         )
         return [str(session_id) for (session_id,) in rows]
 
     def _write_and_publish(
-        self, results: Sequence[Result], rows: Mapping[str, _Row]
-    ) -> Sequence[Result]:
-        """Returns the results that were written, and published where there is a publisher."""
-        if self._publisher is None or not results:
-            self._write(results)
-            return results
-        now = self._database.now()
-        changes = [_change(result, rows[result.claim.session_id], now) for result in results]
-        # Written first: what the database refuses must not be told. Told before the commit: what
-        # is committed must have been.
-        self._database.execute("SAVEPOINT unwritten")
-        self._write(results)
-        published = self._publisher.publish(changes)
-        taken = [result for result in results if result.claim.session_id in published]
-        if len(taken) < len(results):
-            self._database.execute("ROLLBACK TO SAVEPOINT unwritten")
-            self._write(taken)
+        self,
+        transaction: Transaction,
+        changes: Sequence[StatusChange],
+        rows: Mapping[str, _ShopRow],
+    ) -> Sequence[StatusChange]:
+        """Returns the changes that were written, and published if there is a publisher."""
+        if self._publisher is None or not changes:
+            self._write(transaction, changes)
+            return changes
+        now = transaction.now()
+        events = [_event(change, rows[change.claim.session_id], now) for change in changes]
+        # Written first, so that a change which the database refuses is not published. Published
+        # before the commit, so that a change which is committed was published.
+        transaction.savepoint()
+        self._write(transaction, changes)
+        published = self._publisher.publish(events)
+        taken = [change for change in changes if change.claim.session_id in published]
+        if len(taken) < len(changes):
+            transaction.roll_back_to_savepoint()
+            self._write(transaction, taken)
         return taken
 
-    def _write(self, results: Iterable[Result]) -> None:
+    def _write(self, transaction: Transaction, changes: Iterable[StatusChange]) -> None:
         by_status: defaultdict[SessionStatus, list[str]] = defaultdict(list)
-        for result in results:
-            assert result.new_status is not None  # noqa: S101 (such results do not come here)
-            by_status[result.new_status].append(result.claim.session_id)
+        for change in changes:
+            by_status[change.new_status].append(change.claim.session_id)
         for status, session_ids in by_status.items():
-            self._database.execute(
+            transaction.execute(
                 "UPDATE checkout_session SET status = %s"
-                f" WHERE {STILL_OPEN} AND id IN {marks(session_ids)}",
+                f" WHERE {STILL_OPEN} AND id IN {placeholders(session_ids)}",
                 (status.value, *session_ids),
             )
 
-    def _log(self, results: Sequence[Result]) -> None:
-        if not results:
+    def _log(self, transaction: Transaction, changes: Sequence[StatusChange]) -> None:
+        if not changes:
             return
-        now = self._database.now()
+        now = transaction.now()
         rows = [
-            (r.claim.session_id, _asked(r), r.new_status, r.answer.billing_status[:255], now)
-            for r in results
+            (c.claim.session_id, _asked(c), c.new_status, c.answer.billing_status[:255], now)
+            for c in changes
         ]
-        self._database.execute(
+        transaction.execute(
             "INSERT INTO checkout_session_change"
             " (session_id, billing_checkout_id, new_status, billing_status, changed_at) VALUES "
-            + ", ".join(marks(row) for row in rows),
+            + ", ".join(placeholders(row) for row in rows),
             [value for row in rows for value in row],
         )
 
+    def _record_refused(self, connection: Connection, change: StatusChange) -> None:
+        record = CheckRecord(
+            change.claim,
+            Outcome.REFUSED,
+            change.answer.status_code,
+            change.retry_after_refusal_at,
+        )
+        self._queue.write_records(connection, [record], connection.now())
 
-def _asked(result: Result) -> str | None:
-    return result.claim.billing_checkout_id
+
+def _asked(change: StatusChange) -> str | None:
+    return change.claim.billing_checkout_id
 
 
 def _text(value: Value) -> str | None:
     return None if value is None else str(value)
 
 
-def _at_next_slot(result: Result) -> Result:
-    assert result.try_again_at is not None  # noqa: S101 (every result with a new status has it)
-    return result._replace(next_check_at=result.try_again_at)
+def _deferred(change: StatusChange, *, until: datetime) -> CheckRecord:
+    return CheckRecord(change.claim, Outcome.DEFERRED, change.answer.status_code, until)
 
 
-def _change(result: Result, row: _Row, now: datetime) -> StatusChange:
-    assert result.new_status is not None  # noqa: S101 (such results do not come here)
-    return StatusChange(
-        session_id=result.claim.session_id,
-        billing_checkout_id=result.claim.billing_checkout_id,
+def _event(change: StatusChange, row: _ShopRow, now: datetime) -> StatusChangedEvent:
+    return StatusChangedEvent(
+        session_id=change.claim.session_id,
+        billing_checkout_id=change.claim.billing_checkout_id,
         billing_order_id=row.billing_order_id,
-        new_status=result.new_status,
-        billing_status=result.answer.billing_status,
-        first_seen_at=result.claim.first_seen_at,
+        new_status=change.new_status,
+        billing_status=change.answer.billing_status,
+        first_seen_at=change.claim.first_seen_at,
         changed_at=now,
     )

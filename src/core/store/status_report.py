@@ -1,7 +1,7 @@
-"""What `GET /api/status` tells: how the open sessions, the passes and billing stand.
+"""What `GET /api/status` returns: how the open sessions, the passes and billing are doing.
 
-Every query is by an index and reads a bounded number of rows, whatever the size of the shop: how
-many sessions are open is read where the last whole count left it.
+Every query uses an index and reads a bounded number of rows, whatever the size of the shop. The
+number of open sessions comes from the leader's last complete reconciliation.
 """
 
 import json
@@ -10,53 +10,66 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from core.database.address import MySQLAddress, SQLitePath
-from core.database.port import Database, Row, integer, moment, moment_or_none
+from core.database.address import DatabaseSecret, MySQLAddress, SQLitePath
+from core.database.port import (
+    Connection,
+    Database,
+    Row,
+    as_datetime,
+    as_datetime_or_none,
+    as_int,
+)
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.verdict import Facts, judge
 from core.settings import Settings
 from core.store.pass_history import ALIVE_SECONDS
-from core.store.queue import longest_due
+from core.store.queue import oldest_due
 
 PASSES = 60  # of ticks
-BY_HAND = 20  # passes since then that somebody triggered
+MANUAL_PASSES = 20  # since then
 FAILING = CHANGES = 10
-MISSED = 60  # missed ticks that are named; all are counted
-HISTORY = timedelta(hours=1)  # that passes are looked through for missed ticks and failures
-# A cold start takes seconds: a slot is missed when it had this long, and an interval, for a pass.
+MISSED = 60  # missed ticks that are listed; all are counted
+HISTORY = timedelta(hours=1)  # searched for missed ticks and failures
+# A cold start takes seconds: a slot without a pass is missed after an interval and this long.
 START_SECONDS = 5
-# "Most checks fail" begins after the last pass of which this does not hold.
+# "Most checks fail" begins after the last pass for which this is false.
 MOST_FAIL = "errors * 2 > checked"
+
+
+def read_status(database: Database, settings: Settings) -> JsonObject:
+    """The whole answer; its form is `Status` in `handlers/openapi.json`.
+
+    Raises:
+        StoreError: the database cannot be used.
+    """
+
+    def read(connection: Connection) -> JsonObject:
+        return _StatusReport(connection, oldest_due(database), settings).read()
+
+    return database.run(read)
 
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A worker's pass that has begun and not ended."""
+    """A pass that has begun and not ended."""
 
     tick: datetime | None
     started_at: datetime
     alive: bool
 
 
-class Overview:
+class _StatusReport:
     """Reads the monitor's tables. It writes nothing, and locks no row."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
-        self._database = database
+    def __init__(self, connection: Connection, oldest_due_sql: str, settings: Settings) -> None:
+        self._connection = connection
+        self._oldest_due_sql = oldest_due_sql
         self._settings = settings
 
     def read(self) -> JsonObject:
-        """The whole answer; its form is `Status` in `handlers/openapi.json`.
-
-        Raises:
-            StoreError: the database cannot be used.
-        """
-        return self._database.run(self._read)
-
-    def _read(self) -> JsonObject:
-        now = self._database.now()
-        paused_until, counts, counted_at = self._shared()
+        now = self._connection.now()
+        paused_until, counts, counted_at = self._monitor_state()
         last_pass_at, has_api_key = self._newest_tick()
         ticks = self._ticks(since=now - HISTORY)
         under_way = self._under_way(now)
@@ -81,11 +94,11 @@ class Overview:
         )
         if facts.most_fail:
             worst = next(iter(facts.failed))
-            alike = [one for one in failing if one["outcome"] == worst.value]
+            same = [session for session in failing if session["outcome"] == worst.value]
             facts = replace(
                 facts,
-                failing_since=self._failing_since(alike, now),
-                failing_code=alike[0]["status_code"] if alike else None,
+                failing_since=self._failing_since(same, now),
+                failing_code=same[0]["status_code"] if same else None,
             )
         return {
             "timestamp": iso(now),
@@ -112,71 +125,71 @@ class Overview:
             "settings": settings_in_force(self._settings),
         }
 
-    def _shared(self) -> tuple[datetime | None, dict[str, Any], datetime | None]:
-        """The row that all workers share: the pause, and what the last whole count found."""
-        rows = self._database.query(
+    def _monitor_state(self) -> tuple[datetime | None, dict[str, Any], datetime | None]:
+        """The pause, and the counts of the last complete reconciliation with their time."""
+        rows = self._connection.query(
             "SELECT paused_until, counts, counted_at FROM checkout_session_pause WHERE id = 1"
         )
         for paused_until, counts, counted_at in rows:
             found = json.loads(counts) if isinstance(counts, str) else {}
-            return moment(paused_until), found, moment_or_none(counted_at)
+            return as_datetime(paused_until), found, as_datetime_or_none(counted_at)
         return None, {}, None
 
     def _newest_tick(self) -> tuple[datetime | None, bool]:
-        """When the newest pass of a tick began, and whether it had a key to ask billing with."""
-        rows = self._database.query(
+        """When the newest pass of a tick began, and whether it had an API key."""
+        rows = self._connection.query(
             "SELECT started_at, skipped FROM checkout_session_run WHERE reason = %s"
             " ORDER BY id DESC LIMIT 1",
             (Reason.TICK.value,),
         )
         for started_at, skipped in rows:
-            return moment(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
+            return as_datetime(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
         return None, True
 
     def _installed_at(self) -> datetime | None:
-        rows = self._database.query(
+        rows = self._connection.query(
             "SELECT started_at FROM checkout_session_run ORDER BY id LIMIT 1"
         )
-        return moment(rows[0][0]) if rows else None
+        return as_datetime(rows[0][0]) if rows else None
 
     def _first_tick(self) -> datetime | None:
-        """Of those that are kept; before it no tick is missed: there was no loop yet."""
-        rows = self._database.query(
+        """The first tick on record; before it there was no loop, so no tick was missed."""
+        rows = self._connection.query(
             "SELECT tick FROM checkout_session_run WHERE tick IS NOT NULL ORDER BY tick LIMIT 1"
         )
-        return moment(rows[0][0]) if rows else None
+        return as_datetime(rows[0][0]) if rows else None
 
     def _ticks(self, since: datetime) -> list[datetime]:
-        """Those that had a pass, the newest first."""
-        rows = self._database.query(
+        """The ticks that had a pass, the newest first."""
+        rows = self._connection.query(
             "SELECT DISTINCT tick FROM checkout_session_run WHERE tick > %s ORDER BY tick DESC",
             (since,),
         )
-        return [moment(tick) for (tick,) in rows]
+        return [as_datetime(tick) for (tick,) in rows]
 
     def _missed(
         self, ticks: Sequence[datetime], since: datetime, now: datetime
     ) -> tuple[int, list[datetime]]:
-        """How many slots there were, and those without a pass, the newest first."""
+        """How many slots there were, and the ones without a pass, the newest first."""
         interval = timedelta(seconds=self._settings.interval_seconds)
         slot = slot_at(now - max(interval, timedelta(seconds=START_SECONDS)), interval.seconds)
-        had = set(ticks)
+        with_pass = set(ticks)
         slots = []
         while slot >= since:
             slots.append(slot)
             slot -= interval
-        return len(slots), [slot for slot in slots if slot not in had]
+        return len(slots), [slot for slot in slots if slot not in with_pass]
 
     def _under_way(self, now: datetime) -> list[_UnderWay]:
-        rows = self._database.query(
+        rows = self._connection.query(
             "SELECT tick, started_at, duration_ms FROM checkout_session_run"
             " WHERE finished_at IS NULL"
         )
         return [
             _UnderWay(
-                moment_or_none(tick),
-                moment(started_at),
-                now - moment(started_at) - timedelta(milliseconds=integer(so_far))
+                as_datetime_or_none(tick),
+                as_datetime(started_at),
+                now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))
                 <= timedelta(seconds=ALIVE_SECONDS),
             )
             for tick, started_at, so_far in rows
@@ -185,37 +198,37 @@ class Overview:
     def _passes(
         self, ticks: Sequence[datetime], under_way: Sequence[_UnderWay], now: datetime
     ) -> list[JsonObject]:
-        """The newest first. A tick with all its workers is one pass; others were asked for."""
+        """The newest first. All workers of a tick make one entry; the other passes are manual."""
         rows: list[Row] = []
         if ticks:
-            rows += self._database.query(
+            rows += self._connection.query(
                 "SELECT tick, MIN(reason), MIN(started_at), MAX(finished_at), COUNT(*),"
                 " SUM(checked), SUM(errors), SUM(status_changes), MAX(latency_p95_ms)"
                 " FROM checkout_session_run WHERE tick >= %s GROUP BY tick",
                 (ticks[:PASSES][-1],),
             )
-        rows += self._database.query(
+        rows += self._connection.query(
             "SELECT tick, reason, started_at, finished_at, 1, checked, errors, status_changes,"
             " latency_p95_ms FROM checkout_session_run"
             " WHERE tick IS NULL AND reason <> %s AND started_at > %s"
-            f" ORDER BY id DESC LIMIT {BY_HAND:d}",
+            f" ORDER BY id DESC LIMIT {MANUAL_PASSES:d}",
             (Reason.START.value, ticks[:PASSES][-1] if ticks else now - HISTORY),
         )
-        # Of the workers of one tick the living count for more than the killed.
+        # If one worker of a tick is alive and another was killed, the tick counts as alive.
         under_way = sorted(under_way, key=lambda worker: worker.alive)
         alive = {worker.tick or worker.started_at: worker.alive for worker in under_way}
         passes = [_pass(row, alive, now) for row in rows]
-        passes.sort(key=lambda told: str(told["started_at"]), reverse=True)
+        passes.sort(key=lambda one: str(one["started_at"]), reverse=True)
         return passes
 
     def _overdue_seconds(self, now: datetime) -> float:
-        """How late the most overdue session is that nobody is checking."""
-        [(due,)] = self._database.query(f"SELECT {longest_due(self._database)}")
-        due_at = moment_or_none(due)
+        """How late the most overdue session is; sessions under way do not count."""
+        [(due,)] = self._connection.query(f"SELECT {self._oldest_due_sql}")
+        due_at = as_datetime_or_none(due)
         return max(0.0, (now - due_at).total_seconds()) if due_at else 0.0
 
     def _failing(self) -> list[dict[str, Any]]:
-        rows = self._database.query(
+        rows = self._connection.query(
             "SELECT c.session_id, s.billing_checkout_id, c.last_outcome, c.last_status_code,"
             " c.consecutive_failures, c.failing_since, c.last_checked_at, c.next_check_at"
             " FROM checkout_session_check c"
@@ -230,9 +243,9 @@ class Overview:
                 "outcome": outcome,
                 "status_code": status_code,
                 "consecutive_failures": failures,
-                "failing_since": _iso(moment_or_none(since)),
-                "last_checked_at": _iso(moment_or_none(checked_at)),
-                "next_check_at": _iso(moment_or_none(next_at)),
+                "failing_since": _iso(as_datetime_or_none(since)),
+                "last_checked_at": _iso(as_datetime_or_none(checked_at)),
+                "next_check_at": _iso(as_datetime_or_none(next_at)),
             }
             for (
                 session_id,
@@ -249,31 +262,31 @@ class Overview:
     def _failing_since(
         self, failing: Sequence[Mapping[str, Any]], now: datetime
     ) -> datetime | None:
-        """Since when every pass in which something was checked has failed in most of its checks.
+        """Since when most checks of every pass have failed; passes without checks do not count.
 
-        None: the newest has not. For longer than HISTORY, the session that has failed since the
-        earliest of `failing` tells.
+        None: most checks of the newest pass did not fail. If it has lasted longer than HISTORY, the
+        sessions in `failing` show since when.
         """
         since = now - HISTORY
-        well = self._database.query(
+        healthy = self._connection.query(
             "SELECT tick FROM checkout_session_run"
             f" WHERE tick > %s AND checked > 0 AND NOT {MOST_FAIL} ORDER BY tick DESC LIMIT 1",
             (since,),
         )
-        first = self._database.query(
+        first = self._connection.query(
             f"SELECT started_at FROM checkout_session_run WHERE tick > %s AND {MOST_FAIL}"
             " ORDER BY tick LIMIT 1",
-            (moment(well[0][0]) if well else since,),
+            (as_datetime(healthy[0][0]) if healthy else since,),
         )
         if not first:
             return None
-        if well:
-            return moment(first[0][0])
-        earlier = [one["failing_since"] for one in failing if one["failing_since"]]
-        return min([moment(first[0][0]), *map(datetime.fromisoformat, earlier)])
+        if healthy:
+            return as_datetime(first[0][0])
+        earlier = [session["failing_since"] for session in failing if session["failing_since"]]
+        return min([as_datetime(first[0][0]), *map(datetime.fromisoformat, earlier)])
 
     def _changes(self) -> list[JsonObject]:
-        rows = self._database.query(
+        rows = self._connection.query(
             "SELECT session_id, billing_checkout_id, new_status, billing_status, changed_at"
             f" FROM checkout_session_change ORDER BY id DESC LIMIT {CHANGES:d}"
         )
@@ -283,7 +296,7 @@ class Overview:
                 "billing_checkout_id": None if checkout_id is None else str(checkout_id),
                 "new_status": new_status,
                 "billing_status": billing_status,
-                "changed_at": iso(moment(changed_at)),
+                "changed_at": iso(as_datetime(changed_at)),
             }
             for session_id, checkout_id, new_status, billing_status, changed_at in rows
         ]
@@ -291,40 +304,41 @@ class Overview:
 
 def _pass(row: Row, alive: Mapping[datetime, bool], now: datetime) -> JsonObject:
     tick, reason, started_at, finished_at, workers, checked, errors, changes, p95 = row
-    began = moment(started_at)
+    began = as_datetime(started_at)
     state = {None: "complete", True: "running", False: "killed"}[
-        alive.get(moment_or_none(tick) or began)
+        alive.get(as_datetime_or_none(tick) or began)
     ]
-    ended = now if state == "running" else moment_or_none(finished_at)
+    ended = now if state == "running" else as_datetime_or_none(finished_at)
     return {
-        "tick": _iso(moment_or_none(tick)),
+        "tick": _iso(as_datetime_or_none(tick)),
         "reason": reason,
         "started_at": iso(began),
         "state": state,
         "duration_ms": None if ended is None else round((ended - began).total_seconds() * 1000),
-        "workers": integer(workers),
-        "checked": integer(checked),
-        "errors": integer(errors),
-        "status_changes": integer(changes),
+        "workers": as_int(workers),
+        "checked": as_int(checked),
+        "errors": as_int(errors),
+        "status_changes": as_int(changes),
         "latency_p95_ms": p95,
     }
 
 
 def settings_in_force(settings: Settings) -> JsonObject:
-    """Every setting by the name of its variable; of secrets only whether there is one."""
+    """Every setting by the name of its variable; for a secret, only whether it is set."""
     reader = settings.status_reader
+    database_url = database_secret_arn = None
     match settings.database:
         case MySQLAddress(host, port, _, _, name):
-            database: str | None = f"mysql://{host}:{port}/{name}"
+            database_url = f"mysql://{host}:{port}/{name}"
         case SQLitePath(path):
-            database = f"sqlite:///{path}"
-        case None:
-            database = None
+            database_url = f"sqlite:///{path}"
+        case DatabaseSecret(arn):
+            database_secret_arn = arn
     return {
         "APIKEY": "set" if settings.api_key else None,
         "APIKEY_SECRET_ARN": settings.api_key_secret_arn,
-        "DATABASE_URL": database,
-        "DATABASE_SECRET_ARN": settings.database_secret_arn,
+        "DATABASE_URL": database_url,
+        "DATABASE_SECRET_ARN": database_secret_arn,
         "BILLING_API_URL": settings.billing_api_url,
         "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
         "CHECK_CADENCE": str(settings.cadence),

@@ -1,7 +1,7 @@
-"""The database as the monitor sees it: a queue, a count, a row that is shared, and two logs.
+"""The database as a pass sees it: one class for each table of the monitor.
 
-Each class writes one table, in statements that every engine understands. Of the shop's
-`checkout_session` only `status` is ever written, by `core.store.status_changes`.
+The SQL is written once, in statements that every engine understands. Of the shop's
+`checkout_session` only `status` is ever written, by `status_changes`.
 """
 
 from collections import Counter
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from core.database.port import Database, moment_or_none
+from core.database.port import Connection, Database, as_datetime, as_datetime_or_none
 from core.domain.cadence import slot_at
-from core.domain.model import Count, Pause, Recorded, Result
-from core.store.monitor_state import Shared, Standing
-from core.store.pass_history import Runs
-from core.store.queue import Queue, longest_due
-from core.store.reconcile import Census
-from core.store.status_changes import Changes, Publisher
+from core.domain.model import Decision, OpenCounts, Pause, Recheck, Recorded, StatusChange
+from core.store.monitor_state import MonitorState, StateRow
+from core.store.pass_history import PassHistory
+from core.store.queue import Queue, oldest_due
+from core.store.reconcile import Reconciliation
+from core.store.status_changes import Publisher, StatusChanges
 
 NO_STATUS_INDEX = (
     "checkout_session has no index on status, so every pass reads the whole table. Run: "
@@ -29,38 +29,49 @@ class View(NamedTuple):
 
     now: datetime  # by the database's clock
     tick: datetime
-    leads: bool
-    shared: Standing
-    next_due_at: datetime | None  # of the sessions that nobody is checking; None: there is none
+    interval: timedelta
+    state: StateRow
+    oldest_due: datetime | None  # of the sessions that nobody is checking; None: there is none
 
     @property
     def pause(self) -> Pause:
-        return self.shared.pause
+        return self.state.pause
 
     @property
     def paused_until(self) -> datetime | None:
-        """None where billing may be asked."""
+        """None if billing may be asked."""
         return self.pause.until if self.pause.until > self.now else None
 
     @property
-    def last_count(self) -> Count:
-        return self.shared.last_count
+    def last_counts(self) -> OpenCounts:
+        return self.state.last_counts
 
     @property
-    def may_count(self) -> bool:
-        """Whether the last count is long enough ago for its length."""
-        again_at = self.shared.count_again_at
-        return again_at is None or again_at <= self.now
+    def may_reconcile(self) -> bool:
+        """Whether the last reconciliation is long enough ago for the time that it took."""
+        after = self.state.reconcile_after
+        return after is None or after <= self.now
 
     @property
-    def due(self) -> bool:
-        return self.next_due_at is not None and self.next_due_at <= max(self.now, self.tick)
+    def has_due(self) -> bool:
+        return self.oldest_due is not None and self.oldest_due <= max(self.now, self.tick)
 
     @property
     def overdue_seconds(self) -> float:
-        if self.next_due_at is None:
+        if self.oldest_due is None:
             return 0.0
-        return max(0.0, (self.now - self.next_due_at).total_seconds())
+        return max(0.0, (self.now - self.oldest_due).total_seconds())
+
+    @property
+    def last_plausible_tick(self) -> datetime:
+        """A later tick on record came from a clock that was wrong."""
+        return self.tick + 2 * self.interval
+
+    @property
+    def has_leader(self) -> bool:
+        """Whether the tick already has a leader."""
+        led = self.state.last_tick
+        return led is not None and self.tick <= led <= self.last_plausible_tick
 
 
 class Store:
@@ -69,65 +80,67 @@ class Store:
     def __init__(self, database: Database, publisher: Publisher | None = None) -> None:
         self._database = database
         self.queue = Queue(database)
-        self.changes = Changes(database, self.queue, publisher)
-        self.shared = Shared(database)
-        self.runs = Runs(database)
+        self.status_changes = StatusChanges(database, self.queue, publisher)
+        self.state = MonitorState(database)
+        self.history = PassHistory(database)
 
     def prepare(self) -> list[str]:
-        """Make the monitor's tables if need be; return warnings for the operator."""
+        """Make the monitor's tables if need be; returns warnings for the operator."""
         if self._database.prepared:
             return []
         indexed = self._database.prepare()
-        self.runs.prepare()
+        self.history.prepare()
         return [] if indexed else [NO_STATUS_INDEX]
 
     def now(self) -> datetime:
-        return self._database.run(self._database.now)
+        return self._database.run(lambda connection: connection.now())
 
-    def view(self, tick: datetime | None, *, interval_seconds: int, may_lead: bool) -> View:
-        """Look at everything that a beginning pass needs, and lead its tick if nobody does yet.
+    def look(self, tick: datetime | None, *, interval_seconds: int) -> View:
+        """Read everything that a beginning pass needs, in one statement.
 
-        One statement; two for the pass that leads. A tick's slot by the loop's clock is believed,
-        unless it is too far from the database's to be it. The two clocks differ a little: where the
-        loop's is ahead, what is due at the tick would not be due yet by the database's clock, and
-        would wait for the next one.
+        The tick comes from the loop's clock, which differs a little from the database's. It is used
+        as it is: otherwise, with the loop's clock ahead, sessions due at the tick would not be due
+        yet and would wait for the next one. A tick more than an interval away from the database's
+        clock is replaced with the slot of that clock.
         """
+        interval = timedelta(seconds=interval_seconds)
 
-        def work() -> View:
-            standing, (now_value, due_value) = self.shared.read(
-                self._database.now_sql, longest_due(self._database)
+        def read(connection: Connection) -> View:
+            state, (now_value, due) = self.state.read_or_create(
+                connection, self._database.now_sql, oldest_due(self._database)
             )
-            now, due = moment_or_none(now_value), moment_or_none(due_value)
-            assert now is not None  # noqa: S101 (a database knows the time)
-            interval = timedelta(seconds=interval_seconds)
-            believed = tick is not None and abs(now - tick) <= interval
-            slot = tick if tick is not None and believed else slot_at(now, interval_seconds)
-            soon = slot + 2 * interval
-            led = standing.last_tick
-            leads = may_lead and (led is None or led < slot or led > soon)
-            if leads:
-                leads = self.shared.lead(slot, not_after=soon)
-            return View(now, slot, leads, standing, due)
+            now = as_datetime(now_value)
+            plausible = tick is not None and abs(now - tick) <= interval
+            slot = tick if tick is not None and plausible else slot_at(now, interval_seconds)
+            return View(now, slot, interval, state, as_datetime_or_none(due))
 
-        return self._database.run(work)
+        return self._database.run(read)
 
-    def census(self, tick: datetime, session_ids: Sequence[str] | None = None) -> Census:
-        return Census(self._database, self.queue, tick, session_ids)
+    def take_lead(self, view: View) -> bool:
+        """Become the leader of the view's tick, if it has none; returns whether this pass is it."""
+        if view.has_leader:
+            return False
+        return self.state.take_lead(view.tick, not_after=view.last_plausible_tick)
 
-    def keep(self, census: Census) -> None:
-        """Keep a census of all open sessions; and drop the logs' rows that are over a day old."""
-        if census.is_whole:
-            self.shared.keep_count(census.count, took=census.took)
-            self.runs.forget_old()
-            self.changes.forget_old()
+    def reconciliation(
+        self, tick: datetime, session_ids: Sequence[str] | None = None
+    ) -> Reconciliation:
+        return Reconciliation(self._database, self.queue, tick, session_ids)
 
-    def record(self, results: Sequence[Result], now: datetime) -> Recorded:
-        """Keep what some checks found: those whose session stays open, and status changes."""
-        staying = [result for result in results if result.new_status is None]
-        self.queue.record(staying, now)
-        outcomes = Counter(result.answer.outcome for result in staying)
-        leaving = [result for result in results if result.new_status is not None]
-        return Recorded(outcomes=outcomes) + self.changes.make(leaving)
+    def finish(self, reconciliation: Reconciliation) -> None:
+        """Keep the counts of a complete reconciliation, and delete rows that are over a day old."""
+        if reconciliation.is_complete:
+            self.state.keep_counts(reconciliation.counts, took=reconciliation.took)
+            self.history.forget_old()
+            self.status_changes.forget_old()
+
+    def record(self, decisions: Sequence[Decision], now: datetime) -> Recorded:
+        """Write what was decided: rechecks and status changes."""
+        rechecks = [decision for decision in decisions if isinstance(decision, Recheck)]
+        self.queue.record(rechecks, now)
+        outcomes = Counter(recheck.answer.outcome for recheck in rechecks)
+        changes = [decision for decision in decisions if isinstance(decision, StatusChange)]
+        return Recorded(outcomes=outcomes) + self.status_changes.make(changes)
 
     def close(self) -> None:
         self._database.close()
