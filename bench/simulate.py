@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
-from core.database.sqlite import SQLiteDatabase
-from core.domain.model import Answer, Outcome, Reason, Recorded, Result
+from core.database.sqlite import SQLiteConnection, SQLiteDatabase
+from core.domain.model import Answer, Decision, Outcome, Reason, Recheck, Recorded
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
@@ -141,9 +141,9 @@ class _Database(SQLiteDatabase):
     meter: Meter
 
     @override
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> SQLiteConnection:
         connection = super()._connect()
-        self.meter = Meter(connection)
+        self.meter = Meter(connection._connection)  # noqa: SLF001 (SQLite's own, to count its work)
         return connection
 
 
@@ -347,7 +347,7 @@ class Simulation:
         self._execute(insert, values)
 
     def _execute(self, sql: str, parameters: Sequence["Value"] = ()) -> None:
-        self.database.run(partial(self.database.execute, sql, parameters))
+        self.database.run(lambda connection: connection.execute(sql, parameters))
 
     def _every(self, age: float) -> float:
         return self.settings.cadence.every_seconds(age)
@@ -387,9 +387,11 @@ class _WatchedStore(Store):
         self._due = due
 
     @override
-    def record(self, results: Sequence[Result], now: datetime) -> Recorded:
-        self._due |= {result.claim.session_id: result.next_check_at for result in results}
-        return super().record(results, now)
+    def record(self, decisions: Sequence[Decision], now: datetime) -> Recorded:
+        for decision in decisions:
+            if isinstance(decision, Recheck):
+                self._due[decision.claim.session_id] = decision.next_check_at
+        return super().record(decisions, now)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:
