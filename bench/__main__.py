@@ -1,17 +1,17 @@
-"""`make bench`: this monitor and what would otherwise be run, side by side, in one run.
+"""`make bench`: measure this monitor beside its alternatives, on one machine.
 
-Servers and clients have a core each. Every figure is the median of several rounds, in which the
-programs take turns. Progress goes to stderr; the tables, or with `--json` the raw numbers, to
-stdout.
+Servers run on one core, clients on the other. Every figure is the median of several rounds, in
+which the programs take turns. Progress goes to stderr. The tables, or the raw numbers with
+`--json`, go to stdout.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import imports, loop, machine, passes, throughput
+from bench import cold_start, loop, machine, passes, throughput
 from bench.machine import Machine
-from bench.report import Results, tell
+from bench.report import Results, progress
 
 CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "throughput": throughput.measure,
@@ -24,7 +24,7 @@ CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "reuse": passes.reuse,
     "idle": passes.idle,
     "status": passes.status,
-    "imports": imports.measure,
+    "imports": cold_start.measure,
 }
 
 
@@ -32,25 +32,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the raw numbers, not tables")
     parser.add_argument(
-        "--quick", action="store_true", help="one round of the smallest sizes: does it run at all?"
+        "--quick",
+        action="store_true",
+        help="one round of the smallest sizes, as a trial",
     )
     parser.add_argument(
-        "--case", action="append", choices=CASES, help="only this one; may be given again"
+        "--case", action="append", choices=CASES, help="run only this case (may be repeated)"
     )
     parser.add_argument(
         "--before",
         type=Path,
         metavar="CHECKOUT",
-        help="measure also the monitor of that checkout of an earlier version",
+        help="also measure the monitor in that checkout of an earlier version",
     )
     given = parser.parse_args()
     machine.install()
     results = Results()
     with machine.running(before=given.before, quick=given.quick) as here:
         for name in given.case or CASES:
-            tell(f"── {name}")
+            progress(f"── {name}")
             CASES[name](here, results)
-    # A shared machine may be too busy for a target; that is for the reader to judge.
+    # A missed target is no error: the machine may be shared.
     print(results.as_json() if given.json else results.as_markdown())
 
 

@@ -1,8 +1,8 @@
-// The Node side of `make bench`: what a user would otherwise run. Reads one JSON job a line from
-// stdin, as clients.py does, and answers each with one JSON line.
+// The Node clients of `make bench`, the usual alternative. Like clients.py, it reads one JSON job per
+// line from stdin and answers each with one JSON line.
 //
 // node clients.mjs all      fetch and Promise.allSettled over all sessions, 10 s timeout
-// node clients.mjs bounded  the same requests, so many in flight
+// node clients.mjs bounded  the same requests, with bounded concurrency
 import { createInterface } from "node:readline";
 
 const algorithm = process.argv[2];
@@ -12,7 +12,7 @@ async function check(url, n) {
     headers: { "x-api-key": "bench" },
     signal: AbortSignal.timeout(10_000),
   });
-  await response.arrayBuffer(); // or the connection is not used again
+  await response.arrayBuffer(); // otherwise the connection is not reused
   if (response.status !== 200) throw new Error(String(response.status));
 }
 
@@ -51,7 +51,7 @@ for await (const line of createInterface({ input: process.stdin })) {
     checked,
     seconds,
     cpu_seconds: (user + system) / 1e6,
-    peak_mb: process.resourceUsage().maxRSS / 1024, // always more than the parent's, which it holds
+    peak_mb: process.resourceUsage().maxRSS / 1024, // Node uses more than the parent, whose peak it inherits
   };
   console.log(JSON.stringify(report));
 }

@@ -1,12 +1,11 @@
 """The Python clients of `make bench`, each in a process of its own.
 
-`python -m bench.clients NAME` reads one job a line from stdin, as JSON, and answers each with one
-line. Of the monitor's own code it uses only what every version of it has (`Worker`, `BillingClient`
-and `Settings`), so that the `core` of another checkout can be measured beside this one.
+`python -m bench.clients NAME` reads one JSON job per line from stdin and answers each with one JSON
+line. Of the monitor it uses only `Worker`, `BillingClient` and `Settings`, in the same way for
+every version, so that the `core` of another checkout can be measured beside this one.
 """
 
 import asyncio
-import inspect
 import json
 import os
 import re
@@ -22,11 +21,15 @@ from typing import IO, Any, NotRequired, TypedDict
 import aiohttp
 import httpx
 
-from core import log
-from core.billing.client import BillingClient
-from core.domain.model import Outcome
 from core.settings import Settings
 from core.worker import Worker
+
+try:
+    from core import log
+    from core.billing.client import BillingClient
+except ImportError:  # an earlier checkout, in which core has no packages
+    from core import observability as log  # type: ignore[attr-defined, no-redef]
+    from core.billing import BillingClient  # type: ignore[attr-defined, no-redef]
 
 HEADERS = {"x-api-key": "bench", "accept": "application/json"}
 TIMEOUT_SECONDS = 10
@@ -39,13 +42,13 @@ class Job(TypedDict):
     sessions: int
     in_flight: int
     warm_up: bool
-    env: dict[str, str]  # of a worker, beside its API key
-    tick: NotRequired[str]  # of a pass; without one it is now, so that the pass leads
-    seconds: NotRequired[float]  # that a pass has
+    env: dict[str, str]  # a worker's settings
+    tick: NotRequired[str]  # of a pass; by default now, so that the pass is the leader
+    seconds: NotRequired[float]  # that a pass may take
 
 
 type Report = dict[str, Any]
-type Check = Callable[[str], Awaitable[bool]]  # whether the session with that id got its answer
+type Check = Callable[[str], Awaitable[bool]]  # whether billing answered
 type Run = Callable[[Job], Report]
 
 
@@ -54,7 +57,7 @@ def checkout_id(number: int) -> str:
 
 
 async def bounded(check: Check, job: Job) -> int:
-    """Check each session once, `in_flight` of them at a time; returns how many were."""
+    """Check each session once, `in_flight` at a time; returns how many were answered."""
     numbers = iter(range(job["sessions"]))
 
     async def worker() -> int:
@@ -64,7 +67,7 @@ async def bounded(check: Check, job: Job) -> int:
 
 
 def http_part() -> Run:
-    """The monitor's client alone, on the event loop that its worker has."""
+    """The monitor's client alone, on the event loop of its worker."""
     kept: list[tuple[asyncio.Runner, BillingClient]] = []
 
     async def client(job: Job) -> BillingClient:
@@ -72,12 +75,12 @@ def http_part() -> Run:
 
     def run(job: Job) -> Report:
         if not kept:
-            runner = _worker(job, None)._runner  # noqa: SLF001 (whichever loop this version has)
+            runner = _worker(job, None)._runner  # noqa: SLF001 (the event loop of this version)
             kept.append((runner, runner.run(client(job))))
         [(runner, billing)] = kept
 
         async def check(id_: str) -> bool:
-            return (await billing.check(id_)).outcome is Outcome.ACTIVE
+            return (await billing.check(id_)).outcome == "active"
 
         return {"checked": runner.run(bounded(check, job))}
 
@@ -126,7 +129,7 @@ def wrk() -> Run:
 
 
 def full_pass(reports: IO[str]) -> Run:
-    """A warm worker: each job is a pass. Where it would start another worker, it says so."""
+    """A warm worker: each job is a pass. To start another worker, it writes a line."""
     kept: list[Worker] = []
 
     def start(tick: datetime) -> None:
@@ -157,21 +160,18 @@ def _worker(job: Job, start: Callable[[datetime], None] | None) -> Worker:
             **job["env"],
         }
     )
-    others: dict[str, Any] = {}
-    if start and "start_worker" in inspect.signature(Worker).parameters:  # not before 0.2
-        others["start_worker"] = start
-    return Worker(settings, **others)
+    return Worker(settings, start_worker=start)
 
 
 def peak_mb() -> float:
-    """The most memory ever resident; getrusage would count the parent's from before the exec."""
+    """The peak resident memory. That of getrusage includes the parent's, from before the exec."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     [kilobytes] = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return int(kilobytes) / 1024
 
 
 def main() -> None:
-    # What a pass logs goes where Lambda's does, into a pipe; the reports go to the real stdout.
+    # Reports go to the real stdout; what a pass logs goes to /dev/null.
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     log.set_level(debug=False)
@@ -190,7 +190,7 @@ def main() -> None:
         report["cpu_seconds"] = time.process_time() - cpu
         report["peak_mb"] = peak_mb()
         reports.write(json.dumps(report) + "\n")
-    os._exit(0)  # connections are the kernel's to close; nothing here needs an orderly end
+    os._exit(0)  # the kernel closes the connections faster
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The loop at size: template.yaml's own loop on the real clock, warm worker processes for Lambda.
+"""The loop with many sessions: template.yaml's loop on the real clock, warm processes for Lambda.
 
-A tick starts a pass in a free process, as an asynchronous Invoke does, and so does a worker that
-asks for another one. Everything is at the stack's defaults.
+A tick starts a pass in a free process, as an asynchronous Invoke does. So does a leader that needs
+helpers. Everything is at the stack's defaults.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from statistics import median
 
 from bench.clients import Job
 from bench.machine import Machine, wait
+from bench.nginx import Request
 from bench.programs import MARIADB, Client, Program
-from bench.report import Results, tell
-from bench.servers import Request
+from bench.report import Results, progress
 from core.domain.summary import percentile
 from local import loop
 from testkit.shops import numbered
 
 INTERVAL_SECONDS = 5
 LAMBDA_SECONDS = 60.0
-# Execution environments. A pass may take twelve intervals; ten workers may be under way at once.
+# Execution environments; ten workers may be under way at once.
 PROCESSES = 20
-# Until new sessions have been adopted, and connections opened.
+# Until new sessions are adopted and connections open.
 SETTLE_SECONDS = 20
 MEASURE_SECONDS = 60
 OPEN = (1000, 5000, 10_000)
 
 
 class Fleet:
-    """Lambda's stand-in: a pool of warm worker processes that share the machine's cores."""
+    """Stands in for Lambda: a pool of warm worker processes that share the machine's cores."""
 
     def __init__(self, clients: Sequence[Client], job: Job) -> None:
         self._job = job
@@ -48,33 +48,33 @@ class Fleet:
             client.report()
 
     def start(self, tick: datetime) -> None:
-        """Start a pass in a free process and come back at once; without one, say so."""
+        """Start a pass in a free process and return at once; without one, count it as throttled."""
         with self._lock:
             self.started += 1
             if not self._free:
                 self.throttled += 1
                 return
-            client = self._free.pop()  # the one that was busy last, as Lambda does
+            client = self._free.pop()  # the most recently used, as Lambda does
         client.start({**self._job, "tick": tick.isoformat(), "seconds": LAMBDA_SECONDS})
         threading.Thread(target=self._follow, args=(client,), daemon=True).start()
 
     def _follow(self, client: Client) -> None:
         try:
-            while "start" in (said := client.line()):
-                self.start(datetime.fromisoformat(said["start"]))
+            while "start" in (message := client.line()):
+                self.start(datetime.fromisoformat(message["start"]))
         except RuntimeError:
-            return  # it was killed: the case is over
+            return  # killed at the end of the case
         with self._lock:
             self._free.append(client)
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What billing and the database have seen of the loop in some whole intervals."""
+    """What billing and the database saw of the loop in some whole intervals."""
 
-    made: float  # checks, as a share of those due
-    lateness: Sequence[float]  # seconds from a request's tick until it came, in order
-    most_in_flight: int
+    made: float  # share of the checks due that were made
+    lateness: Sequence[float]  # seconds from tick to request, sorted
+    max_in_flight: int
     database: float  # share of a core
     throttled: int
 
@@ -83,45 +83,45 @@ class Seen:
 
 
 def at_size(machine: Machine, results: Results) -> None:
-    """Billing is well; and with the most sessions it hangs, too."""
+    """Billing answers; with the most sessions, also a case in which it hangs."""
     sizes = OPEN[:1] if machine.quick else OPEN
     for open_ in sizes:
         for program in machine.versions(MARIADB):
             seen = _watch(machine, program, numbered(open_), "100ms")
-            _tell_of(seen, results, program, open_)
+            _report(seen, results, program, open_)
             if open_ == sizes[-1]:
                 hangs = _watch(machine, program, numbered(open_), "hang")
                 _compare_in_flight(seen, hangs, results, program, open_)
 
 
-def _tell_of(seen: Seen, results: Results, program: Program, open_: int) -> None:
-    what = f"the loop, {open_:,} open, billing after 100 ms, {_whose(program)}"
-    told = (
+def _report(seen: Seen, results: Results, program: Program, open_: int) -> None:
+    what = f"the loop, {open_:,} open, billing after 100 ms, {_version(program)}"
+    measured = (
         f"{seen.made:.1%} of the checks due; requests leave within {seen.late(0.5):.1f} s"
         f" of their tick (50 %), {seen.late(0.99):.1f} s (99 %); at most"
-        f" {seen.most_in_flight:,} in flight; MariaDB {seen.database:.0%} of a core"
+        f" {seen.max_in_flight:,} in flight; MariaDB {seen.database:.0%} of a core"
     )
     if program is MARIADB:
         met = seen.made >= 0.999 and seen.late(0.99) <= 1.5
-        results.target(what, "99.9 %, 1.5 s", told, met=met)
+        results.target(what, "≥ 99.9 %, 99 % within 1.5 s", measured, met=met)
     else:
-        results.state(what, told)
+        results.state(what, measured)
 
 
 def _compare_in_flight(
     well: Seen, hangs: Seen, results: Results, program: Program, open_: int
 ) -> None:
-    what = f"requests in flight at most while billing hangs, {open_:,} open, {_whose(program)}"
-    told = f"{hangs.most_in_flight:,}; {well.most_in_flight:,} when it is well"
+    what = f"maximum in flight while billing hangs, {open_:,} open, {_version(program)}"
+    measured = f"{hangs.max_in_flight:,}; {well.max_in_flight:,} when it answers"
     if program is MARIADB:
-        met = hangs.most_in_flight <= well.most_in_flight
-        results.target(what, "not more than when it is well", told, met=met)
+        met = hangs.max_in_flight <= well.max_in_flight
+        results.target(what, "not more than when it answers", measured, met=met)
     else:
-        results.state(what, told)
+        results.state(what, measured)
 
 
 def gaps(machine: Machine, results: Results) -> None:
-    """A healthy session's checks, while a tenth of the sessions hang."""
+    """How regularly healthy sessions are checked while a tenth of the sessions hang."""
     sessions = {f"s{n}": f"checkout_{'hang' if n % 10 == 0 else 'ok'}_{n}" for n in range(1000)}
     seconds = 15 if machine.quick else MEASURE_SECONDS
     with _looping(machine, MARIADB, sessions, "at-once"):
@@ -144,7 +144,7 @@ def gaps(machine: Machine, results: Results) -> None:
 def _watch(
     machine: Machine, program: Program, sessions: Mapping[str, str | None], delay: str
 ) -> Seen:
-    what = f"the loop, {len(sessions):,} open, billing {delay}, {_whose(program)}"
+    what = f"the loop, {len(sessions):,} open, billing {delay}, {_version(program)}"
     with _looping(machine, program, sessions, delay) as fleet:
         wait(SETTLE_SECONDS, f"{what}: settling")
         time.sleep(-time.time() % INTERVAL_SECONDS)  # whole intervals
@@ -153,13 +153,13 @@ def _watch(
         ended = began + (time.time() - began) // INTERVAL_SECONDS * INTERVAL_SECONDS
         busy = (machine.mariadb_cpu_seconds() - cpu) / (time.time() - began)
         if delay == "hang":
-            wait(12, "requests that hang have to end before the log tells of them")
+            wait(12, "nginx logs a hanging request when it ends")
         requests = machine.billing.requests()
     inside = [request for request in requests if began <= request.began < ended]
     due = len(sessions) * (ended - began) / INTERVAL_SECONDS
     lateness = sorted(request.began % INTERVAL_SECONDS for request in inside)
     return Seen(
-        len(inside) / due, lateness, _most_at_once(requests, began, ended), busy, fleet.throttled
+        len(inside) / due, lateness, _max_in_flight(requests, began, ended), busy, fleet.throttled
     )
 
 
@@ -167,10 +167,10 @@ def _watch(
 def _looping(
     machine: Machine, program: Program, sessions: Mapping[str, str | None], delay: str
 ) -> Iterator[Fleet]:
-    """The running loop over a new shop; billing's log begins with it."""
+    """Run the loop over a new shop, with an empty billing log."""
     with contextlib.ExitStack() as stack:
         shop = stack.enter_context(machine.shop("mariadb", sessions))
-        tell(f"starting {PROCESSES} worker processes")
+        progress(f"starting {PROCESSES} worker processes")
         clients = [
             stack.enter_context(machine.client(program, *machine.cores)) for _ in range(PROCESSES)
         ]
@@ -192,19 +192,19 @@ def _looping(
             stopping.set()
             ticking.join()
             if fleet.throttled:
-                tell(f"{fleet.throttled} of {fleet.started} starts found no free process")
+                progress(f"{fleet.throttled} of {fleet.started} starts found no free process")
 
 
-def _most_at_once(requests: Sequence[Request], began: float, ended: float) -> int:
-    """The most requests under way at one moment between the two."""
+def _max_in_flight(requests: Sequence[Request], began: float, ended: float) -> int:
+    """The maximum number of requests in flight between two times."""
     changes = sorted([(r.began, 1) for r in requests] + [(r.ended, -1) for r in requests])
-    under_way = most = 0
+    in_flight = maximum = 0
     for at, change in changes:
-        under_way += change
+        in_flight += change
         if began <= at < ended:
-            most = max(most, under_way)
-    return most
+            maximum = max(maximum, in_flight)
+    return maximum
 
 
-def _whose(program: Program) -> str:
+def _version(program: Program) -> str:
     return program.label.partition(",")[0]

@@ -1,4 +1,4 @@
-"""What every case runs on: the servers on one core, the clients on the other, shops to fill."""
+"""What every case runs on: servers on one core, clients on the other, and shops."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.clients import Job
+from bench.nginx import NGINX_MODULE, Billing, billing_stub
 from bench.programs import Client, Program
-from bench.report import tell
-from bench.servers import NGINX_MODULE, Billing, billing_stub
+from bench.report import progress
 from local.mariadb import mariadb_server
 from testkit.shops import Shop, SQLiteShop, add_sessions, mysql_shop, statements
 
@@ -27,20 +27,20 @@ PACKAGES = {
     "mariadb-install-db": "mariadb-server",
     "openssl": "openssl",
 }
-# So that a pass which takes longer than an interval checks nothing twice.
+# A pass that takes longer than an interval must not check a session twice.
 CHECKED_ONCE = {"CHECK_CADENCE": "1d"}
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The running servers. `before` is a checkout of an earlier version, to be measured too."""
+    """The running servers. `before` is a checkout of an earlier version to measure as well."""
 
     billing: Billing
     mariadb: str
     mariadb_pid: int
     mysql: str | None
     directory: Path
-    cores: tuple[int, int]  # the servers' and the clients'
+    cores: tuple[int, int]  # of the servers, of the clients
     before: Path | None
     quick: bool
 
@@ -49,12 +49,12 @@ class Machine:
         return 1 if self.quick else 3
 
     def versions(self, program: Program) -> list[Program]:
-        """The program as it is, and as it was before where that is asked for."""
+        """The program, and with --before also its earlier version."""
         return [program, *([program.of(self.before)] if self.before else [])]
 
     @contextlib.contextmanager
     def client(self, program: Program, *cores: int) -> Iterator[Client]:
-        """Start it on the clients' core, unless others are named."""
+        """Start the program, on the clients' core by default."""
         client = Client(program, cores or self.cores[1:], self.billing.authority)
         with contextlib.closing(client):
             yield client
@@ -76,20 +76,20 @@ class Machine:
             yield shop
 
     def mariadb_cpu_seconds(self) -> float:
-        """Processor time that MariaDB has used until now."""
+        """Processor time that MariaDB has used so far."""
         stat = Path(f"/proc/{self.mariadb_pid}/stat").read_text(encoding="ascii")
         fields = stat.rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pass_job(url: str, shop: Shop | None, sessions: int, in_flight: int = 100) -> Job:
-    """A job that checks so many sessions, each once; of `shop`, those that are due."""
+    """A job that checks each session once: those due in `shop`, or numbered ones without it."""
     env = {**CHECKED_ONCE, "DATABASE_URL": shop.url} if shop else {}
     return Job(url=url, sessions=sessions, in_flight=in_flight, warm_up=False, env=env)
 
 
 def adopt(client: Client, job: Job, shop: Shop) -> None:
-    """Let a pass find a new shop's sessions, and make them due again."""
+    """Let a pass adopt a new shop's sessions, then make them due again."""
     client.run(job)
     make_due(shop)
 
@@ -99,13 +99,13 @@ def make_due(shop: Shop) -> None:
 
 
 def install() -> None:
-    """Debian's packages of what is missing; exits with one sentence where that cannot be."""
+    """Install missing Debian packages; without the right to do so, exit with a message."""
     missing = [p for name, p in PACKAGES.items() if not (shutil.which(name) or Path(name).exists())]
     if not missing:
         return
     if os.geteuid() or not shutil.which("apt-get"):
         sys.exit(f"❌ make bench needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
-    tell(f"installing {', '.join(missing)}")
+    progress(f"installing {', '.join(missing)}")
     for command in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
         subprocess.run(["apt-get", "-qq", *command], check=True, stdout=subprocess.DEVNULL)
 
@@ -114,11 +114,11 @@ def install() -> None:
 def running(*, before: Path | None, quick: bool) -> Iterator[Machine]:
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < 2:
-        sys.exit("❌ make bench needs two processor cores: one for the servers, one for the client")
+        sys.exit("❌ make bench needs two processor cores: one for servers, one for clients")
     cores = (usable[0], usable[1])
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.sched_setaffinity(0, {cores[0]})  # the servers inherit it
+    os.sched_setaffinity(0, {cores[0]})  # servers inherit it
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for part in ("nginx", "mariadb"):
@@ -131,8 +131,8 @@ def running(*, before: Path | None, quick: bool) -> Iterator[Machine]:
 
 
 def wait(seconds: float, what: str) -> None:
-    """Sleep, and say every 15 seconds how long it still takes."""
+    """Sleep, and print every 15 seconds how much time is left."""
     ends = time.monotonic() + seconds
     while (left := ends - time.monotonic()) > 0:
-        tell(f"{what}: {left:.0f} s left")
+        progress(f"{what}: {left:.0f} s left")
         time.sleep(min(15, left))

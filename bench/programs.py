@@ -1,4 +1,4 @@
-"""The programs that are measured: by what command each runs, and a running one of them."""
+"""The programs that are measured: the command of each, and its running process."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A client, by the command that runs it, and the engine of its passes."""
+    """A client: the command that runs it, and the database engine of its passes."""
 
     label: str
     command: tuple[str, ...]
@@ -23,7 +23,7 @@ class Program:
     source: Path = ROOT / "src"  # where its `core` is
 
     def of(self, checkout: Path) -> "Program":
-        """The same, as it was in another checkout of the monitor."""
+        """The same program in another checkout of the monitor."""
         label = self.label.replace("ours", "before")
         return Program(label, self.command, self.engine, checkout / "src")
 
@@ -37,10 +37,10 @@ HTTP = Program("ours, HTTP part", _python("http"))
 MARIADB = Program("ours, full pass on MariaDB", _python("pass"), "mariadb")
 MYSQL = Program("ours, full pass on MySQL", _python("pass"), "mysql")
 SQLITE = Program("ours, full pass on SQLite", _python("pass"), "sqlite")
-SEED = Program("Node, fetch, Promise.allSettled", (*_NODE, "all"))
-BOUNDED = Program("Node, fetch, bounded", (*_NODE, "bounded"))
+NODE_ALL = Program("Node, fetch, Promise.allSettled", (*_NODE, "all"))
+NODE_BOUNDED = Program("Node, fetch, bounded", (*_NODE, "bounded"))
 AIOHTTP = Program("aiohttp", _python("aiohttp"))
-WRK = Program("wrk: the limit", _python("wrk"))
+WRK = Program("wrk, the limit", _python("wrk"))
 
 
 class Client:
@@ -67,18 +67,18 @@ class Client:
         self._process.stdin.flush()
 
     def line(self) -> Report:
-        """The next thing it says: a job's report, or that another worker should start."""
+        """The next line: a job's report, or a request to start another worker."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.program.label} ended with {self._process.wait()}")
-        said: Report = json.loads(line)
-        return said
+        message: Report = json.loads(line)
+        return message
 
     def report(self) -> Report:
-        while "start" in (said := self.line()):
+        while "start" in (message := self.line()):
             pass
-        return said
+        return message
 
     def run(self, job: Job) -> Report:
         self.start(job)

@@ -1,4 +1,4 @@
-"""What has been measured, as tables: figures by program and condition, and targets by case."""
+"""What was measured, as tables: rounds by program and condition, and single figures."""
 
 import json
 import sys
@@ -10,62 +10,62 @@ from typing import Any
 
 from bench.clients import Report
 
-type Figures = dict[str, dict[str, list[Report]]]  # rounds by program, by condition
+type Rounds = dict[str, dict[str, list[Report]]]  # by condition, by program
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What a case has shown, beside what it must; `met` is None where nothing is asked."""
+class Figure:
+    """A figure of a case beside its target. Without a target, `met` is None."""
 
     what: str
-    at_least: str
+    target: str
     measured: str
     met: bool | None
 
 
 @dataclass
 class Results:
-    """Everything a run has measured so far. Each figure is told as soon as it is there."""
+    """Everything measured so far. Each figure is also printed at once, as progress."""
 
-    figures: Figures = field(default_factory=dict)
-    targets: list[Target] = field(default_factory=list)
+    rounds: Rounds = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
 
-    def target(self, what: str, at_least: str, measured: str, *, met: bool) -> None:
-        self._add(Target(what, at_least, measured, met))
+    def target(self, what: str, target: str, measured: str, *, met: bool) -> None:
+        self._add(Figure(what, target, measured, met))
 
     def state(self, what: str, measured: str) -> None:
-        """A figure of which nothing is asked."""
-        self._add(Target(what, "", measured, None))
+        """Add a figure without a target."""
+        self._add(Figure(what, "", measured, None))
 
-    def _add(self, target: Target) -> None:
-        self.targets.append(target)
-        missed = "  ← NOT MET" if target.met is False else ""
-        tell(f"{target.what}: {target.measured}{missed}")
+    def _add(self, figure: Figure) -> None:
+        self.figures.append(figure)
+        missed = "  ← NOT MET" if figure.met is False else ""
+        progress(f"{figure.what}: {figure.measured}{missed}")
 
     def as_markdown(self) -> str:
         tables = [
-            _table("checks a second", self.figures, _rate_and_lost),
-            _table("processor time of a check, µs", self.figures, _microseconds),
-            _table("peak memory, MB", self.figures, lambda reports: f"{peak_mb(reports):.0f}"),
+            _table("checks a second", self.rounds, _rate_and_lost),
+            _table("processor time of a check, µs", self.rounds, _microseconds),
+            _table("peak memory, MB", self.rounds, lambda reports: f"{peak_mb(reports):.0f}"),
         ]
-        rows = [["what", "at least", "measured", ""]]
+        rows = [["what", "target", "measured", ""]]
         rows += [
-            [t.what, t.at_least, t.measured, {True: "met", False: "NOT MET", None: ""}[t.met]]
-            for t in self.targets
+            [f.what, f.target, f.measured, {True: "met", False: "NOT MET", None: ""}[f.met]]
+            for f in self.figures
         ]
         return "\n\n".join(table for table in (*tables, _markdown(rows)) if table)
 
     def as_json(self) -> str:
-        raw: dict[str, Any] = {"rounds": self.figures, "targets": [asdict(t) for t in self.targets]}
+        raw: dict[str, Any] = {"rounds": self.rounds, "figures": [asdict(f) for f in self.figures]}
         return json.dumps(raw, indent=1)
 
 
-def tell(text: str) -> None:
+def progress(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def rate(reports: Sequence[Report]) -> float:
-    """Sessions that got their answer, a second."""
+    """Checks answered per second."""
     return median(float(report["checked"] / report["seconds"]) for report in reports)
 
 
@@ -87,16 +87,17 @@ def _microseconds(reports: Sequence[Report]) -> str:
     return f"{cpu_seconds_a_check(reports) * 1e6:.0f}"
 
 
-def _table(what: str, figures: Figures, cell: Any) -> str:  # noqa: ANN401 (a function of a list)
-    if not figures:
+def _table(what: str, conditions: Rounds, cell: Any) -> str:  # noqa: ANN401 (any function of reports)
+    if not conditions:
         return ""
-    programs = list(dict.fromkeys(label for rounds in figures.values() for label in rounds))
-    if cell is not _rate_and_lost:  # what wrk takes is in a process of its own
+    programs = list(dict.fromkeys(label for rounds in conditions.values() for label in rounds))
+    if cell is not _rate_and_lost:  # it runs in a process of its own
         programs = [program for program in programs if "wrk" not in program]
     rows = [
-        [program, *(cell(rounds[program]) for rounds in figures.values())] for program in programs
+        [program, *(cell(rounds[program]) for rounds in conditions.values())]
+        for program in programs
     ]
-    return _markdown([[what, *figures], *rows])
+    return _markdown([[what, *conditions], *rows])
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

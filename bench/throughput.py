@@ -1,4 +1,4 @@
-"""How many sessions a second each program checks: all of them in turn, several rounds."""
+"""How many checks a second each program makes, in several rounds of all programs in turn."""
 
 import contextlib
 from collections import defaultdict
@@ -8,17 +8,17 @@ from bench.clients import Job, Report
 from bench.machine import Machine, make_due, pass_job
 from bench.programs import (
     AIOHTTP,
-    BOUNDED,
     HTTP,
     MARIADB,
     MYSQL,
-    SEED,
+    NODE_ALL,
+    NODE_BOUNDED,
     SQLITE,
     WRK,
     Client,
     Program,
 )
-from bench.report import Results, cpu_seconds_a_check, peak_mb, rate, tell
+from bench.report import Results, cpu_seconds_a_check, peak_mb, progress, rate
 from testkit.shops import Shop, numbered
 
 WARM_UP = 1000
@@ -26,7 +26,7 @@ WARM_UP = 1000
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How many sessions, and how billing answers."""
+    """How many sessions, how many in flight, and how billing answers."""
 
     sessions: int
     in_flight: int = 100
@@ -41,11 +41,11 @@ class Condition:
 
 THOUSAND = Condition(1000)
 AT_ONCE = Condition(10_000)
-MOST = Condition(20_000)
+LARGEST = Condition(20_000)
 CONDITIONS = (
     THOUSAND,
     AT_ONCE,
-    MOST,
+    LARGEST,
     Condition(10_000, 500, "50ms"),
     Condition(10_000, tls=True),
     Condition(10_000, 500, "50ms", tls=True),
@@ -56,18 +56,18 @@ QUICK_CONDITIONS = (THOUSAND, Condition(1000, 100, "50ms", tls=True))
 def programs(machine: Machine) -> list[Program]:
     passes = [MARIADB, *([MYSQL] if machine.mysql else []), SQLITE]
     ours = [version for program in (HTTP, *passes) for version in machine.versions(program)]
-    return [*ours, SEED, BOUNDED, AIOHTTP, WRK]
+    return [*ours, NODE_ALL, NODE_BOUNDED, AIOHTTP, WRK]
 
 
 def measure(machine: Machine, results: Results) -> None:
     conditions = QUICK_CONDITIONS if machine.quick else CONDITIONS
     for condition in conditions:
-        results.figures[condition.label] = _measure(machine, condition)
+        results.rounds[condition.label] = _measure(machine, condition)
     _compare(machine, results, conditions)
 
 
 def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
-    """Every program in turn, several rounds."""
+    """Run every program in turn, for several rounds."""
     url = machine.billing.url(condition.delay, tls=condition.tls)
     reports: dict[str, list[Report]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
@@ -79,71 +79,75 @@ def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
                 shop = stack.enter_context(machine.shop(program.engine, sessions))
             job = pass_job(url, shop, condition.sessions, condition.in_flight)
             client = stack.enter_context(machine.client(program))
-            # One request on each connection; more for what a compiler makes faster while it runs.
-            few = max(condition.in_flight, WARM_UP if program in {SEED, BOUNDED} else 0)
-            client.run(job if shop else {**job, "sessions": few, "warm_up": True})
+            # One request on each connection; more for Node, whose compiler needs to warm up.
+            warm_up = max(
+                condition.in_flight, WARM_UP if program in {NODE_ALL, NODE_BOUNDED} else 0
+            )
+            client.run(job if shop else {**job, "sessions": warm_up, "warm_up": True})
             running.append((client, job, shop))
         for round_ in range(machine.rounds):
             for client, job, shop in running:
                 label = client.program.label
                 if shop:
                     make_due(shop)
-                elif client.program in {SEED, BOUNDED, AIOHTTP}:
-                    # Connections that they gave up while the others had their turn.
+                elif client.program in {NODE_ALL, NODE_BOUNDED, AIOHTTP}:
+                    # Reopen connections that were closed during the others' turns.
                     client.run({**job, "sessions": condition.in_flight, "warm_up": True})
                 _accepted, before = machine.billing.counters()
                 report = client.run(job)
                 _accepted, after = machine.billing.counters()
                 report["sessions"] = 1 if client.program is WRK else condition.sessions
-                report["requests"] = after - before - 1  # one asks for counters
+                report["requests"] = after - before - 1  # without the one that reads the counters
                 if shop:
                     report["recorded"] = _recorded(shop) - condition.sessions * (round_ + 1)
                 reports[label].append(report)
-                tell(f"{condition.label} · {label}: {rate([report]):,.0f} checks/s")
+                progress(f"{condition.label} · {label}: {rate([report]):,.0f} checks/s")
     return dict(reports)
 
 
 def _recorded(shop: Shop) -> float:
-    """Checks recorded since the warm-up, which was one of each session."""
+    """Checks recorded since the warm-up, which checked each session once."""
     [(attempts, sessions)] = shop.run("SELECT SUM(attempts), COUNT(*) FROM checkout_session_check")
     return float(attempts - sessions)
 
 
 def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ...]) -> None:
-    """What follows from the throughput alone."""
+    """Compare the programs' throughput."""
     at = AT_ONCE if AT_ONCE in conditions else THOUSAND
-    measured = results.figures[at.label]
+    measured = results.rounds[at.label]
 
-    def ratio(program: Program, other: Program, at_least: float) -> None:
+    def ratio(program: Program, other: Program, min_times: float) -> None:
         times = rate(measured[program.label]) / rate(measured[other.label])
         results.target(
-            f"{program.label} against {other.label}, {at.label}",
-            f"{at_least} times",
+            f"{program.label}, compared with {other.label}, {at.label}",
+            f"≥ {min_times} times",
             f"{times:.2f} times",
-            met=times >= at_least,
+            met=times >= min_times,
         )
 
-    ratio(MARIADB, SEED, 6)
-    ratio(MARIADB, BOUNDED, 3.5)
+    ratio(MARIADB, NODE_ALL, 6)
+    ratio(MARIADB, NODE_BOUNDED, 3.5)
     ratio(HTTP, AIOHTTP, 1.8)
     if machine.mysql:
         ratio(MYSQL, MARIADB, 0.9)
-    took, of_http = (cpu_seconds_a_check(measured[program.label]) for program in (MARIADB, HTTP))
+    per_pass, per_request = (
+        cpu_seconds_a_check(measured[program.label]) for program in (MARIADB, HTTP)
+    )
     results.state(
-        f"what claiming, deciding, recording and logging add to a request, {at.label}",
-        f"{(took - of_http) * 1e6:.0f} µs of processor time to {of_http * 1e6:.0f} µs",
+        f"processor time that claiming, deciding, recording and logging add, {at.label}",
+        f"{(per_pass - per_request) * 1e6:.0f} µs, to {per_request * 1e6:.0f} µs for the request",
     )
 
-    most = MOST if MOST in conditions else THOUSAND
-    passes = results.figures[most.label][MARIADB.label]
-    n = most.sessions
+    largest = LARGEST if LARGEST in conditions else THOUSAND
+    passes = results.rounds[largest.label][MARIADB.label]
+    n = largest.sessions
     lost = sum(abs(n - r["requests"]) + abs(r["recorded"]) + n - r["checked"] for r in passes)
-    what = f"sessions lost or checked twice, {most.label}"
+    what = f"sessions lost or checked twice, {largest.label}"
     results.target(what, "0", f"{lost:.0f}", met=lost == 0)
-    few, many = peak_mb(results.figures[THOUSAND.label][MARIADB.label]), peak_mb(passes)
+    few, many = peak_mb(results.rounds[THOUSAND.label][MARIADB.label]), peak_mb(passes)
     results.target(
         f"peak memory of a pass over {n:,} sessions",
-        "≤ 128 MB, ≤ 10 MB over 1,000's",
+        "≤ 128 MB, ≤ 10 MB more than over 1,000",
         f"{many:.0f} MB, {many - few:+.0f} MB",
         met=many <= 128 and many - few <= 10,
     )

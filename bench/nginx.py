@@ -1,7 +1,7 @@
-"""The servers that the clients are measured against: nginx as the billing service, and a MariaDB.
+"""nginx as the billing service that the clients are measured against.
 
-nginx answers ten times as many requests as the fastest client here sends, so the client is what is
-measured.
+It answers ten times as many requests as the fastest client here can send, so the figures are the
+client's.
 """
 
 import subprocess
@@ -15,11 +15,11 @@ from typing import NamedTuple
 import httpx
 
 NGINX_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
-# How long billing takes, by the first part of its path. What hangs does so for as long as a request
-# may take, so that the log tells when its end was.
+# How long billing takes, by the first part of its path. `hang` takes as long as a request may, so
+# that nginx logs when the request ended.
 DELAYS = {"at-once": 0.0, "50ms": 0.05, "100ms": 0.1, "800ms": 0.8, "hang": 10.0}
 ANSWER = '{"status":"active"}'
-# Ports of our own; `make run` has 3001 and 4000.
+# `make run` uses 3001 and 4000.
 PORT, TLS_PORT, LOGGED_PORT = 4180, 4143, 4181
 
 CONFIGURATION = """\
@@ -27,7 +27,7 @@ load_module {module};
 daemon off;
 pid {directory}/pid;
 error_log {directory}/error.log warn;
-# Two, because a process may not have as many files open as the largest run has requests in flight.
+# One process may not open as many files as the largest case has requests in flight.
 worker_processes 2;
 events {{ worker_connections {connections}; }}
 http {{
@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Billing:
-    """The running stub. Under each of its addresses, any id gets status 200."""
+    """The running service. At each of its addresses every id gets status 200."""
 
     directory: Path
 
@@ -79,18 +79,18 @@ class Billing:
 
     @property
     def authority(self) -> Path:
-        """The certificate that a client of the TLS address has to trust."""
+        """The CA certificate for clients of the TLS address."""
         return self.directory / "ca.pem"
 
     def counters(self) -> tuple[int, int]:
-        """Connections accepted and requests taken until now, on the ports without a log."""
+        """Connections accepted and requests received so far, on the ports without a log."""
         with httpx.Client() as client:
             lines = client.get(f"http://127.0.0.1:{PORT}/counters").text.splitlines()
         accepted, _handled, requests = map(int, lines[2].split())
         return accepted, requests
 
     def requests(self) -> list[Request]:
-        """The requests to the logged port that have ended, in the order in which they began."""
+        """The finished requests to the logged port, in the order in which they began."""
         self._await_log()
         lines = (self.directory / "checks.log").read_text(encoding="utf-8").splitlines()
         split = (line.split() for line in lines)
@@ -110,7 +110,7 @@ class Billing:
 
 @contextmanager
 def billing_stub(directory: Path, connections: int) -> Iterator[Billing]:
-    """Run nginx for up to `connections` connections at once in each of its two processes."""
+    """Run nginx, for up to `connections` connections in each of its two processes."""
     _certificates(directory)
     configuration = directory / "nginx.conf"
     configuration.write_text(
@@ -152,7 +152,7 @@ def _location(name: str, seconds: float) -> str:
 
 
 def _certificates(directory: Path) -> None:
-    """An authority, and a certificate for localhost that it signed."""
+    """Make a CA, and a certificate for localhost that it signs."""
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     authority = [*new, "-subj", "/CN=bench", "-keyout", "ca.key", "-out", "ca.pem"]
     authority += ["-addext", "keyUsage=critical,keyCertSign"]
