@@ -21,11 +21,11 @@ from core.log import logger
 from core.settings import Settings
 from core.worker import Worker
 from tests.chaos.billing import FAULTS, LIMITS, FaultyBilling
+from tests.chaos.world import KEY
 from tests.support import FakeClock, SQLiteShop, add_sessions, statements
 
 INTERVAL, TIMEOUT, TICKS = 0.4, 0.8, 3
 HEALTHY = [f"fine-{n}" for n in range(5)]
-KEY = "the-key-that-nobody-may-see"
 # These pauses outlast the three ticks; a pause of 2 s ends before the next tick.
 LONG_PAUSES = ("429 for a year", "429 for 5,000 digits", "429 until a date")
 REPORT = Path(__file__).parents[2] / "docs" / "reliability.md"

@@ -27,7 +27,6 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.soak.faults import (
     BACKOFF,
     INTERVAL,
-    KEY,
     PASSWORD,
     ROOT,
     TIMEOUT,
@@ -36,6 +35,7 @@ from tests.chaos.soak.faults import (
 )
 from tests.chaos.soak.invariants import violations
 from tests.chaos.soak.report import Memory, report
+from tests.chaos.world import KEY
 from tests.support import MySQLShop, add_sessions, mariadb_server, mysql_shop
 
 REPORT = ROOT / "docs" / "reliability.md"

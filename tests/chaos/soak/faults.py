@@ -23,14 +23,14 @@ from tests.chaos.proxy import Action, Proxy, Statement, cut, refuse
 from tests.support import MySQLShop, add_sessions, connect
 
 ROOT = Path(__file__).parents[3]
-KEY = "the-key-that-nobody-may-see"
 PASSWORD = "the-password-that-nobody-may-see"
 TIMEOUT = 2.0
 INTERVAL = 5
 BACKOFF = 20
 # A lease covers the time to start a check, to wait for the answer and to record it.
 LEASE = 5 + TIMEOUT + 5
-FAULT_RATE = 0.01  # of the requests
+# Of the requests: how many meet a fault, and how many find that billing has closed the checkout.
+FAULT_RATE = 0.01
 CLOSE_RATE = 0.002
 # These keep the service busy for as long as the client reads, so they are drawn less often.
 ENDLESS = ("endless headers", "an endless header", "a body of 1 GB", "endless 100 Continue")

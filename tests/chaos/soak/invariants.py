@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from core.billing.status_words import WORDS
-from tests.chaos.soak.faults import INTERVAL, KEY, LEASE, PASSWORD, Soak
-from tests.chaos.world import UNANSWERED
+from tests.chaos.soak.faults import INTERVAL, LEASE, PASSWORD, Soak
+from tests.chaos.world import KEY, UNANSWERED
 
 
 def violations(soak: Soak, healed_at: datetime, log: str) -> Iterator[str]:
