@@ -204,11 +204,11 @@ def test_a_deployed_page_asks_for_the_key_and_keeps_it_for_the_tab(seen: Seen) -
     page = seen.page
     seen.open()
     expect(page.get_by_label("API key")).to_be_focused()
-    seen.verdict("The monitor is here, and asks for its key", "waiting")
+    seen.verdict("Enter the API key to see the monitor", "waiting")
     seen.keep("key")
     page.keyboard.type("wrong-key")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("The API refuses this key.")
+    expect(page.get_by_role("alert")).to_have_text("The API rejected this key.")
     seen.keep("key-refused")
     page.get_by_label("API key").fill("right-key")
     page.get_by_role("button", name="Show the monitor").click()
@@ -253,7 +253,7 @@ def test_contact_that_is_lost_is_told_with_since_when_and_comes_back(seen: Seen)
 def test_a_database_that_is_away_is_told_in_the_monitors_words(seen: Seen) -> None:
     seen.monitor.error = "The database db:3306/shop cannot be used: Can't connect (2003)."
     seen.open()
-    seen.verdict("The monitor cannot tell how it stands", "critical")
+    seen.verdict("The monitor cannot report its state", "critical")
     expect(seen.page.locator("#notes")).to_have_text(seen.monitor.error)
     seen.keep("database-away")
 
