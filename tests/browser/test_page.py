@@ -206,11 +206,11 @@ def test_deployed_page_asks_for_the_key_and_keeps_it_for_the_tab(view: View) -> 
     page = view.page
     view.open()
     expect(page.get_by_label("API key")).to_be_focused()
-    view.expect_verdict("The monitor is here, and asks for its key", "waiting")
+    view.expect_verdict("Enter the API key to see the monitor", "waiting")
     view.capture("key")
     page.keyboard.type("wrong-key")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("The API refuses this key.")
+    expect(page.get_by_role("alert")).to_have_text("The API rejected this key.")
     view.capture("key-refused")
     page.get_by_label("API key").fill("right-key")
     page.get_by_role("button", name="Show the monitor").click()
