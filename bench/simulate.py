@@ -1,9 +1,9 @@
-"""`make simulate`: a million open sessions, on a virtual clock.
+"""`make simulate`: a million open sessions on a virtual clock.
 
-Everything that a pass does is the real code: leaders, helpers, claims, the count, deadlines, on an
-SQLite database in memory. What is modelled is around it: the loop, which starts a worker at every
-tick; Lambda, which gives each worker a share of a processor and takes a while to start a new one;
-billing, which always answers after the same time; and how long a step on the database takes.
+A pass is the real code: leaders, helpers, claims, reconciling, deadlines, on an SQLite database in
+memory. The simulation models what is around it: the loop, which starts a worker at every tick;
+Lambda, which gives each worker a share of a processor and takes a while to start a new one;
+billing, which always answers after the same time; and how long the database takes.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import logging
 import math
 import random
 import selectors
+import sqlite3
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +25,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
+from unittest import mock
 
-from core.database.port import STATEMENT_ROWS
-from core.database.sqlite import SQLiteDatabase
-from core.domain.model import Answer, Outcome, Reason, Recorded, Result
+from core.database.sqlite import SQLiteConnection, SQLiteDatabase
+from core.domain.model import Answer, Decision, Outcome, Reason, Recheck, Recorded
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
@@ -45,11 +47,14 @@ MEMORY_MB, IN_FLIGHT, WORKERS = 384, 100, 10  # the stack's defaults
 FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
 # Measured by make bench on MariaDB, two cores: a check's processor time in a full pass.
 CHECK_CPU_SECONDS = 0.000_1
-# What a step on the database takes in a pass at full speed (DEBUG logs it), MariaDB's thread and
-# its wait for the interpreter included: a claim of 500 or fewer and as much for each 500 more, a
-# record likewise, a piece of the count.
-STEP_SECONDS = {"claim_unless_paused": 0.02, "_record": 0.01, "_count_piece": 0.01}
-SMALL_STEP_SECONDS = 0.002  # any other: a statement or two
+# What a step on the database takes in a pass at full speed. A pass logs its steps at DEBUG; these
+# prices make a claim of 500 (5 statements) 20 ms, a record of 500 some 8 ms, a piece of the
+# reconciling walk 10 ms and a single statement 2 ms, as measured on MariaDB. They include PyMySQL
+# and the database thread's wait for the interpreter.
+STATEMENT_SECONDS = 0.002
+ROW_SECONDS = 0.000_01  # a row returned, inserted, changed or deleted
+INSTRUCTION_SECONDS = 30e-9  # of SQLite's; it takes some 20 to look at a row of an index
+INSTRUCTIONS = 1000  # it counts them by the thousand
 # An asynchronous Invoke until its handler runs, in a warm environment and in a new one.
 WARM_START_SECONDS = 0.05
 COLD_START_SECONDS = 0.6
@@ -59,7 +64,7 @@ START = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop on which waiting takes no time: where nothing is ready, the clock goes on."""
+    """An event loop on which waiting takes no time: when nothing is ready, the clock advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -79,13 +84,13 @@ class _NoWait(selectors.SelectSelector):
     @override
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("everything waits, and nothing will ever come")
+            raise RuntimeError("deadlock: everything waits and no timer is set")
         self._loop.now += timeout
         return super().select(0)
 
 
 class _Inline(ThreadPoolExecutor):
-    """Runs what it is given at once, on the loop's own thread."""
+    """Runs each call at once, on the loop's own thread."""
 
     @override
     def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -94,41 +99,74 @@ class _Inline(ThreadPoolExecutor):
         return future
 
 
-class _CountingDatabase(SQLiteDatabase):
-    """Knows how many rows were inserted, changed or deleted by now."""
+class Meter:
+    """How long the work of an SQLite connection would have taken on MariaDB, in seconds.
 
-    changed = 0
+    It prices what SQLite itself counts, so it needs no names of the code that it measures.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._changes_before = connection.total_changes
+        self._statements = 0
+        self._rows = 0
+        self._instructions = 0
+        connection.set_trace_callback(self._count_statement)
+        connection.row_factory = self._count_row
+        connection.set_progress_handler(self._count_instructions, INSTRUCTIONS)
+
+    @property
+    def seconds(self) -> float:
+        """The price of all work until now."""
+        rows = self._rows + self._connection.total_changes - self._changes_before
+        return (
+            self._statements * STATEMENT_SECONDS
+            + rows * ROW_SECONDS
+            + self._instructions * INSTRUCTION_SECONDS
+        )
+
+    def _count_statement(self, _sql: str) -> None:
+        self._statements += 1
+
+    def _count_row(self, _cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._rows += 1
+        return row
+
+    def _count_instructions(self) -> int:
+        self._instructions += INSTRUCTIONS
+        return 0  # go on
+
+
+class _Database(SQLiteDatabase):
+    meter: Meter
 
     @override
-    def execute(self, sql: str, parameters: Sequence["Value"] = ()) -> int:
-        changed = super().execute(sql, parameters)
-        self.changed += max(0, changed)
-        return changed
+    def _connect(self) -> SQLiteConnection:
+        connection = super()._connect()
+        self.meter = Meter(connection._connection)  # noqa: SLF001 (SQLite's own, to count its work)
+        return connection
 
 
 class _DatabaseThread(ThreadPoolExecutor):
-    """A worker's database thread: each step takes its STEP_SECONDS, one after the other."""
+    """A worker's database thread: each step takes what its work costs, one after the other."""
 
-    def __init__(self, loop: VirtualLoop, database: _CountingDatabase) -> None:
+    def __init__(self, loop: VirtualLoop, meter: Meter) -> None:
         super().__init__(1)
         self._loop = loop
-        self._database = database
+        self._meter = meter
         self._steps = deque[Callable[[], None]]()  # the first one is under way
 
     @override
     def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
-        name = fn.func.__name__ if isinstance(fn, partial) else fn.__name__
 
         def step() -> None:
-            before = self._database.changed
+            before = self._meter.seconds
             try:
                 done = partial(future.set_result, fn(*args, **kwargs))
             except Exception as error:  # noqa: BLE001 (it is the caller's)
                 done = partial(future.set_exception, error)
-            statements = max(1, (self._database.changed - before) / STATEMENT_ROWS)
-            takes = statements * STEP_SECONDS.get(name, SMALL_STEP_SECONDS)
-            self._loop.call_later(takes, self._end, done)
+            self._loop.call_later(self._meter.seconds - before, self._end, done)
 
         self._steps.append(step)
         if len(self._steps) == 1:
@@ -144,15 +182,15 @@ class _DatabaseThread(ThreadPoolExecutor):
 
 @dataclass
 class Outcomes:
-    """What a simulation has shown; lateness is counted in tenths of a second."""
+    """What a simulation has shown. Lateness is in tenths of a second."""
 
     checks: int = 0
-    late: Counter[int] = field(default_factory=Counter)  # of checks that were due
-    first_late: Counter[int] = field(default_factory=Counter)  # of first ones, since it opened
+    late: Counter[int] = field(default_factory=Counter)  # of checks, since they were due
+    first_late: Counter[int] = field(default_factory=Counter)  # of first checks, since it opened
     worker_seconds: float = 0.0
     workers_started: int = 0
     under_way: int = 0
-    most_at_once: int = 0
+    max_under_way: int = 0
 
 
 class Simulation:
@@ -182,10 +220,10 @@ class Simulation:
         self.latency = latency
         self.check_seconds = CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB)
         self.loop = VirtualLoop()
-        self.database = _CountingDatabase(Path(":memory:"), clock=self.now)
+        self.database = _Database(Path(":memory:"), clock=self.now)
         self.random = random.Random(1)
         self.due: dict[str, datetime] = {}
-        self.opened: dict[str, datetime] = {}  # not checked yet
+        self.opened: dict[str, datetime] = {}  # new sessions, until their first check
         self.numbers = itertools.count()
         self.oldest = itertools.count()
         self.warm = 0
@@ -196,17 +234,23 @@ class Simulation:
         """The database's clock."""
         return START + timedelta(milliseconds=round(self.loop.now * 1000))
 
+    def perf_counter(self) -> float:
+        """A stopwatch within a step, during which the virtual clock stands still."""
+        return self.loop.now + self.database.meter.seconds
+
     def prepare(self) -> None:
-        """A day's sessions, each somewhere in its own interval."""
+        """Make a day's sessions, each due at a random slot of its cadence."""
         for statement in statements("sqlite"):
-            self.database.run(partial(self.database.execute, statement))
+            self._execute(statement)
         Store(self.database).prepare()
+        # Without it SQLite walks the shop's sessions by their ids, as MySQL does with it.
+        self._execute("DROP INDEX checkout_session_status")
         ages = (LIVES_SECONDS * (1 - n / self.open) for n in range(self.open))
         for some in itertools.batched(ages, 1000, strict=False):
             self._queue([(age, self._slot_within(self._every(age))) for age in some])
 
     def run(self, each_tick: Callable[[float], None] = lambda _at: None) -> Outcomes:
-        """Tick for the simulation's time, and let the last passes end."""
+        """Tick for the simulated time, then let the last passes end."""
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._tick(each_tick))
         return self.seen
@@ -215,7 +259,7 @@ class Simulation:
         self.database.close()
 
     def left(self) -> int:
-        """Sessions that were due over a minute ago: lost, or too many."""
+        """How many sessions have been overdue for a minute: they are lost, or too many."""
         minute_ago = self.now() - timedelta(seconds=60)
         return sum(1 for due in self.due.values() if due < minute_ago)
 
@@ -238,7 +282,7 @@ class Simulation:
         seen = self.seen
         seen.workers_started += 1
         seen.under_way += 1
-        seen.most_at_once = max(seen.most_at_once, seen.under_way)
+        seen.max_under_way = max(seen.max_under_way, seen.under_way)
         cold = seen.under_way > self.warm
         self.warm = max(self.warm, seen.under_way)
         await asyncio.sleep(COLD_START_SECONDS if cold else WARM_START_SECONDS)
@@ -256,7 +300,7 @@ class Simulation:
                     - self.settings.request_timeout_seconds,
                     total_seconds=LAMBDA_SECONDS - FINISH_SECONDS,
                 ),
-                database_thread=_DatabaseThread(self.loop, self.database),
+                database_thread=_DatabaseThread(self.loop, self.database.meter),
                 start_worker=self.start,
                 choose=self.random.randint,
             )
@@ -265,7 +309,7 @@ class Simulation:
             seen.worker_seconds += self.loop.now - began
 
     def _turn_over(self, at: float) -> None:
-        """As many sessions begin as expire."""
+        """Open as many sessions as expire."""
         a_second = self.open / LIVES_SECONDS
         count = math.floor((at + self.interval) * a_second) - math.floor(at * a_second)
         for some in itertools.batched(range(count), 500, strict=False):
@@ -273,15 +317,15 @@ class Simulation:
             for session_id in expired:
                 self.due.pop(session_id, None)
                 self.opened.pop(session_id, None)
-            marks = ", ".join(["%s"] * len(expired))
-            close = f"UPDATE checkout_session SET status = 'timeout' WHERE id IN ({marks})"
-            self.database.run(partial(self.database.execute, close, expired))
+            placeholders = ", ".join(["%s"] * len(expired))
+            close = f"UPDATE checkout_session SET status = 'timeout' WHERE id IN ({placeholders})"
+            self._execute(close, expired)
             opened = [f"s{next(self.numbers)}" for _ in some]
             self.opened |= dict.fromkeys(opened, self.now())
             self._open(opened)
 
     def _queue(self, sessions: list[tuple[float, datetime]]) -> None:
-        """Sessions that the monitor knows, by age in seconds and when they are due."""
+        """Make sessions that the monitor knows: their ages in seconds, and when each is due."""
         rows: list[Value] = []
         for age, due in sessions:
             session_id = f"s{next(self.numbers)}"
@@ -291,7 +335,7 @@ class Simulation:
             "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at) VALUES "
             + ", ".join(["(%s, %s, %s)"] * len(sessions))
         )
-        self.database.run(partial(self.database.execute, insert, rows))
+        self._execute(insert, rows)
         self._open([str(session_id) for session_id in rows[::3]])
 
     def _open(self, session_ids: Sequence[str]) -> None:
@@ -300,7 +344,10 @@ class Simulation:
             + ", ".join(["(%s, %s, 'open')"] * len(session_ids))
         )
         values = [value for session_id in session_ids for value in (session_id, session_id)]
-        self.database.run(partial(self.database.execute, insert, values))
+        self._execute(insert, values)
+
+    def _execute(self, sql: str, parameters: Sequence["Value"] = ()) -> None:
+        self.database.run(lambda connection: connection.execute(sql, parameters))
 
     def _every(self, age: float) -> float:
         return self.settings.cadence.every_seconds(age)
@@ -311,7 +358,7 @@ class Simulation:
 
 
 class _Billing:
-    """Billing, and the share of a processor of the worker that asks it."""
+    """Billing, and the share of a processor that one worker has to ask it."""
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
@@ -333,20 +380,22 @@ class _Billing:
 
 
 class _WatchedStore(Store):
-    """Tells when each session is due again."""
+    """Notes when each session is due again."""
 
     def __init__(self, database: SQLiteDatabase, due: dict[str, datetime]) -> None:
         super().__init__(database)
         self._due = due
 
     @override
-    def record(self, results: Sequence[Result], now: datetime) -> Recorded:
-        self._due |= {result.claim.session_id: result.next_check_at for result in results}
-        return super().record(results, now)
+    def record(self, decisions: Sequence[Decision], now: datetime) -> Recorded:
+        for decision in decisions:
+            if isinstance(decision, Recheck):
+                self._due[decision.claim.session_id] = decision.next_check_at
+        return super().record(decisions, now)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:
-    """Seconds within which that share of the checks began."""
+    """The seconds within which that share of the checks began."""
     left = share * lateness.total()
     for tenths in sorted(lateness):
         left -= lateness[tenths]
@@ -357,12 +406,13 @@ def not_later_than(lateness: Counter[int], share: float) -> float:
 
 @contextmanager
 def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa: ANN401 (Simulation's own)
-    """A simulation of a shop that is ready, without the log lines of its passes."""
+    """A simulation that is ready to run. Its passes write no log."""
     simulation = Simulation(*arguments, **keywords)
     logging.disable()
     try:
         simulation.prepare()
-        yield simulation
+        with mock.patch.object(time, "perf_counter", simulation.perf_counter):
+            yield simulation
     finally:
         logging.disable(logging.NOTSET)
         simulation.close()
@@ -390,23 +440,23 @@ def main() -> None:
 
         seen = simulation.run(progress)
         left = simulation.left()
-    late = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999, "most": 1.0}
     print(
         f"{given.open:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={CADENCE!r}, "
-        f"{given.memory} MB, {given.in_flight} in flight, {given.workers} workers at most, "
-        f"billing after {given.latency * 1000:.0f} ms\n"
+        f"{given.memory} MB, {given.in_flight} in flight, at most {given.workers} workers, "
+        f"billing answers after {given.latency * 1000:.0f} ms\n"
         f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
         f"sessions over a minute late at the end: {left:,}\n"
-        "a request leaves so many seconds after its tick: "
-        + ", ".join(
-            f"{name} {not_later_than(seen.late, share):.1f}" for name, share in late.items()
-        )
-        + "\na new session's first, so many after it opened: "
-        + ", ".join(
-            f"{name} {not_later_than(seen.first_late, share):.1f}" for name, share in late.items()
-        )
-        + f"\nworkers at once: {seen.worker_seconds / seconds:.1f} on average, "
-        f"{seen.most_at_once} at the most"
+        f"seconds from a session's slot to its request: {_spread(seen.late)}\n"
+        f"seconds from a session's opening to its first request: {_spread(seen.first_late)}\n"
+        f"workers at once: {seen.worker_seconds / seconds:.1f} on average, "
+        f"{seen.max_under_way} at most"
+    )
+
+
+def _spread(lateness: Counter[int]) -> str:
+    shares = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999, "max": 1.0}
+    return ", ".join(
+        f"{name} {not_later_than(lateness, share):.1f}" for name, share in shares.items()
     )
 
 

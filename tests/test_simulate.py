@@ -1,9 +1,22 @@
 """The simulation that `make simulate` runs, on few sessions for a short time."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
 import pytest
 
-from bench import simulate
-from bench.simulate import STEP_SECONDS, not_later_than, simulated
+from bench.simulate import Meter, not_later_than, simulated
+
+
+@pytest.fixture
+def connection() -> Iterator[sqlite3.Connection]:
+    """2,000 rows by a text id, as the shop's and the monitor's tables have them."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE session (rowid INTEGER PRIMARY KEY, id TEXT UNIQUE, due)")
+        rows = ((f"s{number:04}", number) for number in range(2000))
+        connection.executemany("INSERT INTO session (id, due) VALUES (?, ?)", rows)
+        yield connection
 
 
 def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
@@ -29,16 +42,44 @@ def test_a_simulated_tick_that_is_too_much_for_one_worker_gets_helpers() -> None
         assert not_later_than(seen.late, 1.0) < 5
 
 
-def test_each_step_that_takes_a_time_of_its_own_is_one_that_a_pass_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Noting(dict[str, float]):
-        def get(self, name: str, default: float) -> float:  # type: ignore[override]
-            taken.add(name)
-            return super().get(name, default)
+def test_a_simulation_repeats_itself() -> None:
+    """No figure depends on the speed of the machine that simulates."""
 
-    taken: set[str] = set()
-    monkeypatch.setattr(simulate, "STEP_SECONDS", Noting(STEP_SECONDS))
-    with simulated(open_sessions=1000, seconds=10) as simulation:
-        simulation.run()
-    assert taken > set(STEP_SECONDS)
+    def figures() -> object:
+        with simulated(open_sessions=20_000, seconds=20) as simulation:
+            return simulation.run()
+
+    assert figures() == figures()
+
+
+def test_a_statement_without_rows_takes_2_ms(connection: sqlite3.Connection) -> None:
+    meter = Meter(connection)
+    connection.execute("SELECT 1 FROM session WHERE id = 'none'").fetchall()
+    assert meter.seconds == pytest.approx(0.002)
+
+
+def test_a_claim_of_500_takes_20_ms_and_one_of_1000_takes_longer(
+    connection: sqlite3.Connection,
+) -> None:
+    def claim(count: int) -> float:
+        meter = Meter(connection)
+        connection.execute("SELECT 'pause'").fetchall()
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("SELECT * FROM session LIMIT ?", (count,)).fetchall()
+        for first in range(0, count, 500):
+            connection.execute(
+                "UPDATE session SET due = 1 WHERE rowid > ? AND rowid <= ?", (first, first + 500)
+            )
+        connection.execute("COMMIT")
+        return meter.seconds
+
+    assert claim(500) == pytest.approx(0.020, rel=0.1)
+    assert claim(1000) == pytest.approx(0.032, rel=0.1)
+
+
+def test_rows_that_are_only_counted_take_time_too(connection: sqlite3.Connection) -> None:
+    """As in a piece of the reconciling walk: three statements look at 2,000 rows each."""
+    meter = Meter(connection)
+    for _ in range(3):
+        connection.execute("SELECT COUNT(*) FROM session a JOIN session b USING (id)").fetchall()
+    assert 0.007 <= meter.seconds <= 0.010
