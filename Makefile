@@ -1,4 +1,4 @@
-# Every target sets itself up: Python 3.13 and make are all that has to be there.
+# Every target sets itself up. You only need Python 3.13 and make.
 .DEFAULT_GOAL := help
 .PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate soak mutants check format requirements
 
@@ -11,52 +11,52 @@ export PYTHONPATH := $(CURDIR)/src:$(CURDIR)
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-run: .venv/ready .env ## Run the monitor here: the loop, the API on port 3001, a simulated billing service on port 4000
+run: .venv/ready .env ## Run the monitor on this machine: the loop, the API on port 3001, a simulated billing service on port 4000
 	@exec python -m local $(ARGS)
 
-trigger: .venv/ready ## Check all open sessions now, through the running monitor's API
+trigger: .venv/ready ## Check all open sessions now, through the API of the running monitor
 	@exec python -m local.trigger $(ARGS)
 
-billing: .venv/ready ## Run the simulated billing service alone, e.g. ARGS="--host 0.0.0.0" for sam local
+billing: .venv/ready ## Run only the simulated billing service, e.g. ARGS="--host 0.0.0.0" for sam local
 	@exec python -m local.billing $(ARGS)
 
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest
 
-browser: .venv/ready ## Look at the operator's page in every state; screenshots in .screenshots (needs chromium)
+browser: .venv/ready ## Test the operator's page in a browser; writes .screenshots (needs chromium)
 	pytest tests/browser
 
-screenshot: .venv/ready ## Take the README's picture of the page, in six minutes (needs chromium)
+screenshot: .venv/ready ## Take the README's screenshot of the page, which takes six minutes (needs chromium)
 	@exec python -m tests.browser.screenshot
 
-build: .venv/e2e ## Build the functions for a deployment, with bytecode, e.g. ARGS="--config-env prod"
+build: .venv/e2e ## Build the functions for deployment, with bytecode, e.g. ARGS="--config-env prod"
 	@exec python -m local.package $(ARGS)
 
-deploy-local: .venv/e2e .emulator/ready ## Deploy onto an emulated AWS on this machine (needs a MariaDB), until Ctrl-C
+deploy-local: .venv/e2e .emulator/ready ## Deploy to an emulated AWS on this machine and run until Ctrl-C (needs MariaDB)
 	@exec python -m local.deploy $(ARGS)
 
-e2e: .venv/e2e .emulator/ready ## Build with SAM, deploy onto an emulated AWS, run in SAM's containers (needs root's Docker and a MariaDB)
+e2e: .venv/e2e .emulator/ready ## Test the deployment on an emulated AWS and the functions in SAM's containers (needs Docker as root and MariaDB)
 	.ci/lambda-image
 	pytest --capture=no tests/e2e
 
-bench: .venv/ready ## Measure this and what would otherwise be run, side by side (installs nginx and wrk as root)
+bench: .venv/ready ## Measure the monitor and its alternatives side by side (installs nginx and wrk as root)
 	@exec python -m bench $(ARGS)
 
-cost: .venv/ready ## What a month costs, computed from the template, list prices and measured passes
+cost: .venv/ready ## Compute the cost of a month from the template, list prices and measured passes
 	@exec python -m bench.cost $(ARGS)
 
-simulate: .venv/ready ## A million open sessions on a virtual clock: how late, how many workers
+simulate: .venv/ready ## Simulate a million open sessions on a virtual clock: how late, how many workers
 	@exec python -m bench.simulate $(ARGS)
 
-# Not checkov: of its twelve findings here one is wrong (the queue is encrypted, by SQS's own key), and
-# the others are KMS keys for what holds no secret, a second dead-letter queue, and a cache for health.
-soak: .venv/ready ## Ten minutes of faults drawn at random, with a report, e.g. ARGS="--minutes 3"
+soak: .venv/ready ## Inject random faults for ten minutes and print a report, e.g. ARGS="--minutes 3"
 	@exec python -m tests.chaos.soak $(ARGS)
 
-mutants: .venv/ready ## Break each guard of the core by hand, one at a time: does the suite notice?
+mutants: .venv/ready ## Break each guard of the core, one at a time, and see whether a test fails
 	@exec python -m tests.chaos.mutants $(ARGS)
 
-check: .venv/ready ## Lint, format, types, template, workflow, scripts
+# Without checkov. Of its twelve findings here one is wrong (the queue is encrypted, with SQS's own key);
+# the others ask for KMS keys for data that is not secret, a second dead-letter queue, and a cache for health.
+check: .venv/ready ## Lint, formatting, types, template, workflow, scripts
 	ruff check
 	ruff format --check
 	mypy
@@ -65,18 +65,18 @@ check: .venv/ready ## Lint, format, types, template, workflow, scripts
 	zizmor --offline --quiet --persona=auditor .github
 	shellcheck .ci/*
 
-format: .venv/ready ## Format and mend what can be mended
+format: .venv/ready ## Format the code and fix what can be fixed automatically
 	ruff check --fix
 	ruff format
 
-requirements: .venv/ready ## Write src/requirements.txt, what goes into the Lambda package, from uv.lock
+requirements: .venv/ready ## Write src/requirements.txt, the Lambda package's dependencies, from uv.lock
 	$(UV) export --frozen --quiet --no-dev --no-emit-project --no-header --no-annotate -o src/requirements.txt
 
 .venv/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
 	$(UV) sync --frozen --quiet
 	@touch $@
 
-# SAM, beside the rest; it takes what `uv sync` of another target removes.
+# Adds SAM; the plain `uv sync` of .venv/ready removes it again.
 .venv/e2e: .venv/ready
 	$(UV) sync --frozen --quiet --group e2e
 	@touch $@
@@ -89,7 +89,7 @@ requirements: .venv/ready ## Write src/requirements.txt, what goes into the Lamb
 	python3.13 -m venv .uv
 	.uv/bin/pip install --quiet uv==$(UV_VERSION)
 
-# The state machine's validator is a Node program; without npm its tests are passed over.
+# The state machine's validator is a Node program. Without npm its tests are skipped.
 tests/stepfunctions/node_modules: tests/stepfunctions/package-lock.json
 	npm ci --silent --prefix tests/stepfunctions
 	@touch $@

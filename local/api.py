@@ -1,6 +1,6 @@
-"""The API on this machine: the Lambda's own routes, served by uvicorn.
+"""The API on this machine: the routes of the Lambda function, served by uvicorn.
 
-Where the billing service is the simulated one, `simulate` beside them is its control, for the page.
+With the simulated billing service there is one more route, `/simulate`, for the page's buttons.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ def running_api(
     """Serve the API on 127.0.0.1 until the block ends; yields the port (0 asks for a free one).
 
     Raises:
-        OSError: the port is in use, or may not be used.
+        OSError: the port is in use or not permitted.
     """
     resolver = HttpResolverLocal()
     add_routes(resolver, monitor, partial(operators_page, simulated=simulated is not None))
     if simulated is not None:
-        add_control(resolver, simulated)
+        add_simulate_route(resolver, simulated)
     with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
-                in_threads(resolver),
+                run_in_threads(resolver),
                 lifespan="off",
                 log_level="warning",
                 timeout_graceful_shutdown=1,
@@ -59,27 +59,27 @@ def running_api(
             thread.join()
 
 
-def add_control(app: HttpResolverLocal, billing: SimulatedBilling) -> None:
-    """Make `app` serve what the simulated billing service serves as /simulate itself."""
+def add_simulate_route(app: HttpResolverLocal, billing: SimulatedBilling) -> None:
+    """Serve /simulate as the simulated billing service does itself."""
 
     @app.get("/simulate")
-    def current() -> Response[str]:
+    def current_mode() -> Response[str]:
         body = {"mode": billing.mode, "modes": [BY_ID, *MODES]}
         return Response(HTTPStatus.OK.value, content_types.APPLICATION_JSON, json.dumps(body))
 
     @app.post("/simulate")
-    def change() -> Response[str]:
+    def change_mode() -> Response[str]:
         try:
             billing.simulate(app.current_event.decoded_body or "")
         except ValueError as error:
             return Response(HTTPStatus.BAD_REQUEST.value, content_types.TEXT_PLAIN, str(error))
-        return current()
+        return current_mode()
 
 
-def in_threads(application: Application) -> Application:
-    """Run each request of `application` in a thread of its own.
+def run_in_threads(application: Application) -> Application:
+    """Run each request of `application` in its own thread.
 
-    The routes block, as Lambda's do: without this, a manual pass would hold up every other request.
+    The routes block, as on Lambda; in one thread a manual pass would delay every other request.
     """
 
     async def asgi(scope: Message, receive: Receive, send: Send) -> None:
@@ -89,18 +89,18 @@ def in_threads(application: Application) -> Application:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        # Powertools reads a body as UTF-8 and nothing else; what is not is no JSON either way.
+        # Powertools decodes a body as UTF-8; invalid bytes would raise an error there.
         text = bytes(body).decode(errors="replace").encode()
         answers: list[Message] = []
 
-        async def whole() -> Message:
+        async def receive_body() -> Message:
             return {"type": "http.request", "body": text}
 
-        async def keep(answer: Message) -> None:
+        async def keep_answer(answer: Message) -> None:
             answers.append(answer)
 
         async def request() -> None:
-            await application(scope, whole, keep)
+            await application(scope, receive_body, keep_answer)
 
         await asyncio.to_thread(asyncio.run, request())
         for answer in answers:

@@ -1,7 +1,7 @@
 """An emulated AWS on this machine, and the stack that SAM deploys onto it.
 
-PyPI's ministack stands in for AWS, from an environment of its own (.emulator), on 127.0.0.1 only.
-It enforces the policies of the functions' roles; what it cannot show, docs/deploy.md lists.
+The emulator is ministack from PyPI, in its own environment (.emulator), on 127.0.0.1 only. It
+enforces the policies of the functions' roles; docs/deploy.md lists its limits.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / ".emulator" / "bin"
 REGION = "us-east-1"
-STACK = "checkout-session-monitor-dev"  # as `--config-env dev` calls it
+STACK = "checkout-session-monitor-dev"  # the name in `--config-env dev`
 START_SECONDS = 60.0
 SAM_SECONDS = 300.0
 
@@ -31,15 +31,15 @@ type Template = dict[str, Any]
 
 
 class DeployError(Exception):
-    """What could not be done, with the words of the program that could not do it."""
+    """A step of the deployment failed; the message has the output of the failed program."""
 
 
 @contextlib.contextmanager
 def running_aws(directory: Path) -> Iterator[str]:
-    """Run the emulator until the block ends; yields its URL. It writes into `directory` only.
+    """Run the emulator until the block ends; yields its URL. It writes only into `directory`.
 
     Raises:
-        DeployError: it does not start.
+        DeployError: the emulator did not start.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -63,13 +63,13 @@ def running_aws(directory: Path) -> Iterator[str]:
             env=settings,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # so that the functions' processes end with it
+            start_new_session=True,  # so that killpg also ends the functions' processes
         )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _listens(port):
+        while not _is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise DeployError(f"The emulator does not start:\n{log.read_text()}")
+                raise DeployError(f"The emulator did not start:\n{log.read_text()}")
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -77,14 +77,14 @@ def running_aws(directory: Path) -> Iterator[str]:
         process.wait()
 
 
-def _listens(port: int) -> bool:
+def _is_listening(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
 
 
 def environment(url: str) -> dict[str, str]:
-    """What makes SAM and the AWS CLI talk to the emulator, and to nobody's account."""
+    """The environment that points SAM and the AWS CLI at the emulator instead of an account."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
         "AWS_ACCESS_KEY_ID": "test",  # the emulated account's root
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -98,7 +98,7 @@ def environment(url: str) -> dict[str, str]:
 
 
 def client(url: str, service: str) -> Any:  # noqa: ANN401 (one of hundreds of classes)
-    """A boto3 client of the emulator's."""
+    """A boto3 client for the emulator."""
     session = boto3.Session(
         aws_access_key_id="test",
         aws_secret_access_key="test",  # noqa: S106 (the emulated account's root)
@@ -108,7 +108,7 @@ def client(url: str, service: str) -> Any:  # noqa: ANN401 (one of hundreds of c
 
 
 class Stack:
-    """The stack on the emulator at `url`, from what `make build` put into `package`."""
+    """The stack on the emulator at `url`, deployed from the output of `make build` in `package`."""
 
     def __init__(self, url: str, package: Path, show: Callable[[str], None] = print) -> None:
         self.url = url
@@ -124,18 +124,18 @@ class Stack:
         *,
         change: Callable[[Template], None] = lambda _template: None,
     ) -> None:
-        """`sam deploy`, for a new stack or an update. Raises DeployError."""
+        """Create or update the stack with `sam deploy`. Raises DeployError."""
         template: Template = yaml_parse((self._package / "template.yaml").read_text("utf-8"))
         change(template)
-        for name in leave_out_metric_math(template):
-            self._show(f"{name} is left out: the emulator knows no metric math.")
+        for name in remove_metric_math_alarms(template):
+            self._show(f"Leaving out {name}: the emulator does not support metric math.")
         file = self._package / "emulated.json"
         file.write_text(json.dumps(template), encoding="utf-8")
         overrides = [f"{name}={value}" for name, value in parameters.items()]
         self._sam("deploy", f"--template-file={file}", "--parameter-overrides", *overrides)
 
     def delete(self) -> None:
-        """`sam delete`. Raises DeployError."""
+        """Delete the stack with `sam delete`. Raises DeployError."""
         self._sam("delete", "--no-prompts", f"--region={REGION}")
 
     def _sam(self, command: str, *options: str) -> None:
@@ -151,16 +151,19 @@ class Stack:
             check=False,
         )
         if ran.returncode:
-            raise DeployError(f"`sam {command}` ended with {ran.returncode}:\n{ran.stderr}")
+            raise DeployError(
+                f"`sam {command}` failed with exit code {ran.returncode}:\n{ran.stderr}"
+            )
 
     def outputs(self) -> dict[str, str]:
-        """The stack's outputs, the API's URLs as the emulator serves them."""
+        """The stack's outputs, with the API's URLs changed to those of the emulator."""
         [stack] = self.client("cloudformation").describe_stacks(StackName=STACK)["Stacks"]
         return {
-            output["OutputKey"]: self._here(output["OutputValue"]) for output in stack["Outputs"]
+            output["OutputKey"]: self._emulated_url(output["OutputValue"])
+            for output in stack["Outputs"]
         }
 
-    def _here(self, output: str) -> str:
+    def _emulated_url(self, output: str) -> str:
         host, dot, rest = output.removeprefix("https://").partition(".execute-api.")
         if not dot:
             return output
@@ -168,7 +171,7 @@ class Stack:
         return f"{self.url}/restapis/{host}/{stage}/_user_request_/{path}"
 
     def api_key(self) -> str:
-        """The API's key, as the output ApiKeyCommand shows it."""
+        """The API's key, which the command in the output ApiKeyCommand prints."""
         resource = self.client("cloudformation").describe_stack_resource(
             StackName=STACK, LogicalResourceId="MonitorApiApiKey"
         )
@@ -179,8 +182,8 @@ class Stack:
         return key
 
 
-def leave_out_metric_math(template: Template) -> list[str]:
-    """Take the alarms on metric math out of a template; returns their names."""
+def remove_metric_math_alarms(template: Template) -> list[str]:
+    """Remove the alarms on metric math from a template; returns their names."""
     resources = template["Resources"]
     names = [
         name

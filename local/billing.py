@@ -1,32 +1,32 @@
-"""A billing service to practise on: a real server on a real port that misbehaves on request.
+"""A simulated billing service: a real server on a real port that fails on request.
 
 `GET /billing/api/v1/paysession/{checkout id, percent-encoded}` with any `x-api-key` answers JSON
-such as `{"id": "checkout_active_1", "status": "open"}`. The first word of the id says what it gets
-instead, so `checkout_hang_1` hangs; words are separated by `_`, and `checkout_` before them is
-optional.
+such as `{"id": "checkout_active_1", "status": "open"}`. The first word of the id selects another
+behaviour, so a request for `checkout_hang_1` hangs. Words are separated by `_`; `checkout_` before
+them is optional.
 
 | word in the id              | what the service does                                        |
 |-----------------------------|--------------------------------------------------------------|
 | `active`, any other word    | 200, status `open`                                           |
 | `200` to `599`              | that status; `429` and `503` come with `Retry-After: 30`     |
 | `ratelimited`               | 429 without `Retry-After`                                    |
-| `paid`, `failed`, `expired` | 200, status `open`, and that status from 60 seconds after the first request for this id, or as many as the next word says: `checkout_paid_20_1` |
+| `paid`, `failed`, `expired` | 200, status `open`; that status from 60 seconds after the first request for the id, or after the seconds in the next word: `checkout_paid_20_1` |
 | `slow`                      | 200 after a second                                           |
-| `hang`                      | takes the request and never answers                          |
-| `drip`                      | 200, then one byte of body a second, for ever                |
+| `hang`                      | never answers                                                |
+| `drip`                      | 200, then one byte of body per second, endlessly             |
 | `reset`                     | resets the connection (TCP RST)                              |
-| `garbage`                   | answers something that is not HTTP, and hangs up             |
+| `garbage`                   | sends something that is not HTTP and closes the connection   |
 | `huge`                      | 200 with a body of 1 MiB                                     |
 | `text`                      | 200 with a body that is not JSON                             |
-| `redirect`                  | 302 to a path of its own, which answers 200                  |
+| `redirect`                  | 302 to another path, which answers 200                       |
 
-Without a key, or with a wrong one, it is 401. Another path is 404, another method 405, and what is
-not HTTP 400.
+A missing or wrong key gets 401, another path 404, another method 405, and invalid HTTP 400.
 
-`POST /simulate` makes it treat every id alike, until it is told otherwise:
+`POST /simulate` sets one behaviour for every id, until the next such request:
 `curl -d failing http://localhost:4000/simulate`. The modes are `by id` (as above), `healthy`,
 `slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
-`paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` tells the mode.
+`paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` returns the
+mode.
 """  # noqa: E501 - a row of a table is one line
 
 import argparse
@@ -53,7 +53,7 @@ _SIMULATE = "/simulate"
 _REDIRECTED = "/billing/api/v1/redirected"
 
 BY_ID = "by id"
-# What every checkout id is taken for in a mode.
+# The word that each mode puts in place of every checkout id.
 MODES: Mapping[str, str] = {
     "healthy": "active",
     "slow": "slow",
@@ -66,8 +66,8 @@ MODES: Mapping[str, str] = {
 _MAX_REQUEST_BYTES = 64 * 1024
 _HUGE_BYTES = 1024 * 1024
 _CHANGES_AFTER = 60  # seconds
-# A pass opens all its connections at once. Those beyond the backlog (asyncio's is 100) come a
-# second late, when the kernel tries again.
+# A pass opens all its connections at once. Those beyond the backlog (100 by default in asyncio) are
+# delayed by a second, until the kernel retries.
 _BACKLOG = 4096
 
 _BEGINNING = re.compile(rb"[!-~]+(?: |\Z)")
@@ -84,7 +84,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 class _Request(NamedTuple):
     method: str
     path: str
-    checkout_id: str  # decoded; empty: the path is not a session's
+    checkout_id: str  # decoded; empty if the path is not a session's
     api_key: str
     keep_alive: bool
     body: str
@@ -98,14 +98,14 @@ class _Answer(NamedTuple):
 
 
 class SimulatedBilling:
-    """The service, and what it has seen.
+    """The service and its counters.
 
-    `requests` counts by decoded checkout id, those refused for their key too; `redirects_followed`
-    counts visits to where `redirect` points; `in_flight` are the requests not answered yet, of
-    which those answered at once are never more than one.
+    `requests` counts requests by decoded checkout id, including those refused for their key.
+    `redirects_followed` counts requests to the target of `redirect`. `in_flight` counts requests
+    without an answer; immediate answers never add more than one.
 
-    `clock` (seconds) tells when `paid`, `failed` and `expired` are due. `pause_seconds` is real
-    time: how long `slow` waits, and `drip` between two bytes. Without an `api_key`, any will do.
+    `clock` (seconds) decides when `paid`, `failed` and `expired` start. `pause_seconds` is real
+    time: the delay of `slow`, and of `drip` between two bytes. Without `api_key`, any key is valid.
     """
 
     def __init__(
@@ -130,16 +130,16 @@ class SimulatedBilling:
 
     @property
     def url(self) -> str:
-        """What `BILLING_API_URL` has to be; it still stands after `stop`."""
+        """The value for `BILLING_API_URL`; it remains valid after `stop`."""
         if self._port is None:
             raise RuntimeError("the simulated billing service has not been started")
         return f"http://{HOST}:{self._port}{_SESSIONS.removesuffix('/')}"
 
     async def start(self, host: str = HOST, port: int = PORT) -> None:
-        """Listen; port 0 takes any that is free.
+        """Listen; port 0 asks for a free one.
 
         Raises:
-            OSError: the port is in use, or may not be used.
+            OSError: the port is in use or not permitted.
         """
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
@@ -148,12 +148,12 @@ class SimulatedBilling:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Stop listening and drop every connection, whatever it waits for."""
+        """Stop listening and drop every connection."""
         if self._server is None:
             return
         server, self._server = self._server, None
-        # A connection accepted this very moment has no transport yet, and asyncio leaks it when the
-        # server is closed. So accept no more, and let those in hand become connections first.
+        # A connection that was just accepted has no transport yet, and asyncio leaks it if the
+        # server closes now. So stop accepting, and let it get its transport first.
         for listening in server.sockets:
             asyncio.get_running_loop().remove_reader(listening)
         await asyncio.sleep(0)
@@ -162,7 +162,7 @@ class SimulatedBilling:
         await server.wait_closed()
 
     async def __aenter__(self) -> Self:
-        """Start on any free port, unless it is started."""
+        """Start on any free port, unless already started."""
         if self._server is None:
             await self.start(port=0)
         return self
@@ -171,21 +171,21 @@ class SimulatedBilling:
         await self.stop()
 
     def simulate(self, mode: str) -> None:
-        """Do to every id what the mode says.
+        """Treat every id as the mode says.
 
         Raises:
-            ValueError: there is no such mode.
+            ValueError: the mode is unknown.
         """
         if mode != BY_ID and mode not in MODES:
-            raise ValueError(f"There is no mode {mode!r}; there are {', '.join((BY_ID, *MODES))}.")
+            raise ValueError(f"Unknown mode {mode!r}; use one of {', '.join((BY_ID, *MODES))}.")
         self.mode = mode
 
     def words(self, checkout_id: str) -> list[str]:
-        """What is to be done for an id, the first word above all."""
+        """The words of an id; the first one selects the behaviour."""
         return MODES.get(self.mode, checkout_id.removeprefix("checkout_")).split("_")
 
-    def take(self, request: _Request) -> _Answer | None:
-        """Count a request, and answer it when that is not for its checkout id to say."""
+    def count(self, request: _Request) -> _Answer | None:
+        """Count a request; returns its answer unless the checkout id decides it."""
         if request.path == _SIMULATE:
             return self._control(request)
         if request.path == _REDIRECTED:
@@ -201,10 +201,10 @@ class SimulatedBilling:
         return None
 
     def answer(self, checkout_id: str) -> _Answer:
-        """Answer as the id's word says, where that asks for no trouble on the connection itself."""
+        """The answer for an id whose behaviour is an answer, not a fault of the connection."""
         answer = _session(checkout_id)
         match self.words(checkout_id):
-            case ["huge", *_]:  # space after JSON is still JSON
+            case ["huge", *_]:  # trailing spaces are valid JSON
                 answer = answer._replace(body=answer.body.ljust(_HUGE_BYTES))
             case ["text", *_]:
                 answer = _Answer(200, b"this is not JSON", "text/plain")
@@ -235,7 +235,7 @@ class SimulatedBilling:
 
 
 class _Connection(asyncio.Protocol):
-    """One client: takes its requests one at a time and answers each as its id says."""
+    """A client's connection: handles its requests one at a time."""
 
     def __init__(self, billing: SimulatedBilling) -> None:
         self._billing = billing
@@ -250,7 +250,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's name
         if self._timer is not None:
             self._timer.cancel()
-        self._done()
+        self._end_request()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -261,7 +261,7 @@ class _Connection(asyncio.Protocol):
     def _take_requests(self) -> None:
         while self._received and self._request is None and not self._transport.is_closing():
             try:
-                self._request = _take(self._received)
+                self._request = _parse(self._received)
             except ValueError:
                 self._send(_error(400))
                 return
@@ -269,13 +269,13 @@ class _Connection(asyncio.Protocol):
                 return
             self._billing.in_flight += 1
             self._billing.max_in_flight = max(self._billing.max_in_flight, self._billing.in_flight)
-            answer = self._billing.take(self._request)
+            answer = self._billing.count(self._request)
             if answer is None:
                 self._behave(self._request.checkout_id)
             else:
                 self._send(answer)
 
-    def _done(self) -> None:
+    def _end_request(self) -> None:
         if self._request is not None:
             self._request = None
             self._billing.in_flight -= 1
@@ -283,7 +283,7 @@ class _Connection(asyncio.Protocol):
     def _behave(self, checkout_id: str) -> None:
         match self._billing.words(checkout_id)[0]:
             case "hang":
-                pass  # in flight until the client has had enough
+                pass  # in flight until the client gives up
             case "slow":
                 self._later(lambda: self._send_late(checkout_id))
             case "drip":  # the body has no length, so it ends with the connection
@@ -310,15 +310,15 @@ class _Connection(asyncio.Protocol):
 
     def _send_late(self, checkout_id: str) -> None:
         self._send(_session(checkout_id))
-        self._take_requests()  # what came in the meantime
+        self._take_requests()  # those that arrived meanwhile
 
     def _send(self, answer: _Answer) -> None:
-        """Answer the request in flight, or, when it could not even be taken, say so and hang up."""
+        """Answer the request in flight, or a malformed one, and then close the connection."""
         request = self._request
         head = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}", *answer.headers]
         body = answer.body
         if answer.status in (204, 304):
-            body = b""  # and no length: these end with their headers
+            body = b""  # these have no body and no Content-Length
         else:
             head += [f"Content-Type: {answer.content_type}", f"Content-Length: {len(body)}"]
         if request is not None and request.method == "HEAD":
@@ -329,18 +329,18 @@ class _Connection(asyncio.Protocol):
         self._transport.write("\r\n".join([*head, "", ""]).encode() + body)
         if closing:
             self._transport.close()
-        self._done()
+        self._end_request()
 
 
-def _take(received: bytearray) -> _Request | None:
-    """Take one whole request off the front; None while the rest of it is still to come.
+def _parse(received: bytearray) -> _Request | None:
+    """Remove one complete request from the front; returns None until it is complete.
 
     Raises:
-        ValueError: it is malformed.
+        ValueError: the request is malformed.
     """
     blank = received.find(b"\r\n\r\n")
     if blank < 0:
-        if not _BEGINNING.match(received):  # TLS, for one, would wait for an answer
+        if not _BEGINNING.match(received):  # a TLS client, for example, would wait for an answer
             raise ValueError
         return None
     end = blank + 4
@@ -393,10 +393,10 @@ def running_billing(
     api_key: str | None = None,
     pause_seconds: float = 1.0,
 ) -> Iterator[SimulatedBilling]:
-    """Run the service in a thread of its own, for callers without an event loop.
+    """Run the service in its own thread, for callers without an event loop.
 
     Raises:
-        OSError: the port is in use, or may not be used.
+        OSError: the port is in use or not permitted.
     """
     billing = SimulatedBilling(clock=clock, api_key=api_key, pause_seconds=pause_seconds)
     loop = asyncio.new_event_loop()
@@ -426,7 +426,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser("python -m local.billing", description="Simulated billing.")
     parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
-    parser.add_argument("--host", default=HOST, help="0.0.0.0: for containers (%(default)s)")
+    parser.add_argument(
+        "--host", default=HOST, help="0.0.0.0 for containers (default: %(default)s)"
+    )
     parsed = parser.parse_args(arguments)
     port: int = parsed.port
     try:
@@ -435,10 +437,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            sentence = f"Port {port} is in use: stop what listens there, or choose another: --port."
+            message = f"Port {port} is in use by another program. Stop it, or use --port."
         else:
-            sentence = f"Port {port} cannot be listened on: {error}"
-        print(sentence, file=sys.stderr)
+            message = f"Cannot listen on port {port}: {error}"
+        print(message, file=sys.stderr)
         return 1
     return 0
 

@@ -1,9 +1,10 @@
-"""`make deploy-local`: the stack deployed by SAM onto an emulated AWS on this machine.
+"""`make deploy-local`: deploy the stack with SAM onto an emulated AWS on this machine.
 
-No account, no Docker. The schedule starts the loop, the loop the check function, and sessions in a
-MariaDB are checked against the simulated billing service, each function with the rights of its role
-alone. It shows what one does after a deployment, then every pass, until Ctrl-C; with ARGS=--once,
-until a minute of ticks has passed, and fails if one is missing.
+It needs no account and no Docker. The schedule starts the loop, and the loop starts the check
+function, which checks the sessions in a MariaDB against the simulated billing service. Each
+function has only the rights of its role. The program calls the endpoints as one does after a
+deployment and then shows every pass until Ctrl-C. With ARGS=--once it stops after a minute of ticks
+and fails if one is missing.
 """
 
 import argparse
@@ -32,15 +33,15 @@ from local.samples import SAMPLES
 
 DATABASE = "shop"
 ONCE_SECONDS = 60.0
-# The schedule's first start comes within a minute; a cold start takes a second or two, more on a
-# machine that is busy.
+# The schedule starts the loop within a minute; a cold start takes a second or two, and longer on a
+# busy machine.
 FIRST_TICK_SECONDS = 120.0
-# A pass that waits for a session that hangs ends some ten seconds after its tick.
+# A pass that waits for a session's timeout ends about ten seconds after its tick.
 PASS_SECONDS = 15.0
 
 
 class Pass(NamedTuple):
-    """A row of checkout_session_run that a tick made."""
+    """The row of a tick's pass in checkout_session_run."""
 
     tick: datetime
     started_at: datetime
@@ -53,19 +54,19 @@ class Pass(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make deploy-local", description=__doc__)
-    parser.add_argument("--once", action="store_true", help="end after a minute of ticks")
+    parser.add_argument("--once", action="store_true", help="stop after a minute of ticks")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
         with deployed() as (stack, database):
-            look(stack)
-            watch(database, once=arguments.once)
+            try_endpoints(stack)
+            show_passes(database, once=arguments.once)
     except aws.DeployError as error:
         print(f"❌ {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopping: everything that was started ends.")
+        print("Stopping all servers.")
     return 0
 
 
@@ -75,28 +76,28 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def deployed() -> Iterator[tuple[aws.Stack, str]]:
-    """The stack, and the URL of the shop's database, on servers that end with the block.
+    """Deploy the stack; yields it and the URL of the shop's database. Both end with the block.
 
     Raises:
-        DeployError: something is not installed, or cannot be built or deployed.
+        DeployError: something is not installed, or the build or deployment failed.
     """
     if not mariadb.is_installed():
-        raise aws.DeployError("There is no MariaDB here: install mariadb-server.")
+        raise aws.DeployError("MariaDB is not installed. Install the package mariadb-server.")
     api_key, password = secrets.token_hex(8), secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in ("mariadb", "aws"):
             (directory / name).mkdir()
-        built = subprocess.Popen(  # noqa: S603 (it runs beside the servers' start)
+        build = subprocess.Popen(  # noqa: S603 (the build runs while the servers start)
             [sys.executable, "-m", "local.package", *package.FOR_THIS_MACHINE], cwd=aws.ROOT
         )
         server = stack.enter_context(mariadb.mariadb_server(directory / "mariadb"))
-        make_shop(server, password)
+        create_shop(server, password)
         billing = stack.enter_context(running_billing(api_key=api_key))
         url = stack.enter_context(aws.running_aws(directory / "aws"))
-        if built.wait():
-            raise aws.DeployError("The functions cannot be built.")
-        arns = put_secrets(
+        if build.wait():
+            raise aws.DeployError("The build failed.")
+        arns = create_secrets(
             url,
             api_key,
             {
@@ -120,8 +121,8 @@ def deployed() -> Iterator[tuple[aws.Stack, str]]:
         yield monitor, f"{server}{DATABASE}"
 
 
-def make_shop(server: str, password: str) -> None:
-    """A shop with the sample sessions, and the monitor's user in it."""
+def create_shop(server: str, password: str) -> None:
+    """Create a shop with the sample sessions, and the monitor's database user."""
     with _connect(server) as connection, connection.cursor() as cursor:
         cursor.execute(f"CREATE DATABASE {DATABASE}")
         cursor.execute(f"USE {DATABASE}")
@@ -137,8 +138,8 @@ def make_shop(server: str, password: str) -> None:
         )
 
 
-def put_secrets(url: str, api_key: str, database: Mapping[str, object]) -> dict[str, str]:
-    """The two secrets; returns the parameters that name them."""
+def create_secrets(url: str, api_key: str, database: Mapping[str, object]) -> dict[str, str]:
+    """Create the two secrets; returns the stack parameters with their ARNs."""
     manager = aws.client(url, "secretsmanager")
     values = {
         "ApiKeySecretArn": ("checkout/billing-key", api_key),
@@ -150,8 +151,8 @@ def put_secrets(url: str, api_key: str, database: Mapping[str, object]) -> dict[
     }
 
 
-def look(stack: aws.Stack) -> None:
-    """What one does after a deployment: read the outputs, ask for health, check all sessions."""
+def try_endpoints(stack: aws.Stack) -> None:
+    """Do what follows a deployment: show the outputs, the health, and a check of all sessions."""
     outputs = stack.outputs()
     for name, value in outputs.items():
         print(f"{name:14} {value}")
@@ -161,7 +162,7 @@ def look(stack: aws.Stack) -> None:
 
 
 def _curl(url: str, *options: str, api_key: str | None = None) -> None:
-    """Run curl and show it, without the key."""
+    """Run curl and show its command, without the key, and its output."""
     header = [] if api_key is None else ["-H", f"x-api-key: {api_key}"]
     command = ["curl", *options, *header, url]
     shown = shlex.join(command)
@@ -171,15 +172,15 @@ def _curl(url: str, *options: str, api_key: str | None = None) -> None:
     print(answer.stdout + answer.stderr, flush=True)
 
 
-def watch(database: str, *, once: bool) -> None:
-    """Show each pass of a tick as it ends. Raises DeployError for a tick that is missing."""
+def show_passes(database: str, *, once: bool) -> None:
+    """Print each tick's pass when it has finished. Raises DeployError if a tick is missing."""
     print(
         "\ntick      started_at    open  checked  errors  status_changes  duration_ms", flush=True
     )
     began = time.monotonic()
     shown = 0
     while True:
-        found = passes(database)
+        found = finished_passes(database)
         for row in found[shown:]:
             print(
                 f"{row.tick:%H:%M:%S}  {row.started_at:%H:%M:%S.%f}"[:-3]
@@ -190,24 +191,24 @@ def watch(database: str, *, once: bool) -> None:
         shown = len(found)
         ticks = sorted({row.tick for row in found})
         if once and not ticks and time.monotonic() - began > FIRST_TICK_SECONDS:
-            raise aws.DeployError(f"No tick came within {FIRST_TICK_SECONDS:.0f} s.")
+            raise aws.DeployError(f"No tick within {FIRST_TICK_SECONDS:.0f} s.")
         if once and ticks and (ticks[-1] - ticks[0]).total_seconds() > ONCE_SECONDS + PASS_SECONDS:
-            without_a_gap(ticks)
+            check_for_gaps(ticks)
             return
         time.sleep(1)
 
 
-def without_a_gap(ticks: Sequence[datetime]) -> None:
-    """Say that the first minute of ticks is whole. Raises DeployError when it is not."""
+def check_for_gaps(ticks: Sequence[datetime]) -> None:
+    """Print how many ticks the first minute has. Raises DeployError if one is missing."""
     interval = timedelta(seconds=default_interval_seconds())
     slots = [ticks[0] + n * interval for n in range(int(ONCE_SECONDS / interval.seconds) + 1)]
     if missing := set(slots) - set(ticks):
-        raise aws.DeployError(f"No pass was made in the slot of {min(missing):%H:%M:%S}.")
+        raise aws.DeployError(f"No pass for the slot of {min(missing):%H:%M:%S}.")
     print(f"{len(slots)} ticks in {ONCE_SECONDS:.0f} s, one every {interval.seconds} s.")
 
 
-def passes(database: str) -> list[Pass]:
-    """The passes of ticks that have ended, in the order in which they did."""
+def finished_passes(database: str) -> list[Pass]:
+    """The finished passes of ticks, in the order in which they finished."""
     with _connect(database) as connection, connection.cursor() as cursor:
         cursor.execute(
             f"SELECT {', '.join(Pass._fields)} FROM checkout_session_run"

@@ -1,7 +1,7 @@
-"""The loop on this machine: the state machine of template.yaml itself, executed on the real clock.
+"""The loop on this machine: the state machine of template.yaml, executed on the real clock.
 
-Step Functions keeps time on AWS; here sfnx interprets the same definition. No other module knows
-that library.
+On AWS, Step Functions runs it; here sfnx interprets the same definition. No other module imports
+sfnx.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ type Arguments = Mapping[str, Any]  # of an invocation: FunctionName, Invocation
 
 
 class TaskError(Exception):
-    """A task that failed; `error` is its name in Step Functions, e.g. Lambda.ServiceException."""
+    """A task failed; `error` is its name in Step Functions, e.g. Lambda.ServiceException."""
 
     def __init__(self, error: str) -> None:
         super().__init__(error)
@@ -35,9 +35,9 @@ class TaskError(Exception):
 
 @dataclass
 class Parameter:
-    """LatestExecution, the parameter by which executions know of each other, as a new stack has it.
+    """The parameter LatestExecution, which tells an execution that a later one has started.
 
-    `get` and `put` may raise TaskError.
+    It has its initial value. `get` and `put` may raise TaskError.
     """
 
     value: str = "0"
@@ -49,8 +49,8 @@ class Parameter:
         self.value = value
 
 
-class _Stopped(Exception):  # noqa: N818 (the end, not an error)
-    """The wait for a slot ended because the monitor stops."""
+class _Stopped(Exception):  # noqa: N818 (not an error)
+    """The monitor stops while the loop waits for a slot."""
 
 
 def run(
@@ -62,15 +62,15 @@ def run(
 ) -> None:
     """Call `start_check` with each tick, on time, until `stopping` is set.
 
-    One execution follows the other without a gap: the last slot of one is over when the next one
-    looks for its first.
+    Executions follow each other without a gap: the last slot of one has passed when the next one
+    looks for its first slot.
     """
 
     def invoke(arguments: Arguments) -> None:
         start_check(datetime.fromisoformat(arguments["Payload"]["tick"]))
 
-    def wait_until(moment: float) -> None:
-        while (left := moment - now()) > 0:
+    def wait_until(timestamp: float) -> None:
+        while (left := timestamp - now()) > 0:
             if stopping.wait(left):
                 raise _Stopped
 
@@ -88,15 +88,15 @@ def execute(
     now: Callable[[], float],
     wait_until: Callable[[float], None],
 ) -> None:
-    """Run one execution: until a later one is in `latest`, for some three minutes at most.
+    """Run one execution until `latest` names a later one, or for about three minutes.
 
-    `now` and `wait_until` share a clock and count seconds since 1970. `invoke` may raise TaskError,
-    which meets the definition's Retry (at once: sfnx does not wait between attempts) and Catch.
+    `now` and `wait_until` share a clock and count seconds since 1970. `invoke` may raise TaskError;
+    the definition's Retry and Catch handle it, but sfnx does not wait between attempts.
     """
 
     def task(call: sfnx.testing.Call) -> object:
         arguments = call.arguments
-        assert isinstance(arguments, dict)  # noqa: S101 (sfnx does not type what it evaluates)
+        assert isinstance(arguments, dict)  # noqa: S101 (sfnx does not type the arguments)
         try:
             match call.resource.partition(":states:::")[2]:
                 case "lambda:invoke":
@@ -112,17 +112,17 @@ def execute(
         raise NotImplementedError(call.resource)
 
     def wait(state: sfnx.testing.Wait) -> None:
-        assert state.timestamp is not None  # noqa: S101 (the loop waits for moments only)
+        assert state.timestamp is not None  # noqa: S101 (the loop only waits for timestamps)
         wait_until(datetime.fromisoformat(state.timestamp).timestamp())
 
     execution = sfnx.testing.run(
         loop, {}, task, functions={"millis": lambda: int(now() * 1000)}, on_wait=wait
     )
-    _ = execution.output  # raises what the execution failed with
+    _ = execution.output  # raises the execution's error
 
 
 def definition(interval_seconds: int) -> Definition:
-    """CheckLoop's definition, filled in as CloudFormation does it at a deployment."""
+    """CheckLoop's definition with the substitutions that CloudFormation makes."""
     loop = _template()["Resources"]["CheckLoop"]["Properties"]
     given = {INTERVAL: interval_seconds, "AWS::Partition": "aws"}
     values = {
@@ -135,12 +135,12 @@ def definition(interval_seconds: int) -> Definition:
 
 
 def default_interval_seconds() -> int:
-    """What a deployment that does not set the interval gets."""
+    """The interval of a deployment that does not set one."""
     return int(_template()["Parameters"][INTERVAL]["Default"])
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as CloudFormation writes it: `!Ref x` is `{"Ref": "x"}`, and so for every function."""
+    """A loader for CloudFormation's YAML: `!Ref x` becomes `{"Ref": "x"}`, and so on."""
 
 
 def _function(loader: _Loader, name: str, node: yaml.Node) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A MariaDB server of one's own, from the binaries of this machine."""
+"""A temporary MariaDB server, from the binaries installed on this machine."""
 
 import contextlib
 import re
@@ -21,12 +21,12 @@ def is_installed() -> bool:
 
 @contextlib.contextmanager
 def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
-    """Run a server on 127.0.0.1 until the block ends; yields the URL of its root.
+    """Run a server on 127.0.0.1 until the block ends; yields its URL for root.
 
-    `options` are more of the server's own, e.g. `--ssl-cert=…`.
+    `options` are passed to the server, e.g. `--ssl-cert=…`.
 
     Raises:
-        RuntimeError: it does not start; with what it says.
+        RuntimeError: the server did not start; the message is its log.
     """
     data, log = directory / "data", directory / "log"
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -50,7 +50,7 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
             [
                 shutil.which("mariadbd") or "/usr/sbin/mariadbd",
                 "--no-defaults",
-                "--skip-ssl",  # MariaDB 11.4 and later would offer it by themselves
+                "--skip-ssl",  # MariaDB 11.4 and later offer TLS by default
                 f"--datadir={data}",
                 f"--port={port}",
                 "--bind-address=127.0.0.1",
@@ -61,11 +61,11 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
             ],
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for us; it ends when we are done with it
+            start_new_session=True,  # so that Ctrl-C does not stop it before its clients
         )
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not _answers(port):
+            while not _is_ready(port):
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(log.read_text(errors="replace"))
                 time.sleep(0.1)
@@ -75,7 +75,7 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
             server.wait()
 
 
-def _answers(port: int) -> bool:
+def _is_ready(port: int) -> bool:
     with contextlib.suppress(pymysql.OperationalError):
         pymysql.connect(host="127.0.0.1", port=port, user="root").close()
         return True
@@ -89,7 +89,7 @@ def statements(script: Path) -> list[str]:
 
 
 def user_statements(database: str, user: str, password: str) -> list[str]:
-    """What makes the monitor's user of a database, as docs/deploy.md has it."""
+    """The statements of docs/deploy.md that create the monitor's user, for a given database."""
     return [
         statement.replace("shop.", f"{database}.")
         .replace("monitor@", f"{user}@")

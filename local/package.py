@@ -1,8 +1,8 @@
-"""`make build`: what `sam build` makes, and its bytecode.
+"""`make build`: run `sam build` and add bytecode.
 
-Lambda keeps none from one cold start to the next, and `sam build` ships none, so each one would
-compile every module anew. The bytecode is not checked against its source (unchecked-hash), because
-the times of files do not survive the way to Lambda.
+`sam build` ships no bytecode, and Lambda does not keep it between cold starts, so each cold start
+would compile every module again. Python does not check this bytecode against its source
+(unchecked-hash), because file times change on the way to Lambda.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 from py_compile import PycInvalidationMode
 
 BUILT = Path(".aws-sam/build")
-ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"  # of here
+ARCHITECTURE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
 FOR_THIS_MACHINE = ("--parameter-overrides", f"Architecture={ARCHITECTURE}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="make build", description="Build the functions; every option of `sam build` is taken."
+        prog="make build", description="Build the functions. Takes every option of `sam build`."
     )
     parser.add_argument("--build-dir", type=Path, default=BUILT)
     arguments, others = parser.parse_known_args()
@@ -33,11 +33,11 @@ def main() -> int:
 
 
 def add_bytecode(built: Path) -> None:
-    """Compile each function's directory, as if it lay where Lambda puts it."""
+    """Compile each function's directory with the paths that it has on Lambda."""
     for function in sorted(path for path in built.iterdir() if path.is_dir()):
         compileall.compile_dir(
             function,
-            quiet=1,  # says what cannot be compiled
+            quiet=1,  # print errors only
             stripdir=os.fspath(function),
             prependdir="/var/task",
             invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,

@@ -1,11 +1,11 @@
-"""Sample sessions for the laptop's SQLite file: most are well, some show what can go wrong."""
+"""Sample sessions for the laptop's SQLite file: healthy ones, and examples of what can fail."""
 
 import sqlite3
 from pathlib import Path
 
 SCHEMA = Path(__file__).parent / "schema" / "sqlite.sql"
 
-# Session id, and the id that tells the simulated billing service what to do (local/billing.py).
+# Session id and checkout id; the latter tells the simulated billing service what to do.
 SAMPLES = (
     ("cart-1001", "checkout_active_1001"),
     ("cart-1002", "checkout_active_1002"),
@@ -21,11 +21,11 @@ SAMPLES = (
 )
 
 
-def make_samples(path: Path) -> bool:
-    """Make the shop's table with sample sessions, unless it exists; tells whether it was made.
+def create_samples(path: Path) -> bool:
+    """Create the shop's table with sample sessions; returns False if the table exists.
 
     Raises:
-        OSError, sqlite3.Error: the file cannot be made or is no SQLite database.
+        OSError, sqlite3.Error: the file cannot be created or is not an SQLite database.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path)

@@ -1,8 +1,8 @@
-"""What a person at a terminal sees of the log: what is new, and one line that is always up to date.
+"""The log on a terminal: only the changes, and a last line about the newest pass.
 
-A pass says the same of every session at every tick. On a terminal a session's line is shown when it
-differs from the last one, new sessions that are well only while they are few, and the last line
-tells what the newest pass did. Piped, the log is plain lines, and all of them.
+The log has a line for each session at each tick. A terminal shows a session's line only when it
+differs from the session's last one. It shows new active sessions only while there are few. The last
+line is updated with each pass. A pipe gets the whole log.
 """
 
 import logging
@@ -13,54 +13,54 @@ from typing import Any
 
 from core.log import logger
 
-# New sessions that are well, and lines in one pass: the newest line tells how many there are.
-MOST_NEW = MOST_IN_A_PASS = 20
-MOST_KNOWN = 100_000  # sessions whose last line is kept
+MAX_NEW_SESSIONS = 20  # new active sessions whose lines are shown
+MAX_LINES_PER_PASS = 20
+MAX_KNOWN_SESSIONS = 100_000  # sessions whose last line is kept
 CLEAR_LINE = "\r\x1b[2K"
 
 
-class NewsOnly(logging.Formatter):
-    """Writes whole lines itself, line ends included; what is no news becomes an empty text."""
+class ChangesOnly(logging.Formatter):
+    """Returns a line with its line end, or an empty text if nothing has changed."""
 
     def __init__(self) -> None:
         super().__init__("%(message)s")
-        self._said: dict[str, str] = {}
-        self._in_pass = 0
-        self._workers: list[dict[str, Any]] = []  # the summaries of the newest tick's
+        self._last_lines: dict[str, str] = {}
+        self._lines_in_pass = 0
+        self._workers: list[dict[str, Any]] = []  # summaries of the newest tick's workers
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         match text[0]:
-            case "🔍":  # a pass begins
-                self._in_pass = 0
-                return self._newest(text)
+            case "🔍":  # a pass starts
+                self._lines_in_pass = 0
+                return self._update_last_line(text)
             case "📊":
-                return self._newest(self._digest(record))
-            case "…":  # how many lines were left out
+                return self._update_last_line(self._pass_line(record))
+            case "…":  # the number of omitted lines
                 return ""
         session_id = getattr(record, "session_id", None)
-        if session_id is None or self._is_news(session_id, text, record):
+        if session_id is None or self._is_change(session_id, text, record):
             return f"{CLEAR_LINE}{text}\n"
         return ""
 
-    def _is_news(self, session_id: str, text: str, record: logging.LogRecord) -> bool:
-        before = self._said.get(session_id)
+    def _is_change(self, session_id: str, text: str, record: logging.LogRecord) -> bool:
+        before = self._last_lines.get(session_id)
         if before == text:
             return False
-        if len(self._said) >= MOST_KNOWN:
-            self._said.clear()
-        self._said[session_id] = text
-        well = getattr(record, "outcome", None) == "active"
-        if before is None and well and len(self._said) > MOST_NEW:
+        if len(self._last_lines) >= MAX_KNOWN_SESSIONS:
+            self._last_lines.clear()
+        self._last_lines[session_id] = text
+        active = getattr(record, "outcome", None) == "active"
+        if before is None and active and len(self._last_lines) > MAX_NEW_SESSIONS:
             return False
-        self._in_pass += 1
-        return self._in_pass <= MOST_IN_A_PASS
+        self._lines_in_pass += 1
+        return self._lines_in_pass <= MAX_LINES_PER_PASS
 
-    def _newest(self, text: str) -> str:
+    def _update_last_line(self, text: str) -> str:
         return f"{CLEAR_LINE}{text[: shutil.get_terminal_size().columns - 2]}"
 
-    def _digest(self, record: logging.LogRecord) -> str:
-        """A tick's pass in one line, from the summaries of its workers; what is zero they lack."""
+    def _pass_line(self, record: logging.LogRecord) -> str:
+        """One line about a tick, from the summaries of its workers, which omit zero values."""
         newest: dict[str, Any] = getattr(record, "summary", {})
         if self._workers and newest.get("tick") != self._workers[0].get("tick"):
             self._workers.clear()
@@ -83,14 +83,14 @@ class NewsOnly(logging.Formatter):
         return f"📊 {' · '.join(parts)}"
 
 
-def show_news_only(*, debug: bool) -> None:
-    """Where a person looks on: a terminal, and not every line asked for by DEBUG."""
+def show_changes_only(*, debug: bool) -> None:
+    """Show only changes on a terminal, unless DEBUG asks for every line."""
     handler = logger.registered_handler
     if sys.stdout.isatty() and not debug and isinstance(handler, logging.StreamHandler):
-        handler.setFormatter(NewsOnly())
+        handler.setFormatter(ChangesOnly())
         handler.terminator = ""
 
 
-def end_newest_line() -> None:
+def end_last_line() -> None:
     if sys.stdout.isatty():
         print()

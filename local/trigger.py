@@ -1,4 +1,4 @@
-"""`make trigger`: POST the manual trigger and show the answer; exit code 1 when it failed."""
+"""`make trigger`: POST the manual trigger and show the answer; exit code 1 if it failed."""
 
 import argparse
 import json
@@ -14,8 +14,10 @@ URL = "http://localhost:3001/api/test/checkout-sessions"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make trigger", description=__doc__)
-    parser.add_argument("--url", default=URL, help="the trigger, here or deployed (%(default)s)")
-    parser.add_argument("--api-key", help="the deployed API's key, sent as x-api-key")
+    parser.add_argument(
+        "--url", default=URL, help="URL of the trigger, local or deployed (%(default)s)"
+    )
+    parser.add_argument("--api-key", help="API key of a deployed monitor, sent as x-api-key")
     arguments = parser.parse_args()
     headers = {}
     try:
@@ -26,14 +28,14 @@ def main() -> int:
         print(f"❌ {error}")
         return 1
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        why = str(error).rstrip(".")
-        print(f"❌ No answer from {arguments.url}: {why}. Is the monitor running (make run)?")
+        reason = str(error).rstrip(".")
+        print(f"❌ No answer from {arguments.url}: {reason}. Is the monitor running (make run)?")
         return 1
     try:
         body = answer.json()
     except ValueError:
         body = None
-    if not isinstance(body, dict):  # not the monitor's; a proxy's page, say: one line of it
+    if not isinstance(body, dict):  # not the monitor's answer; perhaps a proxy's page
         body = {"message": " ".join(answer.text[:200].split())}
     succeeded = answer.is_success and body.get("success") is True
     print(f"{'✅' if succeeded else '❌'} {answer.status_code} {body.get('message', '')}")

@@ -1,4 +1,4 @@
-"""Lambda's side of the work on this machine: workers in threads, kept warm and used again."""
+"""What Lambda does, on this machine: workers in threads, kept warm and used again."""
 
 import asyncio
 import threading
@@ -13,26 +13,26 @@ from core.log import logger
 from core.settings import Settings
 from core.worker import Health, Worker
 
-# A pass may take this long; on Lambda it is the function's timeout.
+# The maximum time of a pass; on Lambda it is the function's timeout.
 PASS_SECONDS = 25.0
 
 
 class Workers:
-    """Up to `most` workers, each in a thread, each with its own connections.
+    """Up to `max_workers` workers, each with its own thread and connections.
 
-    It is a `handlers.api.Monitor`: what it is asked runs on a worker that is free.
+    It implements `handlers.api.Monitor`: each call runs on a free worker.
     """
 
-    def __init__(self, settings: Settings, most: int) -> None:
+    def __init__(self, settings: Settings, max_workers: int) -> None:
         self._settings = settings
-        self._most = most
-        self._pool = ThreadPoolExecutor(most, thread_name_prefix="worker")
-        self._free = threading.Semaphore(most)
-        self._of_thread = threading.local()
+        self._max_workers = max_workers
+        self._pool = ThreadPoolExecutor(max_workers, thread_name_prefix="worker")
+        self._free = threading.Semaphore(max_workers)
+        self._thread_local = threading.local()
         self._workers: list[Worker] = []
 
     def start_check(self, tick: datetime) -> None:
-        """Start the tick's pass and come back at once; without a free worker it is skipped."""
+        """Start the tick's pass and return at once; skip the tick if no worker is free."""
         try:
             self._start_another(tick)
         except StartWorkerError as error:
@@ -53,7 +53,7 @@ class Workers:
             raise StoreError("The monitor is stopping.") from None
 
     def close(self) -> None:
-        """End what runs, which gives its claims back, and close every connection."""
+        """Stop the running passes, which release their claims, and close every connection."""
         for worker in self._workers:
             worker.stop()
         self._pool.shutdown(cancel_futures=True)
@@ -62,7 +62,7 @@ class Workers:
 
     def _start_another(self, tick: datetime) -> None:
         if not self._free.acquire(blocking=False):
-            raise StartWorkerError(f"all {self._most} workers are busy")
+            raise StartWorkerError(f"all {self._max_workers} workers are busy")
         self._pool.submit(self._check, tick)
 
     def _check(self, tick: datetime) -> None:
@@ -71,16 +71,16 @@ class Workers:
         except StoreError as error:
             logger.error(f"❌ {error}")
         except asyncio.CancelledError:
-            pass  # close() asked for it
-        except Exception:  # noqa: BLE001 (what a thread raises is never seen; the loop goes on)
-            logger.exception("❌ A pass met a bug")
+            pass  # close() has stopped it
+        except Exception:  # noqa: BLE001 (nobody sees a thread's exception; the loop goes on)
+            logger.exception("❌ Unexpected error in a pass")
         finally:
             self._free.release()
 
     def _worker(self) -> Worker:
-        worker: Worker | None = getattr(self._of_thread, "worker", None)
+        worker: Worker | None = getattr(self._thread_local, "worker", None)
         if worker is None:
-            worker = self._of_thread.worker = Worker(
+            worker = self._thread_local.worker = Worker(
                 self._settings, start_worker=self._start_another
             )
             self._workers.append(worker)

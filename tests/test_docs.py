@@ -86,6 +86,17 @@ def test_every_setting_is_in_the_table(name: str) -> None:
     assert f"`{name}`" in table
 
 
+def setting_rows(text: str) -> list[str]:
+    """The names and the default of each row in the settings' table, without links' addresses."""
+    _, _, table = text.partition("| variable | stack parameter | default | meaning |\n")
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    return [re.sub(r"\]\([^)]*\)", "]", row).rpartition(" | ")[0] for row in rows]
+
+
+def test_the_readme_has_the_settings_of_the_reference() -> None:
+    assert setting_rows(README) == setting_rows(DOCS["settings.md"])
+
+
 @pytest.mark.parametrize("name", ALARMS)
 def test_every_alarm_has_a_paragraph(name: str) -> None:
     assert f"\n### {name.removesuffix('Alarm')}\n" in DOCS["operate.md"]
@@ -103,7 +114,7 @@ def test_every_word_of_billing_is_told(word: str) -> None:
 
 def test_what_operate_says_of_the_page_is_what_the_page_says() -> None:
     told = DOCS["operate.md"]
-    for said in ("Lost contact with the monitor", "The monitor cannot tell how it stands"):
+    for said in ("Lost contact with the monitor", "The monitor cannot report its state"):
         assert said in told
         assert said in PAGE.read_text(encoding="utf-8")
     assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in told

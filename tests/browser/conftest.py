@@ -1,4 +1,4 @@
-"""A real browser before the real page, behind a stand-in for API Gateway's stage."""
+"""A real browser with the real page, served by a stand-in for an API Gateway stage."""
 
 import json
 import os
@@ -47,7 +47,7 @@ SECURED = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
 
 
 class Monitor:
-    """Tells what stands in a history's tables, as of its time; a check finds what it is told to."""
+    """Reports what a history's tables hold at its time; a trigger returns a fixed summary."""
 
     def __init__(self, history: History, **env: str) -> None:
         self.history = history
@@ -78,7 +78,7 @@ class Monitor:
 
 
 class Stage:
-    """Serves the Lambda's routes as API Gateway does: below /live, and some only with a key."""
+    """Serves the Lambda function's routes as API Gateway does: below /live, some with a key."""
 
     def __init__(self, monitor: Monitor, key: str | None) -> None:
         self.key = key
@@ -91,8 +91,8 @@ class Stage:
         operation = SECURED.get(path, {}).get(method.lower())
         if operation is None:
             return _refused("Missing Authentication Token")
-        open_to_all = operation.get("security") == []
-        if self.key is not None and not open_to_all and headers["x-api-key"] != self.key:
+        public = operation.get("security") == []
+        if self.key is not None and not public and headers["x-api-key"] != self.key:
             return _refused("Forbidden")
         request = {**event("health"), "httpMethod": method, "path": path, "body": body}
         return self._app.resolve(request, SimpleNamespace())  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ class Stage:
 
 @contextmanager
 def serving(stage: Stage) -> Iterator[str]:
-    """The stage on a free port; yields its URL."""
+    """Serve the stage on a free port; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -142,15 +142,15 @@ def _refused(message: str) -> dict[str, Any]:
 
 
 @dataclass
-class Seen:
-    """The page in the browser, and what became known of it on the way."""
+class View:
+    """The page in the browser, with its requests and console output."""
 
     page: Page
     stage: Stage
     monitor: Monitor
     url: str
     requests: list[Request] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    console: list[str] = field(default_factory=list)
 
     @property
     def history(self) -> History:
@@ -159,16 +159,16 @@ class Seen:
     def open(self, path: str = "/live/") -> None:
         self.page.goto(f"{self.url}{path}")
 
-    def verdict(self, text: str, level: str) -> None:
+    def expect_verdict(self, text: str, level: str) -> None:
         expect(self.page.get_by_label("Verdict").get_by_role("status").first).to_have_text(text)
         expect(self.page.locator("#verdict")).to_have_class(f"panel {level}")
 
-    def keep(self, name: str) -> None:
-        keep(self.page, name)
+    def capture(self, name: str) -> None:
+        capture(self.page, name)
 
 
-def keep(page: Page, name: str) -> None:
-    """A screenshot, for people to look at; and what axe finds, for them to mend."""
+def capture(page: Page, name: str) -> None:
+    """Save a screenshot for people to look at, and assert that axe finds no violation."""
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
     found = Axe().run(page)
@@ -189,8 +189,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[BrowserContext]:
-    """A profile of its own; a test's marker `looks` says how it looks at the page."""
-    marker = request.node.get_closest_marker("looks")
+    """A fresh browser profile, with the options of the test's marker `browser_options`."""
+    marker = request.node.get_closest_marker("browser_options")
     options = {"viewport": {"width": 1120, "height": 900}, **(marker.kwargs if marker else {})}
     opened = browser.new_context(**options)
     yield opened
@@ -206,29 +206,31 @@ def history(tmp_path: Path) -> History:
 
 
 @pytest.fixture
-def seen(
+def view(
     context: BrowserContext, history: History, request: pytest.FixtureRequest
-) -> Iterator[Seen]:
-    """The page, not opened yet. In the end: no complaint, and no request to anywhere else."""
+) -> Iterator[View]:
+    """The page, not opened yet. Asserts at the end: no console error, no request to other hosts."""
     marker = request.node.get_closest_marker("deployed")
     deployed = marker.kwargs if marker else {}
     monitor = Monitor(history, **deployed.get("env", {}))
     stage = Stage(monitor, deployed.get("key"))
 
     with serving(stage) as url:
-        seen = Seen(context.new_page(), stage, monitor, url)
+        view = View(context.new_page(), stage, monitor, url)
 
         def requested(request: Request) -> None:
-            seen.requests.append(request)
+            view.requests.append(request)
 
-        seen.page.on("request", requested)
-        seen.page.on("console", lambda said: seen.complaints.append(f"{said.type}: {said.text}"))
-        seen.page.on("pageerror", lambda error: seen.complaints.append(f"error: {error}"))
-        yield seen
-        seen.page.close()
-    elsewhere = {r.url for r in seen.requests if not r.url.startswith((url, "data:"))}
-    complaints = [said for said in seen.complaints if said.startswith(("error", "warning"))]
-    assert elsewhere == set()
-    expected = request.node.get_closest_marker("complaints")
+        view.page.on("request", requested)
+        view.page.on(
+            "console", lambda message: view.console.append(f"{message.type}: {message.text}")
+        )
+        view.page.on("pageerror", lambda error: view.console.append(f"error: {error}"))
+        yield view
+        view.page.close()
+    other_hosts = {r.url for r in view.requests if not r.url.startswith((url, "data:"))}
+    errors = [line for line in view.console if line.startswith(("error", "warning"))]
+    assert other_hosts == set()
+    expected = request.node.get_closest_marker("console_errors")
     if expected is None:
-        assert complaints == []
+        assert errors == []

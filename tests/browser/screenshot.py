@@ -1,6 +1,6 @@
-"""`make screenshot`: the README's picture, of a monitor that has really run for six minutes.
+"""`make screenshot`: take the README's picture of a monitor that has run for six minutes.
 
-In its second minute billing is slow, in its third it is down for a quarter of a minute.
+Billing is slow for a while in the second minute and down for 14 seconds in the third.
 """
 
 import sys
@@ -19,8 +19,8 @@ from tests.browser.conftest import ARGUMENTS, CHROMIUM
 from tests.local.test_run import Monitor, running
 
 PICTURE = Path(__file__).parents[2] / "docs" / "page.png"
-# What billing is made to do, and for how many seconds.
-STORY = (
+# The modes of billing, each with its duration in seconds.
+SCHEDULE = (
     ("by id", 70),
     ("slow", 16),
     ("by id", 60),
@@ -39,32 +39,32 @@ SESSIONS = {
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        (place / ".local").mkdir()
-        shop = SQLiteShop(place / ".local" / "checkout.db")
+        path = Path(directory)
+        (path / ".local").mkdir()
+        shop = SQLiteShop(path / ".local" / "checkout.db")
         for statement in statements("sqlite"):
             shop.run(statement)
         add_sessions(shop, SESSIONS)
         env = {"APIKEY": "k", "STATUS_UPDATES": "true", "CHECK_INTERVAL_SECONDS": "5"}
-        with running(place, env) as monitor:
+        with running(path, env) as monitor:
             address = monitor.until(r"The monitor's page: (\S+)")[1]
             monitor.until("Checking")
-            threading.Thread(target=listen, args=(monitor,), daemon=True).start()
-            for mode, seconds in STORY:
+            threading.Thread(target=read_output, args=(monitor,), daemon=True).start()
+            for mode, seconds in SCHEDULE:
                 httpx.post(f"{address}simulate", content=mode)
                 print(f"{mode}, {seconds} s", flush=True)  # noqa: T201
                 time.sleep(seconds)
-            picture(address)
+            take_picture(address)
     return 0
 
 
-def listen(monitor: Monitor) -> None:
-    """Take what it prints, so that it can go on printing."""
+def read_output(monitor: Monitor) -> None:
+    """Read the output, so that the monitor does not block on a full pipe."""
     with suppress(pytest.fail.Exception):
         monitor.until("no such line")
 
 
-def picture(address: str) -> None:
+def take_picture(address: str) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1000, "height": 830})

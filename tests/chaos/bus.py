@@ -1,4 +1,4 @@
-"""An EventBridge that takes what it is given, on a real port; or refuses, or is silent."""
+"""A stand-in for EventBridge on a real port: it accepts events, rejects them or fails."""
 
 import json
 import threading
@@ -9,20 +9,23 @@ from typing import Any
 
 
 class Bus:
-    """What came: each event's detail, in the order of arrival. `refuses` makes it take none."""
+    """Keeps each event's detail, in order of arrival.
+
+    While `rejects` is set it throttles every entry; while `fails` is set it answers 500.
+    """
 
     def __init__(self) -> None:
         self.events: list[Mapping[str, Any]] = []
-        self.refuses = False
-        self.breaks = False
+        self.rejects = False
+        self.fails = False
         self.url = ""
 
-    def take(self, entries: list[Mapping[str, str]]) -> tuple[int, object]:
-        if self.breaks:
+    def put_events(self, entries: list[Mapping[str, str]]) -> tuple[int, object]:
+        if self.fails:
             return 500, {"__type": "InternalFailure"}
-        if self.refuses:
-            refused = {"ErrorCode": "ThrottlingException", "ErrorMessage": "Rate exceeded"}
-            return 200, {"FailedEntryCount": len(entries), "Entries": [refused] * len(entries)}
+        if self.rejects:
+            rejected = {"ErrorCode": "ThrottlingException", "ErrorMessage": "Rate exceeded"}
+            return 200, {"FailedEntryCount": len(entries), "Entries": [rejected] * len(entries)}
         self.events += [json.loads(entry["Detail"]) for entry in entries]
         return 200, {"FailedEntryCount": 0, "Entries": [{"EventId": "1"}] * len(entries)}
 
@@ -36,7 +39,7 @@ def running_bus() -> Iterator[Bus]:
 
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
-            status, answer = bus.take(json.loads(self.rfile.read(length))["Entries"])
+            status, answer = bus.put_events(json.loads(self.rfile.read(length))["Entries"])
             content = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/x-amz-json-1.1")

@@ -1,7 +1,7 @@
-"""The same billing faults put to this monitor and to the algorithm it replaces, in Node.
+"""Compare this monitor with the algorithm it replaces, in Node, under the same billing faults.
 
-`python -m tests.chaos.compare` runs both and writes the table in docs/reliability.md. Time is
-short: the interval is 0.4 s and the time-out 0.8 s, as 5 s and 10 s are to each other.
+`python -m tests.chaos.compare` runs both and writes the table in docs/reliability.md. To save time,
+the interval is 0.4 s and the timeout 0.8 s, in the same proportion as 5 s and 10 s.
 """
 
 import json
@@ -22,30 +22,30 @@ from core.settings import Settings
 from core.worker import Worker
 from testkit.clock import FakeClock
 from testkit.shops import SQLiteShop, add_sessions, statements
-from tests.chaos.billing import FAULTS, LIMITS, Misbehaving
+from tests.chaos.billing import FAULTS, LIMITS, FaultyBilling
+from tests.chaos.world import KEY
 
 INTERVAL, TIMEOUT, TICKS = 0.4, 0.8, 3
 HEALTHY = [f"fine-{n}" for n in range(5)]
-KEY = "the-key-that-nobody-may-see"
-# Longer than the three ticks; a wait of 2 s is over by the next one.
-WAITS = ("429 for a year", "429 for 5,000 digits", "429 until a date")
+# These pauses outlast the three ticks; a pause of 2 s ends before the next tick.
+LONG_PAUSES = ("429 for a year", "429 for 5,000 digits", "429 until a date")
 REPORT = Path(__file__).parents[2] / "docs" / "reliability.md"
 
-type Run = Callable[[Misbehaving, FakeClock, list[str]], bool]  # whether it was alive at the end
+type Run = Callable[[FaultyBilling, FakeClock, list[str]], bool]  # whether it was alive at the end
 
 
-def node(billing: Misbehaving, clock: FakeClock, checkouts: list[str]) -> bool:
-    def move() -> None:
+def run_node(billing: FaultyBilling, clock: FakeClock, checkouts: list[str]) -> bool:
+    def advance_clock() -> None:
         for _ in range(TICKS):
             time.sleep(INTERVAL)
             clock.advance(5)
 
-    thread = threading.Thread(target=move)
+    thread = threading.Thread(target=advance_clock)
     thread.start()
     ran = subprocess.run(
         [
             "node",
-            str(Path(__file__).with_name("seed.mjs")),
+            str(Path(__file__).with_name("node_loop.mjs")),
             billing.url,
             *(str(round(n)) for n in (INTERVAL * 1000, TIMEOUT * 1000, TICKS)),
             *checkouts,
@@ -60,15 +60,15 @@ def node(billing: Misbehaving, clock: FakeClock, checkouts: list[str]) -> bool:
     return ran.returncode == 0 and len(json.loads(ran.stdout)) == TICKS * len(checkouts)
 
 
-def monitor(billing: Misbehaving, clock: FakeClock, checkouts: list[str]) -> bool:
-    """Each tick on a worker of its own, as on Lambda."""
-    failed: list[object] = []
+def run_monitor(billing: FaultyBilling, clock: FakeClock, checkouts: list[str]) -> bool:
+    """Run each tick on its own worker, as on Lambda."""
+    errors: list[object] = []
 
     def tick(worker: Worker) -> None:
         try:
             worker.check_open_checkout_sessions(clock.now)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is told)
-            failed.append(error)
+        except Exception as error:  # noqa: BLE001 (any error counts as a failure)
+            errors.append(error)
 
     with tempfile.TemporaryDirectory() as directory:
         shop = SQLiteShop(Path(directory) / "shop.db")
@@ -95,25 +95,26 @@ def monitor(billing: Misbehaving, clock: FakeClock, checkouts: list[str]) -> boo
             thread.join()
         for worker in workers:
             worker.close()
-    return not failed
+    return not errors
 
 
-def verdict(fault: str, run: Run) -> str:
-    """What does not go well; nothing where it survives."""
+def defect(fault: str, run: Run) -> str:
+    """Describe what goes wrong under a fault; empty if nothing does."""
     clock = FakeClock()
-    with Misbehaving(clock) as billing:
+    with FaultyBilling(clock) as billing:
         alive = run(billing, clock, [f"{fault}-1", *HEALTHY])
         time.sleep(0.3)
         if not alive:
-            return "dies, or says nothing of some checks"
-        if any(KEY in line for line in billing.strangers):
+            return "crashes, or loses some checks"
+        if any(KEY in line for line in billing.redirected):
             return "sends the API key to another host"
-        if fault in WAITS and len(billing.asked[f"{fault}-1"].at) > 1:
-            return "goes on asking when told to wait"
-        if billing.asked[f"{fault}-1"].most_in_flight > 1:
-            return "asks again while it still waits"
-        if fault not in LIMITS and min(len(billing.asked[c].at) for c in HEALTHY) < TICKS:
-            return "leaves healthy sessions out"
+        if fault in LONG_PAUSES and len(billing.log[f"{fault}-1"].requested_at) > 1:
+            return "ignores Retry-After"
+        if billing.log[f"{fault}-1"].max_in_flight > 1:
+            return "asks again before the answer"
+        healthy = min(len(billing.log[checkout].requested_at) for checkout in HEALTHY)
+        if fault not in LIMITS and healthy < TICKS:
+            return "misses checks of healthy sessions"
     return ""
 
 
@@ -121,21 +122,21 @@ def main() -> None:
     logger.setLevel(logging.CRITICAL)
     faults = [*FAULTS, *LIMITS]
     with ThreadPoolExecutor(2) as pool:
-        seeds = list(pool.map(lambda fault: verdict(fault, node), faults))
-        ours = list(pool.map(lambda fault: verdict(fault, monitor), faults))
+        node = list(pool.map(lambda fault: defect(fault, run_node), faults))
+        monitor = list(pool.map(lambda fault: defect(fault, run_monitor), faults))
     rows = ["| | this monitor | the algorithm in Node |", "|---|---|---|"]
-    survived = [sum(not found for found in verdicts) for verdicts in (ours, seeds)]
+    survived = [sum(not found for found in defects) for defects in (monitor, node)]
     rows.append(f"| survived, of {len(faults)} faults | {survived[0]} | {survived[1]} |")
-    counts = [Counter(found for found in verdicts if found) for verdicts in (ours, seeds)]
+    counts = [Counter(found for found in defects if found) for defects in (monitor, node)]
     rows += [
-        f"| {what} | {counts[0][what]} | {counts[1][what]} |"
-        for what in sorted(counts[0].keys() | counts[1].keys())
+        f"| {found} | {counts[0][found]} | {counts[1][found]} |"
+        for found in sorted(counts[0].keys() | counts[1].keys())
     ]
     table = "\n".join(rows) + "\n"
     print(table)
-    for name, verdicts in (("monitor", ours), ("node", seeds)):
-        told = [f"{f}: {v}" for f, v in zip(faults, verdicts, strict=True) if v]
-        print(f"{name}:", *told, sep="\n  ")
+    for name, defects in (("monitor", monitor), ("node", node)):
+        details = [f"{fault}: {d}" for fault, d in zip(faults, defects, strict=True) if d]
+        print(f"{name}:", *details, sep="\n  ")
     pattern = re.compile(r"(?<=<!-- compare -->\n).*?(?=<!-- /compare -->)", re.DOTALL)
     text = REPORT.read_text(encoding="utf-8")
     REPORT.write_text(pattern.sub(lambda _: table, text), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The worlds that chaos happens in, and the table of what was tried."""
+"""Fixtures for the chaos tests, and the table of the cases they tried."""
 
 import os
 import re
@@ -11,19 +11,18 @@ import pytest
 
 from testkit.clock import FakeClock
 from testkit.shops import MySQLShop
-from tests.chaos.billing import Misbehaving
+from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.proxy import Proxy
-from tests.chaos.stage import Stage
-from tests.chaos.world import World
+from tests.chaos.world import ProxiedWorld, World
 from tests.conftest import SERVERS, a_shop
 
 REPORT = os.environ.get("CHAOS_REPORT")
 TABLE = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
 
-# Cases by group (a module's) and by whether they were survived. A test is a case, unless it counts
-# its own.
+# Cases by group (one for each module) and by whether the monitor survived them.
 _cases: dict[str, Counter[bool]] = {}
+# Tests that count their own cases. Every other test is one case.
 _counted: set[str] = set()
 
 
@@ -65,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 class Cases:
-    """Counts the cases within one test: all are tried, and it fails with those that failed."""
+    """Counts the cases within one test. All run; the test fails at the end if any case failed."""
 
     def __init__(self, group: str) -> None:
         self._group = group
@@ -75,7 +74,7 @@ class Cases:
     def case(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (every other case is tried all the same)
+        except Exception as error:  # noqa: BLE001 (the other cases still run)
             self._failed.append(f"{name}: {type(error).__name__}: {error}")
             count(self._group, survived=False)
         else:
@@ -94,8 +93,8 @@ def cases(request: pytest.FixtureRequest) -> Iterator[Cases]:
 
 
 @pytest.fixture
-def misbehaving(clock: FakeClock) -> Iterator[Misbehaving]:
-    with Misbehaving(clock) as billing:
+def faulty_billing(clock: FakeClock) -> Iterator[FaultyBilling]:
+    with FaultyBilling(clock) as billing:
         yield billing
 
 
@@ -115,17 +114,13 @@ def world(  # noqa: PLR0917 (fixtures)
     mariadb: str | None,
     tmp_path: Path,
     clock: FakeClock,
-    misbehaving: Misbehaving,
+    faulty_billing: FaultyBilling,
     bus: Bus,
     capfd: pytest.CaptureFixture[str],
 ) -> Iterator[World]:
-    """On SQLite, or where a test says so (`indirect`) on another engine."""
-
-    def printed() -> str:
-        return "".join(capfd.readouterr())
-
+    """A world on SQLite; a test selects other engines with `indirect`."""
     with a_shop(request.param, mariadb, tmp_path) as shop:
-        world = World(shop, clock, misbehaving, bus, printed)
+        world = World(shop, clock, faulty_billing, bus, lambda: "".join(capfd.readouterr()))
         try:
             yield world
         finally:
@@ -133,20 +128,21 @@ def world(  # noqa: PLR0917 (fixtures)
 
 
 @pytest.fixture(params=SERVERS)
-def stage(  # noqa: PLR0917 (fixtures)
+def proxied(  # noqa: PLR0917 (fixtures)
     request: pytest.FixtureRequest,
     mariadb: str | None,
     tmp_path: Path,
     clock: FakeClock,
-    misbehaving: Misbehaving,
+    faulty_billing: FaultyBilling,
     bus: Bus,
     capfd: pytest.CaptureFixture[str],
-) -> Iterator[Stage]:
+) -> Iterator[ProxiedWorld]:
+    """A world on each server, with a proxy in front of its database."""
     with a_shop(request.param, mariadb, tmp_path) as shop:
         assert isinstance(shop, MySQLShop)
         with Proxy(shop.server) as proxy:
-            world = World(shop, clock, misbehaving, bus, lambda: "".join(capfd.readouterr()))
+            world = World(shop, clock, faulty_billing, bus, lambda: "".join(capfd.readouterr()))
             try:
-                yield Stage(request.param, world, proxy)
+                yield ProxiedWorld(request.param, world, proxy)
             finally:
                 world.close()

@@ -1,8 +1,8 @@
-"""A proxy before a MySQL server that counts statements, and cuts, refuses, or waits at one of them.
+"""A proxy for a MySQL server that counts statements and runs an action at the n-th.
 
-It speaks the protocol as far as it must: a packet is three bytes of length, a number, a payload; a
-statement is a packet that begins with COM_QUERY, and its answer ends where `_answer` says. TLS is
-hidden from the client, because statements are to be seen.
+It knows only the necessary part of the protocol. A packet is three bytes of length, a number and a
+payload. A statement is a packet that begins with COM_QUERY; `_read_answer` finds the end of its
+answer. The proxy hides TLS from the client so that it can read the statements.
 """
 
 import socket
@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Self
 from urllib.parse import urlsplit
 
-from tests.chaos.threads import Threads
+from tests.chaos.sockets import Connections
 
 COM_QUERY = 3
 CLIENT_SSL = 0x0800
@@ -21,18 +21,17 @@ OK, MORE_DATA, EOF, ERROR = 0x00, 0x01, 0xFE, 0xFF
 FAST_AUTH_SUCCEEDED = 3
 
 
-class Cut(Exception):  # noqa: N818 (what happens, not what is wrong)
-    """End this connection here."""
+class Cut(Exception):  # noqa: N818 (a command, not an error)
+    """An action raises it to end the connection."""
 
 
 class Statement:
-    """One statement that a client sends, the n-th since the counter was last set to 0."""
+    """The n-th statement that clients have sent since the counter was reset."""
 
     def __init__(self, number: int, sql: str, proxy: "Proxy") -> None:
         self.number = number
         self.sql = sql
         self.proxy = proxy
-        self.forwarded = False
         self.error: tuple[int, str] | None = None
 
 
@@ -40,12 +39,12 @@ type Action = Callable[[Statement], None]
 
 
 def cut(_statement: Statement) -> None:
-    """Before the server has seen it, or after it has done it: the client is told nothing."""
+    """End the connection without an answer, before or after the server runs the statement."""
     raise Cut
 
 
-def refuse(code: int, message: str = "as told to") -> Action:
-    """Answer with this error, and tell the server nothing."""
+def refuse(code: int, message: str = "refused by the test") -> Action:
+    """Answer with this error and do not forward the statement."""
 
     def action(statement: Statement) -> None:
         statement.error = (code, message)
@@ -61,32 +60,25 @@ class Proxy:
         self._server = (url.hostname or "", url.port or 3306)
         self._login = url.netloc.rpartition("@")[0]
         self._lock = threading.Lock()
-        self._sockets: set[socket.socket] = set()
-        self._threads = Threads()
+        self._connections = Connections()
         self.count = 0
-        self.connects = 0
-        self.refusing = False  # new connections
+        self.refuses_connections = False
         self.before: dict[int, Action] = {}
         self.after: dict[int, Action] = {}
         self.log: list[str] = []
 
     def __enter__(self) -> Self:
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self._threads.start(self._accept)
+        self._port = self._connections.listen(self._serve)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self.cut_all()
-        self._threads.join()
+        self._connections.close()
 
     def url(self, database: str) -> str:
-        return f"mysql://{self._login}@127.0.0.1:{self._listening.getsockname()[1]}/{database}"
+        return f"mysql://{self._login}@127.0.0.1:{self._port}/{database}"
 
-    def lead_to(self, server: str) -> None:
-        """New connections go there, as after a failover; those that stand stay."""
+    def connect_to(self, server: str) -> None:
+        """Connect new clients to that server, as after a failover; open connections stay."""
         url = urlsplit(server)
         self._server = (url.hostname or "", url.port or 3306)
 
@@ -95,44 +87,24 @@ class Proxy:
         self.before.clear()
         self.after.clear()
         self.log.clear()
-        self.refusing = False
+        self.refuses_connections = False
 
     def cut_all(self) -> None:
-        with self._lock:
-            for sock in self._sockets:
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                self.connects += 1
-                if self.refusing:
-                    client.close()
-                else:
-                    self._threads.start(self._serve, client)
+        self._connections.end_all()
 
     def _serve(self, client: socket.socket) -> None:
-        try:
-            server = socket.create_connection(self._server)
-        except OSError:
-            client.close()
+        if self.refuses_connections:
             return
-        with self._lock:
-            self._sockets |= {client, server}
-        for sock in (client, server):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            with suppress(OSError, EOFError, Cut):
-                self._log_in(_Wire(client), _Wire(server))
-                while True:
-                    self._command(_Wire(client), _Wire(server))
-        finally:
-            with self._lock:
-                self._sockets -= {client, server}
-            client.close()
-            server.close()
+        with (
+            socket.create_connection(self._server) as server,
+            self._connections.track(server),
+            suppress(EOFError, Cut),
+        ):
+            for sock in (client, server):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._log_in(_Wire(client), _Wire(server))
+            while True:
+                self._forward(_Wire(client), _Wire(server))
 
     def _log_in(self, client: "_Wire", server: "_Wire") -> None:
         client.send(_without_tls(server.read()))
@@ -148,11 +120,11 @@ class Proxy:
             if not (kind == MORE_DATA and packet[5] == FAST_AUTH_SUCCEEDED):
                 server.send(client.read())
 
-    def _command(self, client: "_Wire", server: "_Wire") -> None:
+    def _forward(self, client: "_Wire", server: "_Wire") -> None:
         packet = client.read()
         if packet[4] != COM_QUERY:
             server.send(packet)
-            return  # COM_QUIT, which has no answer; the monitor sends no other
+            return  # COM_QUIT, which has no answer; the monitor sends no other command
         with self._lock:
             self.count += 1
             statement = Statement(self.count, packet[5:].decode(errors="replace"), self)
@@ -165,8 +137,7 @@ class Proxy:
             client.send(struct.pack("<I", len(payload))[:3] + b"\1" + payload)
             return
         server.send(packet)
-        answer = _answer(server)
-        statement.forwarded = True
+        answer = _read_answer(server)
         if action := self.after.get(statement.number):
             action(statement)
         client.send(answer)
@@ -194,23 +165,23 @@ class _Wire:
 
 
 def _without_tls(greeting: bytes) -> bytes:
-    """The server's first packet, with the flag for TLS taken out of its capabilities."""
+    """The server's first packet without the capability flag for TLS."""
     version_ends = greeting.index(b"\0", 5)
-    at = version_ends + 1 + 4 + 8 + 1  # the connection's number, the salt, a filler
+    at = version_ends + 1 + 4 + 8 + 1  # connection id, salt, filler
     (flags,) = struct.unpack_from("<H", greeting, at)
     return greeting[:at] + struct.pack("<H", flags & ~CLIENT_SSL) + greeting[at + 2 :]
 
 
-def _answer(server: _Wire) -> bytes:
-    """All packets of the answer to a statement: OK, an error, or columns and rows."""
-    whole = packet = server.read()
+def _read_answer(server: _Wire) -> bytes:
+    """Read all packets of an answer: OK, an error, or columns and rows."""
+    packets = packet = server.read()
     if packet[4] in (OK, ERROR):
-        return whole
+        return packets
     ends = 0
-    while ends < 2:  # the columns' end, and the rows'
+    while ends < 2:  # the end of the columns and the end of the rows
         packet = server.read()
-        whole += packet
+        packets += packet
         if packet[4] == ERROR:
-            return whole
+            return packets
         ends += packet[4] == EOF and len(packet) < 13
-    return whole
+    return packets

@@ -1,4 +1,4 @@
-"""Whatever billing does to one session's request, it is told, and no other session notices."""
+"""A billing fault in one session's request is recorded and affects no other session."""
 
 import socket
 import ssl
@@ -14,48 +14,48 @@ import trustme
 from core.domain.model import Outcome, Reason
 from testkit.clock import FakeClock
 from testkit.shops import add_sessions
-from tests.chaos.billing import FAULTS, LIMITS, Misbehaving
+from tests.chaos.billing import FAULTS, LIMITS, FaultyBilling
 from tests.chaos.world import KEY, TIMEOUT, World, outcomes
 
 HEALTHY = {f"ok-{n}": f"fine-{n}" for n in range(5)}
 
-# What each is told as. What is not here is `network_error`.
-TOLD = {
+# The outcome of each fault. Any fault that is not listed is a `network_error`.
+OUTCOMES = {
     Outcome.ACTIVE: (
         "closed after each answer",
         "reset after each answer",
         "100, then 200",
         "103, then 200",
-        "headers that are not ASCII",
+        "non-ASCII headers",
     ),
     Outcome.TIMEOUT: (
         "silent",
         "silent after the headers",
         "drips the headers",
         "drips the body",
-        "100 Continue for ever",
+        "endless 100 Continue",
         "Content-Length too long",
     ),
     Outcome.UNKNOWN_STATUS: (
         "a body of 1 GB",
-        "a body without an end",
+        "an endless body",
         "an endless chunked body",
         "a gzip bomb",
         "invalid UTF-8",
         "JSON 100,000 deep",
-        "deep JSON that is whole",
+        "valid JSON 30,000 deep",
         "NaN",
         "a number of 10,000 digits",
         "half a surrogate pair",
         "a NUL",
-        "no JSON",
+        "not JSON",
         "an empty body",
         "null",
         "a list",
-        "an unknown word",
-        "a word of 60,000 characters",
+        "an unknown status",
+        "a status of 60,000 characters",
         "Content-Length too short",
-        "length and chunks",
+        "Content-Length and chunks",
         "two answers at once",
     ),
     Outcome.UNEXPECTED_STATUS: (
@@ -78,8 +78,9 @@ TOLD = {
     Outcome.UNAUTHORIZED: ("401", "403"),
     Outcome.NOT_FOUND: ("404", "410"),
 }
-# Asked once more on a connection of its own, because a kept one may have ended just then.
-ASKED_AGAIN = (
+# These look like a keep-alive connection that has just ended, so the request is sent once more on a
+# fresh connection.
+RETRIED = (
     "reset before the answer",
     "reset within the headers",
     "reset within the body",
@@ -91,17 +92,17 @@ ASKED_AGAIN = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_and_harms_no_other_session(world: World, fault: str) -> None:
+def test_fault_is_recorded_and_harms_no_other_session(world: World, fault: str) -> None:
     add_sessions(world.shop, {"faulty": f"{fault}-1"} | HEALTHY)
-    if fault in ASKED_AGAIN:
-        world.asked_again = frozenset({f"{fault}-1", *HEALTHY.values()})
+    if fault in RETRIED:
+        world.may_repeat = frozenset({f"{fault}-1", *HEALTHY.values()})
     began = time.monotonic()
     first = world.tick()
     assert time.monotonic() - began < TIMEOUT + 5
-    told = next((o for o, faults in TOLD.items() if fault in faults), Outcome.NETWORK_ERROR)
+    expected = next((o for o, faults in OUTCOMES.items() if fault in faults), Outcome.NETWORK_ERROR)
     assert first is not None
     assert outcomes([first]) == (
-        {"active": 6} if told is Outcome.ACTIVE else {"active": 5, told.value: 1}
+        {"active": 6} if expected is Outcome.ACTIVE else {"active": 5, expected.value: 1}
     )
     for _ in range(2):
         world.advance()
@@ -112,7 +113,7 @@ def test_a_fault_is_told_and_harms_no_other_session(world: World, fault: str) ->
 
 
 @pytest.mark.parametrize("fault", LIMITS)
-def test_a_limit_pauses_every_worker_for_a_while_and_no_longer(world: World, fault: str) -> None:
+def test_rate_limit_pauses_all_workers_for_a_limited_time(world: World, fault: str) -> None:
     add_sessions(world.shop, {"limited": f"{fault}-1"} | HEALTHY)
     first = world.tick()
     assert first is not None
@@ -129,11 +130,11 @@ def test_a_limit_pauses_every_worker_for_a_while_and_no_longer(world: World, fau
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_kept_connections_that_end_between_two_passes_cost_no_check(
+def test_keepalive_connections_closed_between_passes_cost_no_check(
     world: World, reset: bool
 ) -> None:
     add_sessions(world.shop, {f"ok-{n}": f"fine-{n}" for n in range(40)})
-    world.asked_again = frozenset(f"fine-{n}" for n in range(40))
+    world.may_repeat = frozenset(f"fine-{n}" for n in range(40))
     summaries = []
     for _ in range(4):
         summaries.append(world.tick())
@@ -143,16 +144,16 @@ def test_kept_connections_that_end_between_two_passes_cost_no_check(
     world.invariants()
 
 
-def test_every_fault_at_once_costs_the_healthy_ones_nothing(world: World) -> None:
+def test_all_faults_at_once_do_not_delay_healthy_sessions(world: World) -> None:
     add_sessions(world.shop, {f"faulty {fault}": f"{fault}-1" for fault in FAULTS} | HEALTHY)
-    world.asked_again = frozenset((*(f"{fault}-1" for fault in ASKED_AGAIN), *HEALTHY.values()))
+    world.may_repeat = frozenset((*(f"{fault}-1" for fault in RETRIED), *HEALTHY.values()))
     for _ in range(3):
         summary = world.tick()
         assert summary is not None
         assert summary.reason is Reason.TICK
         world.advance()
     for checkout in HEALTHY.values():
-        assert len(world.billing.asked[checkout].at) >= 3
+        assert len(world.billing.log[checkout].requested_at) >= 3
     world.invariants()
 
 
@@ -182,70 +183,72 @@ TLS: dict[str, Callable[[trustme.CA], trustme.LeafCert]] = {
 
 
 @pytest.mark.parametrize("fault", TLS)
-def test_a_tls_server_that_cannot_be_trusted_gets_no_request(
+def test_untrusted_tls_server_receives_no_request(
     world: World, ca: trustme.CA, clock: FakeClock, fault: str
 ) -> None:
     add_sessions(world.shop, HEALTHY)
-    with Misbehaving(clock, tls=server_side(TLS[fault](ca))) as billing:
+    with FaultyBilling(clock, tls=server_side(TLS[fault](ca))) as billing:
         summary = world.tick(world.worker(BILLING_API_URL=billing.url))
         assert outcomes([summary]) == {"network_error": 5}
         assert billing.requests == 0
-    world.invariants(checks=False)
+    world.invariants(recheck=False)
 
 
-@pytest.mark.parametrize(("handshake_seconds", "told"), [(0.0, "active"), (2 * TIMEOUT, "timeout")])
-def test_a_tls_handshake_counts_as_part_of_the_request(
-    world: World, ca: trustme.CA, clock: FakeClock, handshake_seconds: float, told: str
+@pytest.mark.parametrize(
+    ("handshake_seconds", "outcome"), [(0.0, "active"), (2 * TIMEOUT, "timeout")]
+)
+def test_request_timeout_includes_tls_handshake(
+    world: World, ca: trustme.CA, clock: FakeClock, handshake_seconds: float, outcome: str
 ) -> None:
     add_sessions(world.shop, HEALTHY)
     tls = server_side(ca.issue_cert("127.0.0.1"))
-    with Misbehaving(clock, tls=tls, handshake_seconds=handshake_seconds) as billing:
-        env = {"REQUEST_TIMEOUT_SECONDS": "2"} if told == "active" else {}
+    with FaultyBilling(clock, tls=tls, handshake_seconds=handshake_seconds) as billing:
+        env = {"REQUEST_TIMEOUT_SECONDS": "2"} if outcome == "active" else {}
         summary = world.tick(world.worker(BILLING_API_URL=billing.url, **env))
-        assert outcomes([summary]) == {told: 5}
-    world.invariants(checks=False)
+        assert outcomes([summary]) == {outcome: 5}
+    world.invariants(recheck=False)
 
 
 @pytest.fixture
-def unanswered() -> Iterator[int]:
-    """A port whose queue of connections is full: whoever connects hears nothing."""
+def full_backlog_port() -> Iterator[int]:
+    """A port whose backlog is full, so that a connection attempt gets no answer."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port: int = listening.getsockname()[1]
-        filling = [socket.socket() for _ in range(4)]
-        for one in filling:
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", port))
+        clients = [socket.socket() for _ in range(4)]
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
         yield port
-        for one in filling:
-            one.close()
+        for client in clients:
+            client.close()
 
 
-def test_a_service_that_is_away_is_told_and_asked_again_when_it_is_back(
-    world: World, clock: FakeClock, unanswered: int
+def test_unreachable_billing_is_recorded_and_checked_once_it_is_back(
+    world: World, clock: FakeClock, full_backlog_port: int
 ) -> None:
     add_sessions(world.shop, HEALTHY)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     refusing = f"http://127.0.0.1:{port}/billing"
-    away = {
+    unreachable = {
         refusing: "network_error",
         "http://nowhere.invalid/billing": "network_error",
         "https://127.0.0.1:1/billing": "network_error",
-        f"http://127.0.0.1:{unanswered}/billing": "timeout",
+        f"http://127.0.0.1:{full_backlog_port}/billing": "timeout",
     }
-    for url, told in away.items():
-        assert outcomes([world.tick(world.worker(BILLING_API_URL=url))]) == {told: 5}
+    for url, outcome in unreachable.items():
+        assert outcomes([world.tick(world.worker(BILLING_API_URL=url))]) == {outcome: 5}
         world.advance(20)
-    with Misbehaving(clock, port=port) as back:
+    with FaultyBilling(clock, port=port) as billing:
         assert outcomes([world.tick(world.workers[0])]) == {"active": 5}
-        assert {key for asked in back.asked.values() for key in asked.keys} == {KEY}
-    world.invariants(checks=False)
+        assert {key for log in billing.log.values() for key in log.api_keys} == {KEY}
+    world.invariants(recheck=False)
 
 
-def test_no_thread_is_left_behind(world: World) -> None:
+def test_passes_leave_no_thread_behind(world: World) -> None:
     add_sessions(world.shop, {f"silent-{n}": f"silent-{n}" for n in range(20)})
     worker = world.worker()
     world.tick(worker)
@@ -253,5 +256,5 @@ def test_no_thread_is_left_behind(world: World) -> None:
     for _ in range(3):
         world.advance(20)
         world.tick(worker)
-    assert threading.active_count() <= before + 20  # the service's own, one a connection
+    assert threading.active_count() <= before + 20  # the service has one for each connection
     world.invariants()

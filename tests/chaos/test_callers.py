@@ -1,4 +1,4 @@
-"""Whoever calls the API, with whatever: documented answers, bounded work, nothing injected."""
+"""The API under hostile requests: documented answers, bounded work, no injection."""
 
 import json
 import time
@@ -24,9 +24,9 @@ SESSIONS = {f"ok-{n}": f"fine-{n}" for n in range(8)}
 
 @pytest.fixture
 def api(world: World) -> Iterator[str]:
-    """The laptop's API, whose routes are the Lambda's, with three workers behind it."""
+    """The laptop's API with three workers; its routes are those of the Lambda function."""
     add_sessions(world.shop, SESSIONS)
-    world.asked_again = frozenset(SESSIONS.values())  # by hand, as often as is wanted
+    world.may_repeat = frozenset(SESSIONS.values())  # manual triggers ignore the interval
     workers = Workers(Settings.from_env(world.environment()), 3)
     try:
         with running_api(0, lambda: workers) as port:
@@ -35,30 +35,30 @@ def api(world: World) -> Iterator[str]:
         workers.close()
 
 
-def test_the_api_does_what_its_openapi_document_says(api: str) -> None:
-    """Every operation, with requests as the document describes them, and with others."""
+def test_api_conforms_to_its_openapi_document(api: str) -> None:
+    """Try every operation with valid and invalid requests."""
     schema = openapi.from_url(f"{api}/api/openapi.json")
-    tried = 0
+    requests = 0
 
     for operation in schema.get_all_operations():
         assert isinstance(operation, Ok)
 
         @settings(max_examples=25, deadline=None, database=None, derandomize=True)
         @given(case=operation.ok().as_strategy())
-        def answers(case: schemathesis.Case[Any]) -> None:
-            nonlocal tried
-            tried += 1
+        def conforms(case: schemathesis.Case[Any]) -> None:
+            nonlocal requests
+            requests += 1
             response = case.call(base_url=api)
             assert response.status_code != 500
             case.validate_response(response)
 
-        answers()
-    assert tried >= 50
+        conforms()
+    assert requests >= 50
 
 
 BODIES = {
     "an empty list": (b"[]", 400),
-    "no JSON": (b"{", 400),
+    "not JSON": (b"{", 400),
     "not UTF-8": (b'{"session_ids": ["\xff"]}', 200),
     "null": (b"null", 400),
     "a number": (b"1", 400),
@@ -80,7 +80,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_body_of_any_kind_gets_an_honest_answer(api: str, world: World, body: str) -> None:
+def test_any_request_body_gets_a_correct_answer(api: str, world: World, body: str) -> None:
     content, status = BODIES[body]
     answer = httpx.post(f"{api}/api/test/checkout-sessions", content=content, timeout=30)
     assert answer.status_code == status, answer.text[:300]
@@ -89,13 +89,13 @@ def test_a_body_of_any_kind_gets_an_honest_answer(api: str, world: World, body: 
     assert "Traceback" not in answer.text
     assert len(answer.content) < 5000
     httpx.post(f"{api}/api/test/checkout-sessions", timeout=30)
-    world.invariants(checks=False)  # these workers have a real clock
+    world.invariants(recheck=False)  # these workers use a real clock
 
 
 HEADERS: dict[str, dict[str, str]] = {
     "none": {},
-    "a long one": {"X-Y": "z" * 20_000},
-    "many": {f"X-{n}": "y" for n in range(90)},
+    "a long header": {"X-Y": "z" * 20_000},
+    "many headers": {f"X-{n}": "y" for n in range(90)},
     "another host": {"Host": "evil.example"},
     "another type": {"Content-Type": "text/html; charset=utf-7"},
     "another method": {"X-HTTP-Method-Override": "DELETE"},
@@ -103,7 +103,7 @@ HEADERS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("headers", HEADERS)
-def test_headers_change_nothing(api: str, headers: str) -> None:
+def test_unusual_headers_change_nothing(api: str, headers: str) -> None:
     answer = httpx.get(f"{api}/api/health", headers=HEADERS[headers], timeout=30)
     assert answer.status_code in (200, 400, 431, 503)
     assert "evil.example" not in answer.text
@@ -113,17 +113,15 @@ def test_headers_change_nothing(api: str, headers: str) -> None:
     "path", ["/api/%2e%2e/", "/api/health%00", "/api//health", "/%ff", "/x" * 500]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "TRACE"])
-def test_a_path_that_is_none_is_404_and_says_nothing_of_us(
-    api: str, method: str, path: str
-) -> None:
+def test_unknown_path_is_refused_without_internal_details(api: str, method: str, path: str) -> None:
     answer = httpx.request(method, f"{api}{path}", timeout=30)
     assert answer.status_code in (400, 403, 404, 405)
     assert "Traceback" not in answer.text
 
 
-def test_fifty_triggers_at_once_are_bounded_work_and_honest_answers(api: str, world: World) -> None:
-    """Never more than three passes at once, and none asks about a session that another has."""
-    world.billing.before = lambda _checkout: time.sleep(0.05)
+def test_fifty_triggers_at_once_share_three_workers(api: str, world: World) -> None:
+    """At most three passes run at once, and no two of them check the same session."""
+    world.billing.before_answer = lambda _checkout: time.sleep(0.05)
     with ThreadPoolExecutor(50) as pool:
         answers = list(
             pool.map(
@@ -133,7 +131,7 @@ def test_fifty_triggers_at_once_are_bounded_work_and_honest_answers(api: str, wo
     assert {answer.status_code for answer in answers} == {200}
     checked = sum(answer.json()["summary"]["checked"] for answer in answers)
     assert checked == world.billing.requests
-    assert all(asked.most_in_flight == 1 for asked in world.billing.asked.values())
+    assert all(log.max_in_flight == 1 for log in world.billing.log.values())
     for answer in answers:
         summary = answer.json()["summary"]
         assert summary["checked"] + sum(summary["skipped"].values()) == summary["open"]

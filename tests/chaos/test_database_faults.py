@@ -1,4 +1,4 @@
-"""Whatever the database does, at whichever statement: nothing is lost, and nothing is wrong."""
+"""Database faults at any statement: nothing is lost and nothing is recorded wrongly."""
 
 import os
 import random
@@ -14,51 +14,50 @@ from core.domain.model import Outcome
 from local.mariadb import mariadb_server
 from testkit.clock import FakeClock
 from testkit.shops import MySQLShop, add_sessions, connect, mysql_shop, statements
-from tests.chaos.billing import Misbehaving
+from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus
 from tests.chaos.conftest import Cases
 from tests.chaos.proxy import Action, Cut, Statement, cut, refuse
-from tests.chaos.stage import SESSIONS, WORDS, Stage
-from tests.chaos.world import World
+from tests.chaos.world import SESSIONS, STATUSES, ProxiedWorld, World
 from tests.conftest import MYSQL, SERVERS, without_a_server
 
-# What is drawn at random is drawn anew with another seed; a failure shows the statement.
+# Selects the statements that are drawn at random; a failure names the statement.
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-on_mariadb = pytest.mark.parametrize("stage", ["mariadb"], indirect=True)
+on_mariadb = pytest.mark.parametrize("proxied", ["mariadb"], indirect=True)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_connection_is_cut_at_each_statement(stage: Stage, cases: Cases, when: str) -> None:
-    """Retried where it can be; else the pass ends, and the next one makes up for it."""
-    step = 1 if stage.engine == "mariadb" else 3
-    for number in range(1, stage.statements_of_a_pass() + 1, step):
-        stage.set()
-        getattr(stage.proxy, when)[number] = cut
+def test_connection_cut_at_each_statement(proxied: ProxiedWorld, cases: Cases, when: str) -> None:
+    """The worker reconnects, so that a pass survives one cut."""
+    step = 1 if proxied.engine == "mariadb" else 3
+    for number in range(1, proxied.statements_per_pass() + 1, step):
+        proxied.reset()
+        getattr(proxied.proxy, when)[number] = cut
         with cases.case(f"cut {when} statement {number}"):
-            assert stage.world.tick() is not None, stage.world.failed  # once is made good at once
-            stage.world.crashed = True
-            stage.world.invariants()
+            assert proxied.world.tick() is not None, proxied.world.errors
+            proxied.world.crashed = True
+            proxied.world.invariants()
 
 
 @on_mariadb
-def test_the_server_goes_away_at_some_statement_and_comes_back(stage: Stage, cases: Cases) -> None:
-    chance = random.Random(SEED)
-    for number in stage.sometimes(10, chance):
-        stage.set()
+def test_server_lost_at_some_statement_and_back_later(proxied: ProxiedWorld, cases: Cases) -> None:
+    rng = random.Random(SEED)
+    for number in proxied.sample_statements(10, rng):
+        proxied.reset()
 
-        def gone(statement: Statement) -> None:
-            statement.proxy.refusing = True
+        def lose_server(statement: Statement) -> None:
+            statement.proxy.refuses_connections = True
             raise Cut
 
-        stage.proxy.before[number] = gone
-        with cases.case(f"away from statement {number} on"):
-            assert stage.world.tick() is None
-            [said] = stage.world.failed
-            assert said.startswith("The database 127.0.0.1:")
-            assert stage.world.tick() is None  # still away
-            stage.proxy.refusing = False
-            stage.world.crashed = True
-            stage.world.invariants()
+        proxied.proxy.before[number] = lose_server
+        with cases.case(f"no server from statement {number} on"):
+            assert proxied.world.tick() is None
+            [error] = proxied.world.errors
+            assert error.startswith("The database 127.0.0.1:")
+            assert proxied.world.tick() is None  # still no server
+            proxied.proxy.refuses_connections = False
+            proxied.world.crashed = True
+            proxied.world.invariants()
 
 
 CODES = {
@@ -81,110 +80,110 @@ CODES = {
     1054: "Unknown column",
     1020: "Record has changed since last read",
     1047: "WSREP has not yet prepared node for application use",
-    9999: "What nobody has heard of",
+    9999: "An unknown error",
 }
 
 
 @on_mariadb
-def test_an_error_at_some_statement(stage: Stage, cases: Cases) -> None:
-    chance = random.Random(SEED)
+def test_server_error_at_some_statement(proxied: ProxiedWorld, cases: Cases) -> None:
+    rng = random.Random(SEED)
     for code, message in CODES.items():
-        for number in stage.sometimes(3, chance):
-            stage.set()
-            stage.proxy.before[number] = refuse(code, message)
+        for number in proxied.sample_statements(3, rng):
+            proxied.reset()
+            proxied.proxy.before[number] = refuse(code, message)
             with cases.case(f"{code} at statement {number}"):
-                if stage.world.tick() is None:
-                    assert f"({code})" in stage.world.failed[0]
-                stage.world.crashed = True
-                stage.world.invariants()
+                if proxied.world.tick() is None:
+                    assert f"({code})" in proxied.world.errors[0]
+                proxied.world.crashed = True
+                proxied.world.invariants()
 
 
-def shops(sql: str, **closes: str) -> Callable[[Stage], Action]:
-    """The shop does that, at once, on a connection of its own."""
+def shop_runs(sql: str, *closed: str) -> Callable[[ProxiedWorld], Action]:
+    """An action that runs SQL on the shop's own connection; `closed` are sessions it closes."""
 
-    def of(stage: Stage) -> Action:
-        def deed() -> None:
-            for one in sql.split(";"):
-                with suppress(pymysql.Error):  # where it does so for the second time
-                    stage.world.shop.run(one)
+    def for_world(proxied: ProxiedWorld) -> Action:
+        def run_statements() -> None:
+            for statement in sql.split(";"):
+                with suppress(pymysql.Error):  # a repeated DROP or INSERT fails
+                    proxied.world.shop.run(statement)
 
         def action(_statement: Statement) -> None:
-            stage.world.closed_by_shop |= set(closes)
-            # It may have to wait for a row that the monitor holds until this statement is through.
-            stage.deed = threading.Thread(target=deed)
-            stage.deed.start()
-            stage.deed.join(0.1)
+            proxied.world.closed_by_shop |= set(closed)
+            # The SQL may wait for a row that the monitor has locked until its statement has run.
+            proxied.shop_thread = threading.Thread(target=run_statements)
+            proxied.shop_thread.start()
+            proxied.shop_thread.join(0.1)
 
         return action
 
-    return of
+    return for_world
 
 
-SHOPS: dict[str, Callable[[Stage], Action]] = {
-    "deletes a session": shops("DELETE FROM checkout_session WHERE id = 'paid-1'"),
-    "closes a session": shops(
-        "UPDATE checkout_session SET status = 'timeout' WHERE id = 'paid-1'", **{"paid-1": ""}
+SHOP_ACTIONS: dict[str, Callable[[ProxiedWorld], Action]] = {
+    "deletes a session": shop_runs("DELETE FROM checkout_session WHERE id = 'paid-1'"),
+    "closes a session": shop_runs(
+        "UPDATE checkout_session SET status = 'timeout' WHERE id = 'paid-1'", "paid-1"
     ),
-    "gives a session another checkout": shops(
+    "gives a session another checkout": shop_runs(
         "UPDATE checkout_session SET billing_checkout_id = 'fine-9' WHERE id = 'paid-1'"
     ),
-    "takes a session's checkout away": shops(
+    "removes a session's checkout": shop_runs(
         "UPDATE checkout_session SET billing_checkout_id = NULL WHERE id = 'paid-1'"
     ),
-    "deletes a session and makes it anew": shops(
+    "deletes a session and creates it again": shop_runs(
         "DELETE FROM checkout_session WHERE id = 'paid-1';"
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
         " VALUES ('paid-1', 'fine-9', 'open')"
     ),
-    "opens a session": shops(
+    "opens a new session": shop_runs(
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
         " VALUES ('new', 'fine-8', 'open')"
     ),
-    "deletes every session": shops("DELETE FROM checkout_session"),
-    "has its operator empty the queue": shops("DELETE FROM checkout_session_check"),
-    "has its operator empty every table of the monitor": shops(
+    "deletes every session": shop_runs("DELETE FROM checkout_session"),
+    "has the queue emptied": shop_runs("DELETE FROM checkout_session_check"),
+    "has every table of the monitor emptied": shop_runs(
         "DELETE FROM checkout_session_check; DELETE FROM checkout_session_pause;"
         "DELETE FROM checkout_session_run"
     ),
-    "has its operator drop the queue": shops("DROP TABLE checkout_session_check"),
-    "has its operator drop the shared row's table": shops("DROP TABLE checkout_session_pause"),
-    "has its operator drop the run log": shops("DROP TABLE checkout_session_run"),
+    "has the queue dropped": shop_runs("DROP TABLE checkout_session_check"),
+    "has the pause table dropped": shop_runs("DROP TABLE checkout_session_pause"),
+    "has the run table dropped": shop_runs("DROP TABLE checkout_session_run"),
 }
 
 
 @on_mariadb
-def test_the_shop_acts_between_two_statements(stage: Stage, cases: Cases) -> None:
-    chance = random.Random(SEED)
-    for deed, act in SHOPS.items():
-        for number in stage.sometimes(5, chance):
-            stage.set()
-            stage.proxy.before[number] = act(stage)
-            with cases.case(f"the shop {deed} before statement {number}"):
-                stage.world.tick()
-                if stage.deed is not None:
-                    stage.deed.join()
-                stage.world.crashed = True
-                stage.world.invariants()
+def test_shop_acts_between_two_statements(proxied: ProxiedWorld, cases: Cases) -> None:
+    rng = random.Random(SEED)
+    for name, make_action in SHOP_ACTIONS.items():
+        for number in proxied.sample_statements(5, rng):
+            proxied.reset()
+            proxied.proxy.before[number] = make_action(proxied)
+            with cases.case(f"the shop {name} before statement {number}"):
+                proxied.world.tick()
+                if proxied.shop_thread is not None:
+                    proxied.shop_thread.join()
+                proxied.world.crashed = True
+                proxied.world.invariants()
 
 
 @on_mariadb
-def test_the_shop_holds_a_row_while_its_status_is_to_be_changed(stage: Stage) -> None:
-    shop = stage.world.shop
+def test_status_change_waits_until_the_shop_unlocks_the_row(proxied: ProxiedWorld) -> None:
+    shop = proxied.world.shop
     assert isinstance(shop, MySQLShop)
-    stage.set()
+    proxied.reset()
     with connect(shop.server, shop.database) as other, other.cursor() as cursor:
         other.begin()
         cursor.execute("SELECT 1 FROM checkout_session WHERE id = 'paid-1' FOR UPDATE")
-        assert stage.world.tick() is not None
-        assert "paid-1" in stage.world.open()
-        stage.world.advance()
-        assert stage.world.tick() is not None
-        assert stage.world.billing.asked["paid-1"].answered == 2  # at the next tick, not later
+        assert proxied.world.tick() is not None
+        assert "paid-1" in proxied.world.open_sessions()
+        proxied.world.advance()
+        assert proxied.world.tick() is not None
+        assert proxied.world.billing.log["paid-1"].answered == 2  # checked again at the next tick
         other.rollback()
-    stage.world.advance()
-    stage.world.tick()
-    assert "paid-1" not in stage.world.open()
-    stage.world.invariants()
+    proxied.world.advance()
+    proxied.world.tick()
+    assert "paid-1" not in proxied.world.open_sessions()
+    proxied.world.invariants()
 
 
 REFUSALS = {
@@ -200,56 +199,59 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_row_that_the_shops_database_refuses_holds_up_no_other(
-    stage: Stage, refusal: str
+def test_row_refused_by_the_shops_database_delays_no_other(
+    proxied: ProxiedWorld, refusal: str
 ) -> None:
-    world = stage.world
-    stage.set()
+    world = proxied.world
+    proxied.reset()
     world.shop.run("DELETE FROM checkout_session")
     add_sessions(world.shop, {f"paid-{n}": f"paid-{n}" for n in range(50)})
-    world.billing.words = {f"paid-{n}": "paid" for n in range(50)}
+    world.billing.statuses = {f"paid-{n}": "paid" for n in range(50)}
     world.shop.run(REFUSALS[refusal])
-    ticks = 24  # a wait of one slot or two is drawn each time; of so many, some are two
+    # The first backoff is one or two slots at random; in 24 ticks some of them are two.
+    ticks = 24
     for _ in range(ticks):
         assert world.tick() is not None
         world.advance()
-    assert world.open() == ["paid-7"]
+    assert world.open_sessions() == ["paid-7"]
     assert "paid-7" not in {event["session_id"] for event in world.bus.events}
-    assert len(world.billing.asked["paid-7"].at) < ticks  # it backs off
+    assert len(world.billing.log["paid-7"].requested_at) < ticks  # it backs off
     assert world.shop.run(
         "SELECT last_outcome, consecutive_failures FROM checkout_session_check"
         " WHERE session_id = 'paid-7'"
-    ) == [("refused", len(world.billing.asked["paid-7"].at))]
-    world.refused = frozenset({"paid-7"})
+    ) == [("refused", len(world.billing.log["paid-7"].requested_at))]
+    world.refused_sessions = frozenset({"paid-7"})
     world.invariants()
 
 
 @on_mariadb
-@pytest.mark.parametrize("trouble", ["refuses", "breaks"])
-def test_what_is_not_published_is_not_changed_until_it_is(stage: Stage, trouble: str) -> None:
-    world = stage.world
-    stage.set()
-    setattr(world.bus, trouble, True)
+@pytest.mark.parametrize("fault", ["rejects", "fails"])
+def test_status_changes_only_after_its_event_is_published(
+    proxied: ProxiedWorld, fault: str
+) -> None:
+    world = proxied.world
+    proxied.reset()
+    setattr(world.bus, fault, True)
     for _ in range(3):
         summary = world.tick()
         assert summary is not None
         assert summary.unpublished
         world.advance()
-    assert len(world.open()) == len(SESSIONS)
+    assert len(world.open_sessions()) == len(SESSIONS)
     world.invariants()
-    assert len(world.open()) == len(SESSIONS) - len(WORDS)
+    assert len(world.open_sessions()) == len(SESSIONS) - len(STATUSES)
 
 
-def test_a_database_that_is_away_at_the_start_is_used_when_it_is_there(stage: Stage) -> None:
-    world = stage.world
-    stage.set()
-    stage.proxy.refusing = True
-    stage.proxy.cut_all()
+def test_database_unreachable_at_start_is_used_once_it_is_back(proxied: ProxiedWorld) -> None:
+    world = proxied.world
+    proxied.reset()
+    proxied.proxy.refuses_connections = True
+    proxied.proxy.cut_all()
     cold = world.worker()
     for _ in range(3):
         assert world.tick(cold) is None
         assert not cold.health().ok
-    stage.proxy.refusing = False
+    proxied.proxy.refuses_connections = False
     assert world.tick(cold) is not None
     world.crashed = True
     world.invariants()
@@ -263,9 +265,11 @@ def old_primary(mariadb: str | None, tmp_path_factory: pytest.TempPathFactory) -
         yield url
 
 
-def test_a_failover_leads_every_worker_to_the_new_primary(stage: Stage, old_primary: str) -> None:
-    """The old one is up, and read-only; the name leads to the new one, whose data is the same."""
-    world, proxy = stage.world, stage.proxy
+def test_failover_moves_every_worker_to_the_new_primary(
+    proxied: ProxiedWorld, old_primary: str
+) -> None:
+    """The old server stays up, read-only; the host name points to one with the same data."""
+    world, proxy = proxied.world, proxied.proxy
     new = world.shop
     assert isinstance(new, MySQLShop)
     url = urlsplit(old_primary)
@@ -282,18 +286,18 @@ def test_a_failover_leads_every_worker_to_the_new_primary(stage: Stage, old_prim
     for statement in statements("mysql"):
         old.run(statement)
     add_sessions(old, SESSIONS)
-    stage.set()
-    proxy.lead_to(old_primary)
+    proxied.reset()
+    proxy.connect_to(old_primary)
     proxy.cut_all()
     workers = [world.worker() for _ in range(3)]
     for worker in workers:
         assert world.tick(worker) is not None
     world.advance()
     old.run("SET GLOBAL read_only = 1")
-    proxy.lead_to(new.server)
-    world.billing.asked.clear()
+    proxy.connect_to(new.server)
+    world.billing.log.clear()
     world.bus.events.clear()
-    if login[0] == "root":  # who may write to a read-only server
+    if login[0] == "root":  # root may write to a read-only server
         proxy.cut_all()
     for worker in workers:
         assert world.tick(worker) is not None
@@ -340,12 +344,12 @@ IDS: dict[str, Sequence[str | int]] = {
 
 @pytest.mark.parametrize("id_type", IDS)
 @pytest.mark.parametrize("engine", SERVERS)
-def test_ids_of_every_kind_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
+def test_ids_of_every_column_type_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
     engine: str,
     id_type: str,
     mariadb: str | None,
     clock: FakeClock,
-    misbehaving: Misbehaving,
+    faulty_billing: FaultyBilling,
     bus: Bus,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -359,7 +363,7 @@ def test_ids_of_every_kind_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
         " 'failure', 'timeout'), KEY (status))"
     )
     with mysql_shop(server, [table]) as shop:
-        world = World(shop, clock, misbehaving, bus, lambda: "".join(capfd.readouterr()))
+        world = World(shop, clock, faulty_billing, bus, lambda: "".join(capfd.readouterr()))
         ids = IDS[id_type]
         for n, session_id in enumerate(ids):
             shop.run(
@@ -370,23 +374,23 @@ def test_ids_of_every_kind_are_checked_and_changed(  # noqa: PLR0917 (fixtures)
         first = world.tick()
         assert first is not None
         assert first.outcomes == {Outcome.ACTIVE: len(ids)}
-        misbehaving.words = {f"{session_id}-{n}": "paid" for n, session_id in enumerate(ids)}
+        faulty_billing.statuses = {f"{session_id}-{n}": "paid" for n, session_id in enumerate(ids)}
         world.advance()
         worker = world.workers[0]
-        by_hand = worker.trigger_checkout_session_check([str(i) for i in ids[:2]])
-        assert by_hand.status_changes == len(ids[:2])
+        manual = worker.trigger_checkout_session_check([str(i) for i in ids[:2]])
+        assert manual.status_changes == len(ids[:2])
         world.advance()
         world.tick()
-        assert world.open() == []
+        assert world.open_sessions() == []
         world.invariants()
         world.close()
 
 
 @on_mariadb
-def test_a_hundred_thousand_sessions_open_at_once(stage: Stage) -> None:
-    """All are adopted, and what a short pass has claimed it has checked or given back."""
-    world = stage.world
-    stage.set()
+def test_hundred_thousand_open_sessions(proxied: ProxiedWorld) -> None:
+    """All are adopted, and a short pass checks or releases everything that it claims."""
+    world = proxied.world
+    proxied.reset()
     world.shop.run("DELETE FROM checkout_session")
     world.shop.run(
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
@@ -394,7 +398,7 @@ def test_a_hundred_thousand_sessions_open_at_once(stage: Stage) -> None:
         " SELECT CONCAT(a.i, '-', b.i), CONCAT('fine-', a.i, '-', b.i), 'open'"
         " FROM n a, n b WHERE b.i <= 112"
     )
-    counted = world.tick(world.worker(APIKEY=""))  # which asks nobody
+    counted = world.tick(world.worker(APIKEY=""))  # without a key it sends no request
     assert counted is not None
     assert counted.open == 900 * 112
     world.advance()
@@ -407,25 +411,25 @@ def test_a_hundred_thousand_sessions_open_at_once(stage: Stage) -> None:
     assert rows == [(900 * 112, 0, summary.checked)]
 
 
-def test_clocks_that_are_an_hour_apart_change_nothing(stage: Stage) -> None:
-    world = stage.world
+def test_clock_skew_of_hours_between_tick_and_worker_changes_nothing(proxied: ProxiedWorld) -> None:
+    world = proxied.world
     for hours in (-24, -1, 1, 24, 24 * 365):
-        stage.set()
+        proxied.reset()
         world.tick()
         for _ in range(2):
             world.advance()
             shifted = world.clock.now.timestamp() + hours * 3600
             world.tick(at=world.clock.now.fromtimestamp(shifted, world.clock.now.tzinfo))
-        assert len(world.billing.asked["fine-1"].at) == 3
+        assert len(world.billing.log["fine-1"].requested_at) == 3
         world.invariants()
 
 
-def test_two_workers_on_the_same_rows_never_ask_twice(stage: Stage) -> None:
-    world = stage.world
-    stage.set()
+def test_concurrent_workers_never_check_a_session_twice(proxied: ProxiedWorld) -> None:
+    world = proxied.world
+    proxied.reset()
     world.shop.run("DELETE FROM checkout_session")
     add_sessions(world.shop, {f"s{n}": f"fine-{n}" for n in range(60)})
-    world.billing.before = lambda _checkout: threading.Event().wait(0.02)  # type: ignore[assignment]
+    world.billing.before_answer = lambda _checkout: threading.Event().wait(0.02)  # type: ignore[assignment]
     workers = [world.worker(MAX_CONCURRENCY="10") for _ in range(3)]
     for _ in range(3):
         threads = [threading.Thread(target=world.tick, args=(worker,)) for worker in workers]
@@ -434,6 +438,6 @@ def test_two_workers_on_the_same_rows_never_ask_twice(stage: Stage) -> None:
         for thread in threads:
             thread.join()
         world.advance()
-    assert not world.failed
-    assert all(len(world.billing.asked[f"fine-{n}"].at) == 3 for n in range(60))
+    assert not world.errors
+    assert all(len(world.billing.log[f"fine-{n}"].requested_at) == 3 for n in range(60))
     world.invariants()

@@ -1,4 +1,4 @@
-"""Workers that are killed, stopped, frozen, or out of descriptors, at whichever moment."""
+"""Workers that are killed, stopped, frozen or out of file descriptors at any point of a pass."""
 
 import asyncio
 import os
@@ -18,17 +18,15 @@ from core.worker import Worker
 from testkit.shops import add_sessions
 from tests.chaos.conftest import Cases
 from tests.chaos.proxy import Statement
-from tests.chaos.stage import Stage
 from tests.chaos.test_database_faults import SEED
-from tests.chaos.world import World
+from tests.chaos.world import ProxiedWorld, World
 
 SRC = Path(__file__).parents[2] / "src"
 
-PROGRAM = """
+ONE_PASS = """
 import os, resource, sys
 from datetime import datetime
 from core.errors import StoreError
-from core.settings import Settings
 from core.settings import Settings
 from core.worker import Worker
 
@@ -42,13 +40,13 @@ except StoreError as error:
     print(error)
 """
 
-on_mariadb = pytest.mark.parametrize("stage", ["mariadb"], indirect=True)
+on_mariadb = pytest.mark.parametrize("proxied", ["mariadb"], indirect=True)
 
 
-def process(world: World, *arguments: str) -> subprocess.Popen[str]:
-    """A worker in a process of its own, which runs one pass."""
+def start_process(world: World, *arguments: str) -> subprocess.Popen[str]:
+    """Start a worker process that runs one pass."""
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, world.clock.now.isoformat(), *arguments],
+        [sys.executable, "-c", ONE_PASS, world.clock.now.isoformat(), *arguments],
         cwd=SRC,
         env={**os.environ, **world.environment()},
         stdout=subprocess.PIPE,
@@ -57,39 +55,37 @@ def process(world: World, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def killing(workers: list[subprocess.Popen[str]], _statement: Statement) -> None:
+def kill_first(workers: list[subprocess.Popen[str]], _statement: Statement) -> None:
     workers[0].kill()
     workers[0].wait()
 
 
 @on_mariadb
-def test_a_worker_that_is_killed_at_some_statement_loses_nothing(
-    stage: Stage, cases: Cases
-) -> None:
-    for number in [*stage.sometimes(6, random.Random(SEED)), 1]:
-        stage.set()
+def test_worker_killed_at_some_statement_loses_nothing(proxied: ProxiedWorld, cases: Cases) -> None:
+    for number in [*proxied.sample_statements(6, random.Random(SEED)), 1]:
+        proxied.reset()
 
         workers: list[subprocess.Popen[str]] = []
-        stage.proxy.before[number] = partial(killing, workers)
-        worker = process(stage.world)
+        proxied.proxy.before[number] = partial(kill_first, workers)
+        worker = start_process(proxied.world)
         workers.append(worker)
         worker.communicate()
         with cases.case(f"killed at statement {number}"):
             assert worker.returncode == -9
-            stage.proxy.reset()
-            stage.world.crashed = True
-            stage.world.invariants()
+            proxied.proxy.reset()
+            proxied.world.crashed = True
+            proxied.world.invariants()
 
 
 @on_mariadb
-def test_a_worker_that_is_killed_with_requests_in_flight_loses_nothing(stage: Stage) -> None:
-    world = stage.world
-    stage.set()
-    world.billing.before = lambda checkout: worker.kill() if checkout == "paid-2" else None
-    worker = process(world)
+def test_worker_killed_with_requests_in_flight_loses_nothing(proxied: ProxiedWorld) -> None:
+    world = proxied.world
+    proxied.reset()
+    world.billing.before_answer = lambda checkout: worker.kill() if checkout == "paid-2" else None
+    worker = start_process(world)
     worker.communicate()
     assert worker.returncode == -9
-    world.billing.before = lambda _checkout: None
+    world.billing.before_answer = lambda _checkout: None
     world.crashed = True
     world.invariants()
 
@@ -97,38 +93,38 @@ def test_a_worker_that_is_killed_with_requests_in_flight_loses_nothing(stage: St
 CLAIMED = "SELECT COUNT(*) FROM checkout_session_check WHERE claimed_until IS NOT NULL"
 
 
-def stop_at(stage: Stage, number: int) -> None:
-    """As SIGTERM does it on a laptop."""
-    stage.set()
-    stage.proxy.before[number] = lambda _statement: stage.worker.stop()
+def stop_at(proxied: ProxiedWorld, number: int) -> None:
+    """Stop the worker at a statement, as SIGTERM does on a laptop."""
+    proxied.reset()
+    proxied.proxy.before[number] = lambda _statement: proxied.worker.stop()
     with suppress(asyncio.CancelledError):
-        stage.worker.check_open_checkout_sessions(stage.world.clock.now)
+        proxied.worker.check_open_checkout_sessions(proxied.world.clock.now)
 
 
 @on_mariadb
-def test_a_worker_that_is_stopped_at_some_statement_loses_nothing(
-    stage: Stage, cases: Cases
+def test_worker_stopped_at_some_statement_loses_nothing(
+    proxied: ProxiedWorld, cases: Cases
 ) -> None:
-    for number in stage.sometimes(8, random.Random(SEED)):
+    for number in proxied.sample_statements(8, random.Random(SEED)):
         with cases.case(f"stopped at statement {number}"):
-            stop_at(stage, number)
-            stage.world.crashed = True
-            stage.world.invariants()
+            stop_at(proxied, number)
+            proxied.world.crashed = True
+            proxied.world.invariants()
 
 
 @on_mariadb
-def test_a_worker_that_is_stopped_gives_its_claims_back(stage: Stage) -> None:
-    """What is left is due at once, not after a lease."""
-    left = {}
-    for number in range(1, stage.statements_of_a_pass() + 1):
-        stop_at(stage, number)
-        left[number] = stage.world.shop.run(CLAIMED)
-    assert {number: rows for number, rows in left.items() if rows != [(0,)]} == {}
+def test_stopped_worker_releases_its_claims(proxied: ProxiedWorld) -> None:
+    """The remaining sessions are due at once, not after a lease."""
+    claimed = {}
+    for number in range(1, proxied.statements_per_pass() + 1):
+        stop_at(proxied, number)
+        claimed[number] = proxied.world.shop.run(CLAIMED)
+    assert {number: rows for number, rows in claimed.items() if rows != [(0,)]} == {}
 
 
 @pytest.mark.parametrize("world", ["sqlite", "mariadb"], indirect=True)
-def test_near_its_deadline_a_worker_begins_nothing_that_it_cannot_finish(world: World) -> None:
-    world.billing.words = {f"paid-{n}": "paid" for n in range(20)}
+def test_worker_near_its_deadline_starts_nothing_it_cannot_finish(world: World) -> None:
+    world.billing.statuses = {f"paid-{n}": "paid" for n in range(20)}
     add_sessions(world.shop, {f"silent-{n}": f"silent-{n}" for n in range(40)})
     add_sessions(world.shop, {f"paid-{n}": f"paid-{n}" for n in range(20)})
     worker = world.worker(MAX_CONCURRENCY="10", REQUEST_TIMEOUT_SECONDS="8")
@@ -138,15 +134,17 @@ def test_near_its_deadline_a_worker_begins_nothing_that_it_cannot_finish(world: 
         assert time.monotonic() - began < seconds + 5
         assert world.shop.run(CLAIMED) == [(0,)]
         world.advance()
-    world.crashed = True  # what was given up in flight is asked again
+    world.crashed = True  # requests cancelled in flight are sent again
     world.invariants()
 
 
-@pytest.mark.parametrize("when", ["between two passes", "in the middle of one"])
-def test_ten_minutes_frozen_with_every_connection_dead(stage: Stage, when: str) -> None:
-    """What another worker has taken over is not overwritten by what this one has heard."""
-    world = stage.world
-    stage.set()
+@pytest.mark.parametrize("when", ["between two passes", "during a pass"])
+def test_worker_frozen_for_ten_minutes_with_dead_connections(
+    proxied: ProxiedWorld, when: str
+) -> None:
+    """Late answers do not overwrite what another worker has recorded since."""
+    world = proxied.world
+    proxied.reset()
     other = world.worker()
     taken_over: list[object] = []
 
@@ -154,55 +152,55 @@ def test_ten_minutes_frozen_with_every_connection_dead(stage: Stage, when: str) 
         if checkout == "paid-1" and not taken_over:
             taken_over.append(None)
             world.advance(600)
-            world.billing.words["paid-1"] = "open"  # and what was said before is not true any more
-            stage.proxy.cut_all()
-            world.billing.words["paid-2"] = "failed"
+            world.billing.statuses["paid-1"] = "open"  # the earlier answer is out of date
+            proxied.proxy.cut_all()
+            world.billing.statuses["paid-2"] = "failed"
             taken_over.append(world.tick(other))
-            world.billing.words["paid-1"] = "paid"
+            world.billing.statuses["paid-1"] = "paid"
 
     if when == "between two passes":
         world.tick()
         world.advance(600)
-        stage.proxy.cut_all()
+        proxied.proxy.cut_all()
         world.billing.end_connections(reset=True)
     else:
-        world.billing.before = freeze
+        world.billing.before_answer = freeze
     summary = world.tick()
-    assert summary is not None, world.failed
-    world.billing.before = lambda _checkout: None
+    assert summary is not None, world.errors
+    world.billing.before_answer = lambda _checkout: None
     world.crashed = True
     world.invariants()
 
 
 @pytest.mark.parametrize("descriptors", [24, 30, 40])
-def test_a_worker_without_descriptors_says_so_and_loses_nothing(
+def test_worker_out_of_descriptors_says_so_and_loses_nothing(
     world: World, descriptors: int
 ) -> None:
     add_sessions(world.shop, {f"ok-{n}": f"fine-{n}" for n in range(60)})
-    world.billing.words = {f"fine-{n}": "paid" for n in range(10)}
-    world.billing.before = lambda _checkout: time.sleep(0.1)
-    worker = process(world, str(descriptors))
-    said, _ = worker.communicate()
-    assert worker.returncode == 0, said[-1000:]
-    assert "Traceback" not in said
-    assert "Too many open files" in said or "unable to open" in said
-    world.billing.before = lambda _checkout: None
+    world.billing.statuses = {f"fine-{n}": "paid" for n in range(10)}
+    world.billing.before_answer = lambda _checkout: time.sleep(0.1)
+    worker = start_process(world, str(descriptors))
+    output, _ = worker.communicate()
+    assert worker.returncode == 0, output[-1000:]
+    assert "Traceback" not in output
+    assert "Too many open files" in output or "unable to open" in output
+    world.billing.before_answer = lambda _checkout: None
     world.crashed = True
     world.invariants()
 
 
-def test_a_worker_may_be_closed_whatever_has_happened_to_it(stage: Stage) -> None:
-    world = stage.world
-    for fault in ("nothing", "cut", "away"):
-        stage.set()
+def test_worker_can_be_closed_after_any_fault(proxied: ProxiedWorld) -> None:
+    world = proxied.world
+    for fault in ("none", "cut", "unreachable"):
+        proxied.reset()
         worker = Worker(Settings.from_env(world.environment()), clock=world.clock)
         worker.check_open_checkout_sessions(world.clock.now)
-        if fault != "nothing":
-            stage.proxy.cut_all()
-        stage.proxy.refusing = fault == "away"
-        if fault == "away":
+        if fault != "none":
+            proxied.proxy.cut_all()
+        proxied.proxy.refuses_connections = fault == "unreachable"
+        if fault == "unreachable":
             with pytest.raises(StoreError):
                 worker.check_open_checkout_sessions(world.clock.now)
         worker.close()
-        stage.proxy.refusing = False
-    world.invariants(checks=False)
+        proxied.proxy.refuses_connections = False
+    world.invariants(recheck=False)

@@ -1,10 +1,12 @@
-"""A shop, its billing service, its bus and the monitor's workers, on a clock that is moved by hand.
+"""A shop, its billing service, its event bus and the monitor's workers, on a fake clock.
 
-Only what users of the monitor have is used: settings, `Worker`, the database, and what is printed.
-`World.invariants` is what must hold after whatever happened.
+The tests use only what users of the monitor have: settings, `Worker`, the database and the output.
+`World.invariants` checks what must hold after every fault.
 """
 
 import json
+import random
+import threading  # noqa: TC003 (no import cycle to avoid)
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,55 +25,57 @@ from core.store.status_report import HISTORY, read_status
 from core.worker import Worker, open_database
 from testkit.clock import FakeClock
 from testkit.shops import Shop, settings_for
-from tests.chaos.billing import Misbehaving
+from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus
+from tests.chaos.proxy import Proxy
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
 BACKOFF = 10
 TIMEOUT = 0.8
-# A lease: what a pass has to begin a check, to wait for the answer and to record it.
+# A lease covers the time to start a check, to wait for the answer and to record it.
 LEASE = 5 + TIMEOUT + 5
+# Outcomes for which billing may have sent no answer.
 UNANSWERED = ("invalid_session", "network_error", "timeout")
-ALL_CHECKED_WITHIN = LEASE + INTERVAL + BACKOFF
+RECHECK_SECONDS = LEASE + INTERVAL + BACKOFF
 
 
 @dataclass
 class World:
-    """See the module. `crashed` lifts the one rule that a crash may break: not to ask twice."""
+    """A shop and everything around it.
+
+    `crashed` lifts the only invariant that a crash may break: that nothing is asked twice.
+    """
 
     shop: Shop
     clock: FakeClock
-    billing: Misbehaving
+    billing: FaultyBilling
     bus: Bus
-    printed: Callable[[], str]
-    url: str = ""  # of the database, when it is not the shop's own
+    read_output: Callable[[], str]  # what was printed since the last call
+    database_url: str = ""  # instead of the shop's own URL
     crashed: bool = False
-    asked_again: frozenset[str] = frozenset()  # checkouts that may be asked twice at once
+    may_repeat: frozenset[str] = frozenset()  # checkouts that may be asked about twice at once
     closed_by_shop: set[str] = field(default_factory=set)
-    refused: frozenset[str] = frozenset()  # sessions that the shop's database does not change
-    env: dict[str, str] = field(default_factory=dict)
+    refused_sessions: frozenset[str] = frozenset()  # the shop's database refuses to change them
     workers: list[Worker] = field(default_factory=list)
-    passes: int = 0
-    failed: list[str] = field(default_factory=list)
-    _seen: str = ""
+    errors: list[str] = field(default_factory=list)  # of passes that raised a StoreError
+    _output: str = ""
 
     def environment(self, **env: str) -> dict[str, str]:
         """The environment variables of a worker."""
         return {
-            "DATABASE_URL": self.url or self.shop.url,
+            "DATABASE_URL": self.database_url or self.shop.url,
             "APIKEY": KEY,
             "BILLING_API_URL": self.billing.url,
             "REQUEST_TIMEOUT_SECONDS": str(TIMEOUT),
             "CHECK_BACKOFF_MAX_SECONDS": str(BACKOFF),
             "STATUS_UPDATES": "true",
             "EVENT_BUS_NAME": "shop",
-            **self.env,
             **env,
         }
 
     def worker(self, **env: str) -> Worker:
-        """One more execution environment."""
+        """Add a worker, as a new execution environment does."""
         settings = Settings.from_env(self.environment(**env))
         worker = Worker(settings, clock=self.clock)
         self.workers.append(worker)
@@ -80,78 +84,77 @@ class World:
     def tick(
         self, worker: Worker | None = None, *, seconds: float = 60.0, at: datetime | None = None
     ) -> Summary | None:
-        """One tick's pass, on the first worker if none is named; None: it ended in a StoreError."""
+        """Run a tick's pass, by default on the first worker; returns None after a StoreError."""
         if worker is None:
             worker = self.workers[0] if self.workers else self.worker()
         try:
-            summary = worker.check_open_checkout_sessions(at or self.clock.now, seconds=seconds)
+            return worker.check_open_checkout_sessions(at or self.clock.now, seconds=seconds)
         except StoreError as error:
-            self.failed.append(str(error))
+            self.errors.append(str(error))
             return None
-        self.passes += 1
-        return summary
 
     def advance(self, seconds: float = INTERVAL) -> None:
         self.clock.advance(seconds)
 
-    def close_by_shop(self, session_id: str, status: str = "success") -> None:
-        """What a webhook does."""
-        self.shop.run("UPDATE checkout_session SET status = %s WHERE id = %s", (status, session_id))
-        self.closed_by_shop.add(session_id)
-
     def sessions(self) -> Mapping[str, tuple[str | None, str]]:
-        """Checkout and status by id, as the shop has them."""
+        """The shop's sessions: checkout and status by id."""
         rows = self.shop.run("SELECT id, billing_checkout_id, status FROM checkout_session")
         return {str(i): (checkout, status) for i, checkout, status in rows}
 
-    def open(self) -> list[str]:
+    def open_sessions(self) -> list[str]:
         return [i for i, (_, status) in self.sessions().items() if status == "open"]
 
-    def invariants(self, *, checks: bool = True) -> None:
-        """Everything that must hold, whatever happened. Heals billing and the bus first.
+    def invariants(self, *, recheck: bool = True) -> None:
+        """Heal billing and the bus, then assert every invariant.
 
-        Without `checks` billing cannot be healed, and it is not asked whether it is.
+        Pass `recheck=False` where the workers use another billing service or a real clock.
         """
         self.billing.healed = True
-        # After a call that failed, an environment does not try the bus for five real seconds.
-        worker = self.worker() if self.bus.breaks else None
-        self.bus.refuses = self.bus.breaks = False
-        if checks:
-            self._every_open_session_is_checked_again(worker)
-            self._what_billing_has_closed_is_closed()
-        self._nothing_was_asked_twice()
-        self._statuses_are_billings_word()
-        self._events_are_the_changes()
-        self._runs_tell_the_truth(elsewhere=not checks)
-        self._status_is_what_the_tables_say()
-        self._nothing_is_printed_that_must_not_be()
-        assert not [h for h in self.billing.strangers if KEY in h], "the key went to another host"
+        # After a failed call a worker does not try the bus again for five real seconds.
+        worker = self.worker() if self.bus.fails else None
+        self.bus.rejects = self.bus.fails = False
+        if recheck:
+            self._assert_open_sessions_are_rechecked(worker)
+            self._assert_paid_sessions_are_closed()
+        self._assert_nothing_was_asked_twice()
+        self._assert_statuses_came_from_billing()
+        self._assert_events_match_changes()
+        self._assert_run_table_is_correct(count_answers=recheck)
+        self._assert_status_report_matches_tables()
+        self._assert_output_is_clean()
+        assert not [h for h in self.billing.redirected if KEY in h], "the key went to another host"
 
-    def _what_billing_has_closed_is_closed(self) -> None:
-        """But what the shop's database refuses."""
+    def _assert_paid_sessions_are_closed(self) -> None:
+        """A session that billing has closed is closed, unless the shop's database refuses it."""
         for session_id, (checkout, status) in self.sessions().items():
-            word = self.billing.words.get(checkout or "", "open")
-            late = status == "open" and WORDS[word] != "open" and session_id not in self.refused
-            assert not late, f"{session_id} is open, though billing says {word}"
+            billing_status = self.billing.statuses.get(checkout or "", "open")
+            may_be_open = WORDS[billing_status] == "open" or session_id in self.refused_sessions
+            assert status != "open" or may_be_open, (
+                f"{session_id} is open, but billing's status is {billing_status}"
+            )
 
-    def _every_open_session_is_checked_again(self, worker: Worker | None) -> None:
-        """None is lost: each is claimed or due within a lease, an interval and a backoff."""
-        self.tick(worker)  # which may find that tables are gone, and make them anew
+    def _assert_open_sessions_are_rechecked(self, worker: Worker | None) -> None:
+        """Each open session is claimed or due within a lease, an interval and a backoff."""
+        self.tick(worker)  # it may have to create dropped tables again
         self.advance()
         self.tick(worker)
-        was_open = set(self.open())
+        was_open = set(self.open_sessions())
         before = self._attempts()
         for _ in range(10):
-            # A pause that billing asked for may last MAX_RETRY_AFTER_SECONDS.
-            self.advance(max(ALL_CHECKED_WITHIN, self._pause_seconds() + 1))
-            assert self.tick(worker) is not None, f"the pass after it fails: {self.failed[-1]}"
+            # A pause may last MAX_RETRY_AFTER_SECONDS.
+            self.advance(max(RECHECK_SECONDS, self._pause_seconds() + 1))
+            assert self.tick(worker) is not None, f"the next pass fails: {self.errors[-1]}"
             after = self._attempts()
-            left = [i for i in was_open & set(self.open()) if after.get(i, 0) <= before.get(i, 0)]
+            left = [
+                i
+                for i in was_open & set(self.open_sessions())
+                if after.get(i, 0) <= before.get(i, 0)
+            ]
             if not left:
                 break
-        assert not left, f"open, and not checked: {left[:5]}"
+        assert not left, f"open but not checked: {left[:5]}"
         known = {str(i) for (i,) in self.shop.run("SELECT session_id FROM checkout_session_check")}
-        assert known == set(self.open()), "the queue is not the open sessions"
+        assert known == set(self.open_sessions()), "the queue differs from the open sessions"
 
     def _attempts(self) -> dict[str, int]:
         rows = self.shop.run("SELECT session_id, attempts FROM checkout_session_check")
@@ -163,22 +166,22 @@ class World:
         ) or [(None,)]
         if until is None:
             return 0.0
-        return float((_moment(until) - self.clock.now).total_seconds())
+        return float((_as_datetime(until) - self.clock.now).total_seconds())
 
-    def _nothing_was_asked_twice(self) -> None:
-        for checkout, asked in self.billing.asked.items():
-            again = self.crashed or checkout in self.asked_again
-            assert again or asked.most_in_flight == 1, f"{checkout} was asked twice at once"
-            moments = sorted(asked.at)
-            gaps = [(b - a).total_seconds() for a, b in pairwise(moments)]
-            soon = [gap for gap in gaps if gap < INTERVAL]
-            assert again or not soon, f"{checkout} was asked again after {soon[0]} s"
+    def _assert_nothing_was_asked_twice(self) -> None:
+        for checkout, log in self.billing.log.items():
+            if self.crashed or checkout in self.may_repeat:
+                continue
+            assert log.max_in_flight == 1, f"{checkout} was asked about twice at once"
+            gaps = [(b - a).total_seconds() for a, b in pairwise(sorted(log.requested_at))]
+            short = [gap for gap in gaps if gap < INTERVAL]
+            assert not short, f"{checkout} was asked about again after {short[0]} s"
 
-    def _made(self) -> set[tuple[str, str | None, str]]:
-        """The changes that the monitor made: session, the checkout it then had, and its status.
+    def _changes(self) -> set[tuple[str, str | None, str]]:
+        """The status changes that the monitor made: session, its checkout at the time, new status.
 
-        By the log that is written with them: afterwards the shop may do with a row what it likes.
-        Where a case has taken the log away, by the rows.
+        They come from the change log, because the shop may alter a session's row afterwards. Where
+        a case has dropped the log, they come from the rows.
         """
         try:
             logged = self.shop.run(
@@ -193,49 +196,52 @@ class World:
             if status != "open" and session_id not in self.closed_by_shop | known
         }
 
-    def _statuses_are_billings_word(self) -> None:
-        """A session that the monitor closed is what billing said of its checkout, no other's."""
-        for session_id, checkout, status in self._made():
-            said = {WORDS[word] for word in self.billing.asked[checkout or ""].said}
-            assert status in said, f"{session_id} is {status}; billing said {said} of {checkout}"
+    def _assert_statuses_came_from_billing(self) -> None:
+        """Each new status is one that billing answered for that checkout."""
+        for session_id, checkout, status in self._changes():
+            answered = {WORDS[word] for word in self.billing.log[checkout or ""].statuses}
+            assert status in answered, (
+                f"{session_id} is {status}; billing answered {answered} for {checkout}"
+            )
         reopened = [i for i in self.closed_by_shop if self.sessions().get(i, ("", ""))[1] == "open"]
-        assert not reopened, f"closed by the shop, and open again: {reopened}"
+        assert not reopened, f"closed by the shop but open again: {reopened}"
 
-    def _events_are_the_changes(self) -> None:
-        made = self._made()
-        told = {
+    def _assert_events_match_changes(self) -> None:
+        changes = self._changes()
+        published = {
             (e["session_id"], e["billing_checkout_id"], e["new_status"]) for e in self.bus.events
         }
-        assert made <= told, f"not published: {made - told}"
-        not_made = {e for e in told - made if e[0] not in self.closed_by_shop}
-        assert not not_made, f"published, and not made: {not_made}"
+        assert changes <= published, f"not published: {changes - published}"
+        not_made = {e for e in published - changes if e[0] not in self.closed_by_shop}
+        assert not not_made, f"published but not made: {not_made}"
         ids = {e["event_id"]: e["session_id"] for e in self.bus.events}
-        assert len(ids) == len(told), "the same change was published under two ids"
+        assert len(ids) == len(published), "the same change was published under two ids"
 
-    def _runs_tell_the_truth(self, *, elsewhere: bool) -> None:
+    def _assert_run_table_is_correct(self, *, count_answers: bool) -> None:
         rows = self.shop.run(
             "SELECT reason, checked, status_changes, outcomes FROM checkout_session_run"
             " WHERE finished_at IS NOT NULL"
         )
         assert all(checked == sum(json.loads(found).values()) for _, checked, _, found in rows)
-        # Not all that is checked is answered, nor even asked.
         found: Counter[str] = Counter()
         for row in rows:
             found.update(json.loads(row[3]))
-        answers = found.total() - sum(found[word] for word in UNANSWERED)
-        answered = sum(asked.answered for asked in self.billing.asked.values())
-        assert elsewhere or answers <= answered, f"{answers} answers told, {answered} given"
-        made = len({e["event_id"] for e in self.bus.events})
+        recorded = found.total() - sum(found[outcome] for outcome in UNANSWERED)
+        answered = sum(log.answered for log in self.billing.log.values())
+        if count_answers:
+            assert recorded <= answered, f"{recorded} answers recorded, {answered} sent"
+        published = len({e["event_id"] for e in self.bus.events})
         changes = sum(int(row[2]) for row in rows)
-        assert changes <= made, f"{changes} changes in the run log, {made} published"
-        if not self.crashed and not self.failed:
-            assert changes == made, f"{changes} changes in the run log, {made} published"
+        message = f"{changes} changes in the run table, {published} published"
+        assert changes <= published, message
+        if not self.crashed and not self.errors:
+            assert changes == published, message
 
-    def _status_is_what_the_tables_say(self) -> None:
+    def _assert_status_report_matches_tables(self) -> None:
         settings = settings_for(self.shop)
         database = open_database(settings, clock=self.clock)
         try:
-            told: Any = read_status(database, settings)
+            report: Any = read_status(database, settings)
         finally:
             database.close()
         since = self.clock.now - HISTORY
@@ -244,53 +250,57 @@ class World:
             "SELECT tick, checked, errors, status_changes FROM checkout_session_run"
             " WHERE reason = 'tick' AND tick IS NOT NULL"
         ):
-            if _moment(tick) > since:
-                key = iso(_moment(tick))
+            if _as_datetime(tick) > since:
+                key = iso(_as_datetime(tick))
                 names = ("checked", "errors", "status_changes")
                 ticks.setdefault(key, Counter())
                 ticks[key].update(dict(zip(names, counts, strict=True)), workers=1)
-        passes = {p["tick"]: p for p in told["passes"] if p["tick"]}
+        passes = {p["tick"]: p for p in report["passes"] if p["tick"]}
         newest = sorted(ticks, reverse=True)[:60]
         assert sorted(passes, reverse=True) == newest
         for tick in newest:
-            assert {n: passes[tick][n] for n in ticks[tick]} == dict(ticks[tick]), f"of {tick}"
+            assert {n: passes[tick][n] for n in ticks[tick]} == dict(ticks[tick]), (
+                f"the pass of {tick}"
+            )
         failing = self.shop.run(
             "SELECT session_id, consecutive_failures FROM checkout_session_check"
             " WHERE consecutive_failures > 0"
         )
-        most = sorted((int(n) for _, n in failing), reverse=True)[:10]
-        assert [f["consecutive_failures"] for f in told["failing"]] == most
-        assert {(f["session_id"], f["consecutive_failures"]) for f in told["failing"]} <= {
+        longest_failing = sorted((int(n) for _, n in failing), reverse=True)[:10]
+        assert [f["consecutive_failures"] for f in report["failing"]] == longest_failing
+        assert {(f["session_id"], f["consecutive_failures"]) for f in report["failing"]} <= {
             (str(i), n) for i, n in failing
         }
         changes = self.shop.run(
             "SELECT session_id, new_status FROM checkout_session_change ORDER BY id DESC LIMIT 10"
         )
-        assert [(c["session_id"], c["new_status"]) for c in told["changes"]] == [
+        assert [(c["session_id"], c["new_status"]) for c in report["changes"]] == [
             (str(i), status) for i, status in changes
         ]
-        assert told["open"]["count"] is None or told["open"]["count"] >= len(self.open())
+        assert report["open"]["count"] is None or report["open"]["count"] >= len(
+            self.open_sessions()
+        )
 
-    def _nothing_is_printed_that_must_not_be(self) -> None:
-        self._seen += self.printed()
-        assert KEY not in self._seen
-        assert "Traceback (most recent call last)" not in self._seen
-        assert "hidden-pass" not in self._seen
-        assert "\x1b" not in self._seen
+    def _assert_output_is_clean(self) -> None:
+        self._output += self.read_output()
+        assert KEY not in self._output
+        assert "Traceback (most recent call last)" not in self._output
+        assert "hidden-pass" not in self._output
+        assert "\x1b" not in self._output
 
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
 
 
-def _moment(value: str | datetime) -> datetime:
-    """As a driver without the monitor's conversions returns it."""
-    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def _as_datetime(value: str | datetime) -> datetime:
+    """A database's timestamp, which a driver returns as text or without a time zone."""
+    time = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def outcomes(summaries: Sequence[Summary | None]) -> Counter[str]:
-    """What passes found, added up."""
+    """The outcomes of several passes, added up."""
     total: Counter[str] = Counter()
     for summary in summaries:
         if summary is not None:
@@ -298,5 +308,67 @@ def outcomes(summaries: Sequence[Summary | None]) -> Counter[str]:
     return total
 
 
-def later(moment: datetime, seconds: float) -> datetime:
-    return moment + timedelta(seconds=seconds)
+def later(time: datetime, seconds: float) -> datetime:
+    return time + timedelta(seconds=seconds)
+
+
+SESSIONS = {
+    "open-1": "fine-1",
+    "open-2": "fine-2",
+    "paid-1": "paid-1",
+    "paid-2": "paid-2",
+    "failed": "failed-1",
+    "broken": "500-1",
+    "without": None,
+}
+STATUSES = {"paid-1": "paid", "paid-2": "paid", "failed-1": "failed"}
+
+
+class ProxiedWorld:
+    """A world whose MariaDB or MySQL is behind a proxy; `reset` prepares it for the next case."""
+
+    def __init__(self, engine: str, world: World, proxy: Proxy) -> None:
+        self.engine = engine
+        self.world = world
+        self.proxy = proxy
+        self.shop_thread: threading.Thread | None = None  # what the shop does during a pass
+        self._statements_per_pass = 0
+        world.database_url = proxy.url(world.shop.database)  # type: ignore[attr-defined]
+        self.worker = world.worker()
+        self.reset()
+        self.world.tick()  # it connects and creates the tables
+
+    def reset(self) -> None:
+        """Restore the initial state, except that the worker stays warm."""
+        world, run = self.world, self.world.shop.run
+        self.proxy.reset()
+        world.tick()  # it creates tables again that a case has dropped
+        tables = [name for (name,) in run("SHOW TABLES")]
+        for name in tables:
+            run(f"DELETE FROM {name}")
+        run(
+            "INSERT INTO checkout_session (id, billing_checkout_id, status) VALUES "
+            + ", ".join(["(%s, %s, 'open')"] * len(SESSIONS)),
+            [value for item in SESSIONS.items() for value in item],
+        )
+        world.billing.log.clear()
+        world.billing.statuses = dict(STATUSES)
+        world.billing.healed = False
+        world.billing.before_answer = lambda _checkout: None
+        world.bus.events.clear()
+        world.closed_by_shop.clear()
+        world.crashed = False
+        world.errors.clear()
+        world.advance(60)
+        self.proxy.reset()
+
+    def statements_per_pass(self) -> int:
+        """The number of statements in a pass that does everything a pass can do."""
+        if self._statements_per_pass == 0:
+            self.reset()
+            self.world.tick()
+            self._statements_per_pass = self.proxy.count
+        return self._statements_per_pass
+
+    def sample_statements(self, count: int, random: random.Random) -> list[int]:
+        return sorted(random.sample(range(1, self.statements_per_pass() + 1), count))

@@ -24,7 +24,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """The URL of a database server that listens for Docker's containers too."""
+    """The URL of a database server that Docker containers can reach."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     else:
@@ -46,7 +46,7 @@ def billing() -> Iterator[SimulatedBilling]:
 
 @pytest.fixture
 def variables(shop: Shop, billing: SimulatedBilling) -> dict[str, str]:
-    """The functions' environment, as far as this machine decides it."""
+    """The functions' environment variables that depend on this machine."""
     url = urlsplit(billing.url)
     return {
         "APIKEY": API_KEY,

@@ -1,4 +1,4 @@
-"""SAM's own containers, and the database and billing service that they reach on this machine."""
+"""SAM's containers, and the database and billing service on this machine that they use."""
 
 import contextlib
 import json
@@ -25,12 +25,12 @@ from testkit.shops import MySQLShop, connect, mysql_shop
 
 ROOT = Path(__file__).parents[2]
 EVENTS = ROOT / "events"
-HOST = "host.docker.internal"  # this machine, as the containers know it
+HOST = "host.docker.internal"  # this machine's name in the containers
 API_KEY = f"key-{secrets.token_hex(8)}"
 PASSWORD = f"password-{secrets.token_hex(8)}"
 START_SECONDS = 120.0
 
-# On a laptop APIKEY and DATABASE_URL stand in for the secrets.
+# Locally, APIKEY and DATABASE_URL replace the secrets.
 LOCAL = (
     "--parameter-overrides",
     f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn=''",
@@ -38,14 +38,14 @@ LOCAL = (
 
 
 def show(text: str) -> None:
-    """Print what a person wants to see of a run, unless a secret is in it."""
+    """Print text for the person who runs the tests; fails if it contains a secret."""
     for secret in (API_KEY, PASSWORD):
         assert secret not in text, f"a secret is in the output: {text.replace(secret, '<secret>')}"
-    print(text, flush=True)  # noqa: T201 (the output is a part of what is delivered)
+    print(text, flush=True)  # noqa: T201 (the output is part of the result)
 
 
 class Shop:
-    """A shop's database, and the monitor's user in it with no more rights than it needs."""
+    """A shop's database, and the monitor's user with only the rights it needs."""
 
     def __init__(self, shop: MySQLShop) -> None:
         self._shop = shop
@@ -60,7 +60,7 @@ class Shop:
 
     @property
     def owner_url(self) -> str:
-        """For the tests' own look at it."""
+        """The URL for the tests' own queries."""
         return self._shop.url
 
     def add(self, sessions: Mapping[str, str], status: str = "open") -> None:
@@ -86,7 +86,7 @@ class Shop:
 
 
 def as_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Aligned columns under their names."""
+    """Format rows as aligned columns under their names."""
     if not rows:
         return "  (empty)"
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
@@ -108,14 +108,14 @@ def shop_on(server: str) -> Iterator[Shop]:
 
 
 class Invocation(NamedTuple):
-    """One `sam local invoke`: what the handler returned, or its error as SAM tells it; the log."""
+    """One `sam local invoke`: the handler's result, or its error as SAM prints it, and the log."""
 
     result: dict[str, Any]
     log: str
 
 
 class Sam:
-    """`sam local` on what `sam build` built; all that it prints is shown."""
+    """`sam local` on the output of `sam build`; everything that it prints is shown."""
 
     def __init__(self, package: Path, directory: Path, variables: Mapping[str, str]) -> None:
         self._log = directory / "start-api.log"
@@ -136,14 +136,14 @@ class Sam:
 
     @contextlib.contextmanager
     def api(self) -> Iterator[str]:
-        """Serve the API and yield its URL; containers are kept between requests, as on Lambda."""
+        """Serve the API; yields its URL. Containers are kept between requests, as on Lambda."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = ["sam", "local", "start-api", "--port", str(port), "--warm-containers", "LAZY"]
         show(f"\n$ {shlex.join(command)}")
         with self._log.open("w") as log:
             process = subprocess.Popen(
-                # What a shell starts in the background ignores SIGINT, and so would SAM.
+                # A shell's background programs ignore SIGINT, and SAM would inherit that.
                 ["env", "--default-signal=INT", *command, *self._arguments],
                 cwd=ROOT,
                 env=environment(),
@@ -152,7 +152,7 @@ class Sam:
                 start_new_session=True,
             )
         try:
-            wait_until(lambda: listens(port, process), f"sam local start-api on port {port}")
+            wait_until(lambda: is_listening(port, process), f"sam local start-api on port {port}")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.send_signal(signal.SIGINT)  # SAM removes its containers
@@ -165,7 +165,7 @@ class Sam:
 
 
 def build(directory: Path, *options: str) -> Path:
-    """`make build`; where it put the template and one directory for each function."""
+    """Run `make build`; returns the directory with the template and each function's directory."""
     command = [sys.executable, "-m", "local.package"]
     options = options or FOR_THIS_MACHINE
     run(
@@ -178,13 +178,13 @@ def build(directory: Path, *options: str) -> Path:
 def run(
     command: Sequence[str], *, shown: Sequence[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, which must be a good one, and show it with what it printed."""
+    """Run a command, show it with its output, and fail if it fails."""
     show(f"\n$ {shlex.join(shown or command)}")
     ran = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     show(ran.stderr + ran.stdout)
-    assert ran.returncode == 0, f"{command[0]} ended with {ran.returncode}"
+    assert ran.returncode == 0, f"{command[0]} failed with exit code {ran.returncode}"
     return ran
 
 
@@ -198,20 +198,20 @@ def curl(url: str, *arguments: str, api_key: str | None = None) -> Reply:
     silently = ["-sS", "-m", "120", "-w", "\n%{http_code}"]
     header = [] if api_key is None else ["-H", f"x-api-key: {api_key}"]
     shown = [*command, *(["-H", "x-api-key: …"] if api_key else [])]
-    said = run([*command, *silently, *header], shown=shown)
-    body, _, status = said.stdout.rpartition("\n")
+    output = run([*command, *silently, *header], shown=shown)
+    body, _, status = output.stdout.rpartition("\n")
     return Reply(int(status), json.loads(body))
 
 
 def trigger(api: str, event: str, *, api_key: str | None = None) -> Reply:
-    """Call the trigger with the body of an event of ours."""
+    """Call the trigger with the body of a file in events/."""
     body = json.loads((EVENTS / event).read_text())["body"]
     data = () if body is None else ("-H", "Content-Type: application/json", "-d", body)
     return curl(f"{api}/api/test/checkout-sessions", "-X", "POST", *data, api_key=api_key)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without anybody's AWS account."""
+    """This process's environment without any AWS account."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
@@ -223,7 +223,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def mariadb_container() -> Iterator[str]:
-    """A MariaDB server in a container, for a machine that has Docker only; yields its URL."""
+    """Run MariaDB in a container, for a machine with nothing but Docker; yields its URL."""
     password = secrets.token_hex(8)
     container = subprocess.run(
         shlex.split("docker run --detach --publish=3306 --env=MARIADB_ROOT_PASSWORD mariadb:lts"),
@@ -235,29 +235,29 @@ def mariadb_container() -> Iterator[str]:
     try:
         address = run(["docker", "port", container, "3306/tcp"]).stdout.splitlines()[0]
         server = f"mysql://root:{password}@127.0.0.1:{address.rpartition(':')[2]}/"
-        wait_until(lambda: answers(server), "the database in its container")
+        wait_until(lambda: is_ready(server), "the database in its container")
         yield server
     finally:
         run(["docker", "rm", "--force", "--volumes", container])
 
 
-def answers(server: str) -> bool:
+def is_ready(server: str) -> bool:
     with contextlib.suppress(pymysql.OperationalError):
         connect(server).close()
         return True
     return False
 
 
-def listens(port: int, process: subprocess.Popen[bytes]) -> bool:
-    assert process.poll() is None, "the process that is to listen has ended"
+def is_listening(port: int, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the process exited before it listened"
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"Not ready after {seconds:.0f} seconds: {what}")
         time.sleep(0.2)

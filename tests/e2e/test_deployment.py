@@ -1,6 +1,6 @@
-"""The stack on an emulated AWS that enforces its policies, from the deployment to `sam delete`.
+"""The stack on an emulated AWS that enforces its policies, from deployment to `sam delete`.
 
-One stack goes through the tests in their order. What the emulator cannot show is in docs/deploy.md.
+The tests share one stack and run in order. docs/deploy.md lists the limits of the emulator.
 """
 
 import subprocess
@@ -30,34 +30,34 @@ from tests.e2e.support import (
 )
 
 SESSIONS = {f"session_{n}": f"checkout_active_{n}" for n in range(3)}
-# Each takes a second: too many for one worker that sends one request at a time.
+# Each takes a second, so they are too many for one worker with one request at a time.
 SLOW_SESSIONS = {f"slow_{n}": f"checkout_slow_{n}" for n in range(12)}
-# Its ticks are at other seconds than those of 5 s, every fifth apart.
+# Seconds. Four of five ticks differ from those of the 5 s interval.
 OTHER_INTERVAL = 6
-# A start every minute, the time until an execution's first tick, and a cold start.
+# The schedule's minute, the wait for the first slot, and a cold start.
 START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Site:
-    """The stack, the parameters it was deployed with, and what it works on."""
+class Deployment:
+    """The stack, its parameters, its shop and billing service."""
 
     stack: aws.Stack
     parameters: Mapping[str, str]
     shop: Shop
     billing: SimulatedBilling
-    before: Mapping[str, set[str]]
+    resources_before: Mapping[str, set[str]]
 
     def ticks(self) -> dict[float, list[int]]:
-        """How many sessions each pass of a tick has checked, by the tick."""
+        """The number of sessions that each pass of a tick has checked, by tick."""
         checked = defaultdict[float, list[int]](list)
-        for one in deploy.passes(self.shop.owner_url):
-            checked[one.tick.timestamp()].append(one.checked)
+        for row in deploy.finished_passes(self.shop.owner_url):
+            checked[row.tick.timestamp()].append(row.checked)
         return checked
 
-    def wait_for_ticks(self, seconds: float, holds: Callable[[set[float]], bool]) -> set[float]:
+    def wait_for_ticks(self, seconds: float, condition: Callable[[set[float]], bool]) -> set[float]:
         deadline = time.monotonic() + seconds
-        while not holds(found := set(self.ticks())):
+        while not condition(found := set(self.ticks())):
             if time.monotonic() > deadline:
                 show("\n".join(self.log()))
                 pytest.fail(f"Not within {seconds:.0f} s; the last ticks: {sorted(found)[-5:]}")
@@ -65,13 +65,13 @@ class Site:
         return found
 
     def executions(self) -> dict[str, str]:
-        """The status of each execution of the loop; AWS has no such list of Express ones."""
+        """The status of each execution of the loop; AWS does not list Express executions."""
         arn = self.stack.outputs()["LoopArn"]
         found = self.stack.client("stepfunctions").list_executions(stateMachineArn=arn)
         return {execution["executionArn"]: execution["status"] for execution in found["executions"]}
 
     def log(self) -> list[str]:
-        """The check function's."""
+        """The log lines of the check function."""
         group = f"/aws/lambda/{aws.STACK}-CheckSessions"
         events = self.stack.client("logs").filter_log_events(logGroupName=group)["events"]
         return [event["message"].rstrip() for event in events]
@@ -79,7 +79,7 @@ class Site:
 
 @pytest.fixture(scope="module", autouse=True)
 def deploy_local() -> Iterator[subprocess.Popen[str]]:
-    """`make deploy-local ARGS=--once`, beside the other tests; most of its time it waits."""
+    """Run `make deploy-local ARGS=--once` during the other tests; it mostly waits."""
     command = [sys.executable, "-m", "local.deploy", "--once"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -90,14 +90,16 @@ def deploy_local() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="module")
-def site(package: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def deployment(
+    package: Path, server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
     with (
         shop_on(server) as shop,
         running_billing(api_key=API_KEY) as billing,
         aws.running_aws(tmp_path_factory.mktemp("aws")) as url,
     ):
         shop.add(SESSIONS)
-        arns = deploy.put_secrets(
+        arns = deploy.create_secrets(
             url,
             API_KEY,
             {
@@ -112,48 +114,50 @@ def site(package: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -
         stack = aws.Stack(url, package, show)
         parameters = arns | {"BillingApiUrl": billing.url}
         stack.deploy(parameters)
-        curl(stack.outputs()["HealthUrl"])  # it makes the monitor's tables
-        yield Site(stack, parameters, shop, billing, before)
+        curl(stack.outputs()["HealthUrl"])  # it creates the monitor's tables
+        yield Deployment(stack, parameters, shop, billing, before)
 
 
-def test_ticks_come_without_a_gap_for_a_minute_and_check_each_session_once_a_slot(
-    site: Site,
+def test_each_session_is_checked_in_every_slot_of_a_minute(
+    deployment: Deployment,
 ) -> None:
-    first = min(site.wait_for_ticks(START_SECONDS, bool))
+    first = min(deployment.wait_for_ticks(START_SECONDS, bool))
     slots = {first + 5 * n for n in range(13)}
 
-    site.wait_for_ticks(START_SECONDS, lambda ticks: max(ticks) > max(slots))
+    deployment.wait_for_ticks(START_SECONDS, lambda ticks: max(ticks) > max(slots))
 
-    checked = site.ticks()
-    site.shop.show("After a minute")
+    checked = deployment.ticks()
+    deployment.shop.show("After a minute")
     assert {slot: sum(checked[slot]) for slot in slots} == dict.fromkeys(slots, len(SESSIONS))
-    assert site.billing.requests.total() >= len(SESSIONS) * len(slots)
+    assert deployment.billing.requests.total() >= len(SESSIONS) * len(slots)
 
 
-def test_an_execution_of_the_loop_ends_when_it_hears_of_the_next_one(site: Site) -> None:
-    # It would go on for three minutes; the ticks before took one.
-    site.wait_for_ticks(START_SECONDS, lambda _: "SUCCEEDED" in site.executions().values())
+def test_execution_of_the_loop_ends_when_the_next_one_starts(deployment: Deployment) -> None:
+    # Alone it would run for three minutes; the previous test took one.
+    deployment.wait_for_ticks(
+        START_SECONDS, lambda _: "SUCCEEDED" in deployment.executions().values()
+    )
 
 
-def test_health_needs_no_key(site: Site) -> None:
-    reply = curl(site.stack.outputs()["HealthUrl"])
+def test_health_needs_no_key(deployment: Deployment) -> None:
+    reply = curl(deployment.stack.outputs()["HealthUrl"])
 
     assert (reply.status, reply.body["status"]) == (200, "ok")
 
 
-def test_the_page_is_open_and_what_it_shows_needs_the_key(site: Site) -> None:
-    page = site.stack.outputs()["PageUrl"]
+def test_page_is_public_and_its_data_needs_the_key(deployment: Deployment) -> None:
+    page = deployment.stack.outputs()["PageUrl"]
 
-    said = run(["curl", "-sS", "-m", "60", "-w", "%{http_code} %{content_type}", page])
-    assert said.stdout.rpartition("</html>")[2].split() == ["200", "text/html;", "charset=utf-8"]
+    output = run(["curl", "-sS", "-m", "60", "-w", "%{http_code} %{content_type}", page])
+    assert output.stdout.rpartition("</html>")[2].split() == ["200", "text/html;", "charset=utf-8"]
     assert curl(f"{page}api/status").status == 403
-    status = curl(f"{page}api/status", api_key=site.stack.api_key())
+    status = curl(f"{page}api/status", api_key=deployment.stack.api_key())
     assert status.status == 200
     assert status.body["verdict"]
 
 
-def test_the_trigger_is_refused_without_a_key(site: Site) -> None:
-    reply = curl(site.stack.outputs()["TriggerUrl"], "-X", "POST")
+def test_trigger_is_refused_without_a_key(deployment: Deployment) -> None:
+    reply = curl(deployment.stack.outputs()["TriggerUrl"], "-X", "POST")
 
     assert reply == (403, {"message": "Forbidden"})
 
@@ -161,72 +165,76 @@ def test_the_trigger_is_refused_without_a_key(site: Site) -> None:
 @pytest.mark.parametrize(
     ("event", "status"), [("trigger.json", 200), ("trigger-bad-body.json", 400)]
 )
-def test_the_trigger_with_a_key_takes_an_empty_body_and_refuses_a_bad_one(
-    site: Site, event: str, status: int
+def test_trigger_with_a_key_accepts_an_empty_body_but_not_a_bad_one(
+    deployment: Deployment, event: str, status: int
 ) -> None:
-    url = site.stack.outputs()["TriggerUrl"].removesuffix("/api/test/checkout-sessions")
+    url = deployment.stack.outputs()["TriggerUrl"].removesuffix("/api/test/checkout-sessions")
 
-    reply = trigger(url, event, api_key=site.stack.api_key())
+    reply = trigger(url, event, api_key=deployment.stack.api_key())
 
     assert (reply.status, reply.body["success"]) == (status, status == 200)
 
 
-def test_without_the_right_to_read_the_key_the_function_says_so_in_one_sentence(
-    site: Site,
+def test_missing_right_to_read_the_key_is_reported(
+    deployment: Deployment,
 ) -> None:
     def without_read_api_key(template: aws.Template) -> None:
         document = template["Resources"]["PassPolicy"]["Properties"]["PolicyDocument"]
-        document["Statement"] = [  # it may hang on a condition
+        document["Statement"] = [  # a statement may be an Fn::If
             statement for statement in document["Statement"] if "ReadApiKey" not in str(statement)
         ]
 
-    # Another setting, because functions that run already have read the key.
-    site.stack.deploy({**site.parameters, "LogLevel": "DEBUG"}, change=without_read_api_key)
+    # The changed setting replaces warm functions, which have already read the key.
+    deployment.stack.deploy(
+        {**deployment.parameters, "LogLevel": "DEBUG"}, change=without_read_api_key
+    )
 
-    url = site.stack.outputs()["TriggerUrl"]
-    reply = curl(url, "-X", "POST", api_key=site.stack.api_key())
-    arn = site.parameters["ApiKeySecretArn"]
+    url = deployment.stack.outputs()["TriggerUrl"]
+    reply = curl(url, "-X", "POST", api_key=deployment.stack.api_key())
+    arn = deployment.parameters["ApiKeySecretArn"]
     assert reply.status == 500
     assert reply.body["message"].startswith(f"APIKEY_SECRET_ARN names the secret {arn}, which")
     assert "not authorized to perform: secretsmanager:GetSecretValue" in reply.body["message"]
-    assert curl(site.stack.outputs()["HealthUrl"]).status == 503
+    assert curl(deployment.stack.outputs()["HealthUrl"]).status == 503
 
 
-def test_an_update_takes_effect_and_a_tick_that_is_too_much_for_one_worker_starts_others(
-    site: Site,
+def test_update_takes_effect_and_an_overloaded_leader_starts_helpers(
+    deployment: Deployment,
 ) -> None:
-    site.shop.add(SLOW_SESSIONS)
+    deployment.shop.add(SLOW_SESSIONS)
     changed = {"CheckIntervalSeconds": f"{OTHER_INTERVAL}", "MaxConcurrency": "1"}
-    site.stack.deploy({**site.parameters, **changed})
+    deployment.stack.deploy({**deployment.parameters, **changed})
 
-    ticks = site.wait_for_ticks(
+    ticks = deployment.wait_for_ticks(
         START_SECONDS, lambda ticks: len([tick for tick in ticks if tick % 5]) >= 4
     )
 
-    site.shop.show("With another interval, and one request at a time")
+    deployment.shop.show("With another interval and one request at a time")
     assert all(tick % OTHER_INTERVAL == 0 for tick in ticks if tick % 5)
-    assert max(len([n for n in checked if n]) for checked in site.ticks().values()) > 1
-    assert not [line for line in site.log() if "could not be started" in line]
+    assert max(len([n for n in checked if n]) for checked in deployment.ticks().values()) > 1
+    assert not [line for line in deployment.log() if "could not be started" in line]
 
 
-def test_a_monitor_that_is_switched_off_ends_its_loop_and_keeps_its_trigger(site: Site) -> None:
-    site.stack.deploy({**site.parameters, "MonitorState": "DISABLED"})
-    executions = site.executions()
+def test_disabled_monitor_ends_its_loop_but_keeps_its_trigger(deployment: Deployment) -> None:
+    deployment.stack.deploy({**deployment.parameters, "MonitorState": "DISABLED"})
+    executions = deployment.executions()
 
-    wait_until(lambda: "RUNNING" not in site.executions().values(), "the loop's end", 240)
+    wait_until(
+        lambda: "RUNNING" not in deployment.executions().values(), "the end of the loop", 240
+    )
 
-    assert site.executions().keys() == executions.keys()
-    url = site.stack.outputs()["TriggerUrl"]
-    assert curl(url, "-X", "POST", api_key=site.stack.api_key()).status == 200
+    assert deployment.executions().keys() == executions.keys()
+    url = deployment.stack.outputs()["TriggerUrl"]
+    assert curl(url, "-X", "POST", api_key=deployment.stack.api_key()).status == 200
 
 
-def test_a_stack_that_is_deleted_leaves_what_the_docs_name(site: Site) -> None:
-    site.stack.delete()
+def test_deleted_stack_leaves_only_what_the_docs_name(deployment: Deployment) -> None:
+    deployment.stack.delete()
 
     left = {
-        kind: found - site.before[kind]
-        for kind, found in resources(site.stack.url).items()
-        if found - site.before[kind]
+        kind: found - deployment.resources_before[kind]
+        for kind, found in resources(deployment.stack.url).items()
+        if found - deployment.resources_before[kind]
     }
     show(f"Left after sam delete: {left}")
     [role] = left.pop("iam roles")
@@ -247,7 +255,7 @@ def test_make_deploy_local_shows_a_deployment_and_a_minute_of_ticks(
 
 
 def resources(url: str) -> dict[str, set[str]]:
-    """What is in the emulated account, by kind; secrets and the stack's own record apart."""
+    """The resources of the emulated account by kind, except secrets and the stack itself."""
     listings: dict[str, tuple[str, str, str, str]] = {
         "iam roles": ("iam", "list_roles", "Roles", "RoleName"),
         "functions": ("lambda", "list_functions", "Functions", "FunctionName"),

@@ -1,11 +1,11 @@
-"""docs/deploy.md as a user meets it: its commands, one after the other, on an emulated AWS."""
+"""The commands of docs/deploy.md, run in order on an emulated AWS."""
 
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,13 @@ PAGE = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
 
 @dataclass
 class Terminal:
-    """A shell in a copy of the project; what it knows and where it is last from line to line."""
+    """Runs shell commands in a copy of the project."""
 
     directory: Path
     environment: Mapping[str, str]
-    said: list[str] = field(default_factory=list)
 
     def run(self, command: str, answers: str = "") -> str:
-        """Run a line of the page to its good end; returns what it says."""
+        """Run a line of the page, which must succeed; returns its output."""
         show(f"\n$ {command}")
         ran = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", f"{command}"],
@@ -40,12 +39,12 @@ class Terminal:
             check=False,
         )
         show(ran.stdout + ran.stderr)
-        assert ran.returncode == 0, f"{command} ended with {ran.returncode}"
+        assert ran.returncode == 0, f"{command} failed with exit code {ran.returncode}"
         return ran.stdout
 
 
 def commands(heading: str) -> list[str]:
-    """The lines that a section of the page has a user type, without their comments."""
+    """The commands in a section of the page, without comments."""
     section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return [
         re.sub(r"\s+#.*", "", line.removeprefix("$ "))
@@ -71,7 +70,7 @@ def terminal(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
     for name in filter(None, tracked.stdout.split("\0")):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, directory / name)
-    # What `make` makes is here already.
+    # `make` has created these already.
     for name in (".venv", ".uv"):
         if (ROOT / name).exists():
             (directory / name).symlink_to(ROOT / name)
@@ -90,14 +89,14 @@ def terminal(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
         yield Terminal(directory, environment)
 
 
-def test_a_user_gets_from_the_page_to_a_monitor_that_checks(terminal: Terminal, shop: Shop) -> None:
+def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop: Shop) -> None:
     lines = iter(commands("On AWS"))
     arns = {
         parameter: json.loads(terminal.run(next(lines)))["ARN"]
         for parameter in ("ApiKeySecretArn", "DatabaseSecretArn")
     }
     terminal.run(next(lines))
-    leave_out_metric_math(terminal.directory)
+    remove_metric_math_alarms(terminal.directory)
     with running_billing(api_key=API_KEY) as billing:
         given = arns | {"BillingApiUrl": billing.url}
         guided = next(lines)
@@ -111,20 +110,20 @@ def test_a_user_gets_from_the_page_to_a_monitor_that_checks(terminal: Terminal, 
         urls = {"HEALTH_URL": outputs["HealthUrl"], "TRIGGER_URL": outputs["TriggerUrl"]}
         terminal.environment = {**terminal.environment, **urls}
         assert '"status": "ok"' in terminal.run(next(lines))
-        key_is, trigger = lines
-        assert key_is.startswith("API_KEY=$(aws apigateway get-api-key …")
-        whole = key_is.replace("aws apigateway get-api-key …", outputs["ApiKeyCommand"])
-        assert "Checked 1 of 1 open" in terminal.run(f"{whole}; {trigger}")
+        set_key, trigger = lines
+        assert set_key.startswith("API_KEY=$(aws apigateway get-api-key …")
+        completed = set_key.replace("aws apigateway get-api-key …", outputs["ApiKeyCommand"])
+        assert "Checked 1 of 1 open" in terminal.run(f"{completed}; {trigger}")
         assert billing.requests == {"checkout_active_1": 1}
 
 
-def test_an_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) -> None:
+def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) -> None:
     build, update, switch_off, delete = commands("Update, switch off, delete")
     stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
     before = parameters(stack)
 
     terminal.run(build)
-    leave_out_metric_math(terminal.directory)
+    remove_metric_math_alarms(terminal.directory)
     terminal.run(update)
     assert parameters(stack) == before
     terminal.run(switch_off)
@@ -135,25 +134,25 @@ def test_an_update_and_switching_off_keep_the_other_parameters(terminal: Termina
     assert delete == "sam delete --config-env dev"
 
 
-def test_the_package_for_arm64_is_built_as_the_page_says() -> None:
+def test_page_shows_the_build_for_arm64() -> None:
     assert commands("arm64") == ['make build ARGS="--parameter-overrides Architecture=arm64"']
 
 
-def leave_out_metric_math(project: Path) -> None:
-    """The emulator's one limit, so that the page's own commands can be used."""
+def remove_metric_math_alarms(project: Path) -> None:
+    """Remove what the emulator does not support, so that the page's commands work unchanged."""
     file = project / ".aws-sam/build/template.yaml"
     template = yaml_parse(file.read_text(encoding="utf-8"))
-    aws.leave_out_metric_math(template)
+    aws.remove_metric_math_alarms(template)
     file.write_text(json.dumps(template), encoding="utf-8")
 
 
 def answers(given: Mapping[str, str]) -> str:
-    """What a user types at `sam deploy --guided`: return, but for what has no default."""
+    """The input for `sam deploy --guided`: values without a default, and Return for the rest."""
     template = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
     typed = ["", ""]  # the stack's name, the region
     typed += [given.get(name, "") for name in template["Parameters"]]
-    typed += ["", "", ""]  # confirm changes, allow roles, keep what a failure leaves
-    typed += [""] * 5  # keep the answers, where
+    typed += ["", "", ""]  # confirm changes, allow roles, disable rollback
+    typed += [""] * 5  # save the answers, and where
     return "\n".join(typed) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What `make build` puts into the functions' package."""
+"""The contents of the functions' package, as `make build` creates it."""
 
 import importlib.util
 import re
@@ -10,30 +10,32 @@ import pytest
 
 from tests.e2e.support import ROOT, build, show
 
-MOST_BYTES = 45_000_000
+MAX_BYTES = 45_000_000
 AARCH64 = 183  # e_machine in an ELF file's header
-UNCHECKED_HASH = 1  # the flags of bytecode that is taken as it is; PEP 552
+UNCHECKED_HASH = 1  # bytecode flags: not checked against the source (PEP 552)
 
 
 @pytest.mark.parametrize("function", ["CheckSessionsFunction", "ApiFunction"])
-def test_the_package_is_what_requirements_txt_lists_and_small(function: str, package: Path) -> None:
+def test_package_is_small_and_holds_what_requirements_txt_lists(
+    function: str, package: Path
+) -> None:
     requirements = (ROOT / "src/requirements.txt").read_text()
     listed = set(re.findall(r"^([\w-]+)==", requirements, re.MULTILINE))
 
-    held = {
+    installed = {
         found.name.lower().replace("_", "-")
         for found in distributions(path=[str(package / function)])
     }
     size = sum(file.stat().st_size for file in (package / function).rglob("*") if file.is_file())
 
-    show(f"{function}: {size / 1e6:.1f} MB unpacked, with {', '.join(sorted(held))}")
-    assert held == listed
-    assert not {"boto3", "botocore"} & held
-    assert size < MOST_BYTES
+    show(f"{function}: {size / 1e6:.1f} MB unpacked, with {', '.join(sorted(installed))}")
+    assert installed == listed
+    assert not {"boto3", "botocore"} & installed
+    assert size < MAX_BYTES
 
 
 @pytest.mark.parametrize("function", ["CheckSessionsFunction", "ApiFunction"])
-def test_every_module_has_bytecode_that_is_taken_as_it_is(function: str, package: Path) -> None:
+def test_every_module_has_unchecked_bytecode(function: str, package: Path) -> None:
     modules = [*(package / function).rglob("*.py")]
 
     flags = set()
@@ -47,8 +49,8 @@ def test_every_module_has_bytecode_that_is_taken_as_it_is(function: str, package
     assert flags == {UNCHECKED_HASH}
 
 
-def test_a_package_for_arm64_holds_binaries_of_that_processor_only(tmp_path: Path) -> None:
-    """No container is needed for it on a machine of another one."""
+def test_package_for_arm64_holds_only_arm64_binaries(tmp_path: Path) -> None:
+    """The build needs no container on a machine with another processor."""
     package = build(tmp_path / "build", "--parameter-overrides", "Architecture=arm64")
 
     machines = {

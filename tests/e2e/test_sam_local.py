@@ -1,4 +1,4 @@
-"""The functions as they are deployed: built by SAM, and run in its containers."""
+"""The deployed functions: built by SAM and run in its containers."""
 
 import json
 from collections.abc import Mapping
@@ -34,12 +34,12 @@ def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
     }
 
 
-def test_sam_finds_nothing_wrong_with_the_template() -> None:
+def test_sam_validates_the_template() -> None:
     run(["sam", "validate", "--lint"])
 
 
 @pytest.mark.parametrize("event", ["tick.json", "no-tick.json"])
-def test_an_invocation_checks_every_open_session_once_and_records_it(
+def test_invocation_checks_and_records_every_open_session_once(
     event: str, sam: Sam, shop: Shop, billing: SimulatedBilling
 ) -> None:
     shop.add(SESSIONS)
@@ -52,7 +52,7 @@ def test_an_invocation_checks_every_open_session_once_and_records_it(
     assert (result["open"], result["checked"], result["errors"]) == (3, 3, 1)
     assert result["outcomes"] == {"active": 1, "not_found": 1, "network_error": 1}
     assert recorded(shop) == RECORDED
-    # A reset is asked about once more: a kept connection that has been ended looks the same.
+    # A reset is retried once, because a closed keep-alive connection looks the same.
     once = dict.fromkeys(SESSIONS.values(), 1)
     assert billing.requests == {**once, "checkout_reset_1": 2}
     [row] = [row for row in shop.rows("checkout_session_run") if row["reason"] == "tick"]
@@ -61,7 +61,7 @@ def test_an_invocation_checks_every_open_session_once_and_records_it(
     assert "Checkout session check complete: 2 success, 1 errors" in log
 
 
-def test_a_refused_database_password_fails_the_invocation_and_is_not_shown(
+def test_refused_database_password_fails_the_invocation_but_is_not_shown(
     package: Path, tmp_path: Path, variables: Mapping[str, str]
 ) -> None:
     wrong = {"DATABASE_URL": variables["DATABASE_URL"].replace(PASSWORD, f"{PASSWORD}x")}
@@ -79,7 +79,7 @@ def test_health_is_ok_with_an_empty_shop(api: str) -> None:
     assert (reply.status, reply.body["status"]) == (200, "ok")
 
 
-def test_the_trigger_checks_every_open_session(api: str, shop: Shop) -> None:
+def test_trigger_checks_every_open_session(api: str, shop: Shop) -> None:
     shop.add(SESSIONS)
     shop.show("Before")
 
@@ -91,7 +91,7 @@ def test_the_trigger_checks_every_open_session(api: str, shop: Shop) -> None:
     assert recorded(shop) == RECORDED
 
 
-def test_the_trigger_with_ids_checks_only_these(
+def test_trigger_with_ids_checks_only_those(
     api: str, shop: Shop, billing: SimulatedBilling
 ) -> None:
     body = json.loads((EVENTS / "trigger-with-ids.json").read_text())["body"]
@@ -108,7 +108,7 @@ def test_the_trigger_with_ids_checks_only_these(
     assert billing.requests == {f"checkout_active_{session_id}": 1 for session_id in wanted}
 
 
-def test_the_trigger_refuses_a_bad_body(api: str, billing: SimulatedBilling) -> None:
+def test_trigger_refuses_a_bad_body(api: str, billing: SimulatedBilling) -> None:
     reply = trigger(api, "trigger-bad-body.json")
 
     assert (reply.status, reply.body["success"]) == (400, False)

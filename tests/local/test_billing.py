@@ -1,4 +1,4 @@
-"""The simulated billing service, asked over real sockets."""
+"""The simulated billing service, over real sockets."""
 
 import asyncio
 import contextlib
@@ -19,8 +19,8 @@ from local.billing import SimulatedBilling, running_billing
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-nobody-may-see"
-LONG = 3600.0  # a pause that never ends within a test
-TIMEOUT = 20.0  # seconds until a test that waits in vain fails
+LONG = 3600.0  # a pause longer than any test
+TIMEOUT = 20.0  # seconds until a waiting test fails
 
 
 class Clock:
@@ -66,7 +66,7 @@ def request(checkout_id: str, *headers: str, version: str = "1.1") -> bytes:
 
 
 def read_all(connected: socket.socket) -> bytes:
-    """Read until the service hangs up."""
+    """Read until the service closes the connection."""
     received = b""
     while chunk := connected.recv(65536):
         received += chunk
@@ -78,7 +78,7 @@ def read_all(connected: socket.socket) -> bytes:
     ["checkout_active_1", "active", "checkout_xyz789", "checkout_", "cs_1", "checkout_200_1",
      "checkout_100_1", "checkout_600_1", "checkout_4040_1", "checkout_paidup_1", "x_hang"],
 )  # fmt: skip
-def test_a_session_is_open_unless_its_id_says_otherwise(
+def test_session_is_open_unless_its_id_says_otherwise(
     billing: SimulatedBilling, client: httpx.Client, checkout_id: str
 ) -> None:
     answer = client.get(session_url(billing, checkout_id))
@@ -89,7 +89,7 @@ def test_a_session_is_open_unless_its_id_says_otherwise(
 
 
 @pytest.mark.parametrize("status", [201, 204, 299, 304, 307, 401, 403, 404, 410, 418, 500, 599])
-def test_a_status_code_is_answered_with_and_the_connection_stays_usable(
+def test_status_code_in_id_is_answered_on_a_reusable_connection(
     billing: SimulatedBilling, client: httpx.Client, status: int
 ) -> None:
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_a_status_code_is_answered_with_and_the_connection_stays_usable(
     ("word", "status", "retry_after"),
     [("429", 429, "30"), ("503", 503, "30"), ("ratelimited", 429, None)],
 )
-def test_too_many_requests_come_with_and_without_a_retry_after(
+def test_rate_limits_with_and_without_retry_after(
     billing: SimulatedBilling, client: httpx.Client, word: str, status: int, retry_after: str | None
 ) -> None:
     answer = client.get(session_url(billing, f"checkout_{word}_1"))
@@ -116,23 +116,23 @@ def test_too_many_requests_come_with_and_without_a_retry_after(
     [("checkout_paid", 60), ("checkout_failed_x", 60), ("expired_²", 60),
      ("checkout_paid_20_7", 20), ("checkout_failed_1", 1), ("expired_600_x_y", 600)],
 )  # fmt: skip
-def test_a_state_is_reached_a_while_after_the_id_was_first_asked_for(
+def test_final_status_comes_some_seconds_after_the_first_request(
     billing: SimulatedBilling, client: httpx.Client, clock: Clock, checkout_id: str, seconds: int
 ) -> None:
     def status() -> str:
         return str(client.get(session_url(billing, checkout_id)).json()["status"])
 
-    reached = checkout_id.removeprefix("checkout_").partition("_")[0]
+    final = checkout_id.removeprefix("checkout_").partition("_")[0]
     assert status() == "open"
     clock.now += seconds - 0.5
     assert status() == "open"
     clock.now += 0.5
-    assert status() == reached
+    assert status() == final
     clock.now += 1_000_000
-    assert status() == reached
+    assert status() == final
 
 
-def test_each_id_has_a_while_of_its_own(
+def test_each_id_has_its_own_delay(
     billing: SimulatedBilling, client: httpx.Client, clock: Clock
 ) -> None:
     client.get(session_url(billing, "checkout_paid_1"))
@@ -142,7 +142,7 @@ def test_each_id_has_a_while_of_its_own(
     assert client.get(session_url(billing, "checkout_paid_60_2")).json()["status"] == "open"
 
 
-def test_a_drip_sends_headers_and_then_single_bytes(
+def test_drip_sends_headers_and_then_single_bytes(
     billing: SimulatedBilling, client: httpx.Client
 ) -> None:
     with client.stream("GET", session_url(billing, "checkout_drip_1")) as answer:
@@ -151,7 +151,7 @@ def test_a_drip_sends_headers_and_then_single_bytes(
         assert [len(next(dripping)) for _ in range(5)] == [1] * 5
 
 
-def test_a_drip_pauses_between_its_bytes() -> None:
+def test_drip_pauses_between_bytes() -> None:
     with contextlib.ExitStack() as running:
         billing = running.enter_context(running_billing(pause_seconds=LONG))
         with connect(billing) as connected:
@@ -168,7 +168,7 @@ def test_slow_answers_after_its_pause(billing: SimulatedBilling, client: httpx.C
     assert answer.json() == {"id": "checkout_slow_1", "status": "open"}
 
 
-def test_what_arrives_while_slow_pauses_is_answered_after_it(billing: SimulatedBilling) -> None:
+def test_request_that_arrives_during_slow_is_answered_after_it(billing: SimulatedBilling) -> None:
     with connect(billing) as connected:
         connected.sendall(request("checkout_slow_1") + request("later", "Connection: close"))
         received = read_all(connected)
@@ -176,7 +176,7 @@ def test_what_arrives_while_slow_pauses_is_answered_after_it(billing: SimulatedB
 
 
 @pytest.mark.parametrize("word", ["slow", "hang"])
-def test_a_request_without_its_answer_does_not_hold_up_the_stop(word: str) -> None:
+def test_unanswered_request_does_not_delay_stop(word: str) -> None:
     with contextlib.ExitStack() as running:
         billing = running.enter_context(running_billing(pause_seconds=LONG))
         with connect(billing) as connected:
@@ -188,7 +188,7 @@ def test_a_request_without_its_answer_does_not_hold_up_the_stop(word: str) -> No
     assert billing.in_flight == 0
 
 
-def test_a_reset_is_seen_as_one(billing: SimulatedBilling) -> None:
+def test_reset_reaches_the_client(billing: SimulatedBilling) -> None:
     with connect(billing) as connected:
         connected.sendall(request("checkout_reset_1"))
         with pytest.raises(ConnectionResetError):
@@ -203,7 +203,7 @@ def test_garbage_is_not_http(billing: SimulatedBilling, client: httpx.Client) ->
         assert read_all(connected) == b"This is not HTTP.\r\n\r\n"
 
 
-def test_a_huge_body_is_a_mebibyte_of_json(billing: SimulatedBilling, client: httpx.Client) -> None:
+def test_huge_body_is_one_mebibyte_of_json(billing: SimulatedBilling, client: httpx.Client) -> None:
     answer = client.get(session_url(billing, "checkout_huge_1"))
     assert answer.status_code == 200
     assert len(answer.content) == 1024 * 1024
@@ -217,9 +217,7 @@ def test_text_is_not_json(billing: SimulatedBilling, client: httpx.Client) -> No
         answer.json()
 
 
-def test_a_redirect_that_is_followed_is_counted(
-    billing: SimulatedBilling, client: httpx.Client
-) -> None:
+def test_followed_redirect_is_counted(billing: SimulatedBilling, client: httpx.Client) -> None:
     url = session_url(billing, "checkout_redirect_1")
     assert client.get(url).status_code == 302
     assert billing.redirects_followed == 0
@@ -233,7 +231,7 @@ def test_a_redirect_that_is_followed_is_counted(
     [(None, None, 401), (None, "", 401), (None, "any", 200),
      (KEY, None, 401), (KEY, "", 401), (KEY, "any", 401), (KEY, KEY, 200)],
 )  # fmt: skip
-def test_a_request_without_the_right_key_is_refused_whatever_its_id(
+def test_request_with_a_missing_or_wrong_key_is_refused_for_any_id(
     expected: str | None, given: str | None, status: int
 ) -> None:
     headers = {} if given is None else {"x-api-key": given}
@@ -250,7 +248,7 @@ def test_a_request_without_the_right_key_is_refused_whatever_its_id(
         assert billing.requests == {checkout_id: 1}
 
 
-def test_neither_output_nor_representation_shows_the_key(
+def test_output_and_repr_do_not_show_the_key(
     capfd: pytest.CaptureFixture[str], client: httpx.Client
 ) -> None:
     with running_billing(api_key=KEY) as billing:
@@ -270,16 +268,14 @@ def test_neither_output_nor_representation_shows_the_key(
      "/billing/api/v1/paysession/a/b", "/x/billing/api/v1/paysession/a",
      "/billing/api/v1/redirected/a"],
 )  # fmt: skip
-def test_another_path_is_not_found(
-    billing: SimulatedBilling, client: httpx.Client, path: str
-) -> None:
+def test_unknown_path_is_404(billing: SimulatedBilling, client: httpx.Client, path: str) -> None:
     answer = client.get(f"http://127.0.0.1:{port_of(billing)}{path}")
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     assert not billing.requests
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "PATCH", "get"])
-def test_another_method_is_not_allowed_and_its_body_is_skipped(
+def test_other_method_is_405_and_its_body_is_skipped(
     billing: SimulatedBilling, method: str
 ) -> None:
     content = None if method == "HEAD" else b"GET / HTTP/1.1\r\n\r\n"
@@ -307,7 +303,7 @@ def test_another_method_is_not_allowed_and_its_body_is_skipped(
      b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
      b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"],
 )  # fmt: skip
-def test_what_is_not_http_is_refused_and_the_connection_closed(
+def test_invalid_http_is_refused_and_the_connection_closed(
     billing: SimulatedBilling, malformed: bytes
 ) -> None:
     with connect(billing) as connected:
@@ -319,10 +315,10 @@ def test_what_is_not_http_is_refused_and_the_connection_closed(
     assert billing.in_flight == 0
 
 
-@pytest.mark.parametrize("beginning", [b"GET /", request("checkout_hang_1")])
-def test_a_request_without_an_end_is_cut_off(billing: SimulatedBilling, beginning: bytes) -> None:
+@pytest.mark.parametrize("start", [b"GET /", request("checkout_hang_1")])
+def test_endless_request_is_cut_off(billing: SimulatedBilling, start: bytes) -> None:
     with connect(billing) as connected:
-        connected.sendall(beginning)
+        connected.sendall(start)
         with pytest.raises(ConnectionError):
             connected.sendall(b"x" * 100_000_000)
 
@@ -335,23 +331,23 @@ def test_connections_are_kept_alive(billing: SimulatedBilling, client: httpx.Cli
 
 
 @pytest.mark.parametrize(
-    "asked", [request("active", "Connection: close"), request("active", version="1.0")]
+    "sent", [request("active", "Connection: close"), request("active", version="1.0")]
 )
-def test_a_connection_is_closed_when_the_client_wants_it(
-    billing: SimulatedBilling, asked: bytes
+def test_connection_is_closed_when_the_client_asks_for_it(
+    billing: SimulatedBilling, sent: bytes
 ) -> None:
     with connect(billing) as connected:
-        connected.sendall(asked)
+        connected.sendall(sent)
         assert b"\r\nConnection: close\r\n" in read_all(connected)
 
 
-def test_requests_sent_ahead_or_in_pieces_are_each_answered(billing: SimulatedBilling) -> None:
+def test_pipelined_and_fragmented_requests_are_each_answered(billing: SimulatedBilling) -> None:
     with connect(billing) as connected:
-        connected.sendall(request("ahead") * 2000)
-        for byte in request("pieces", "Connection: close"):
+        connected.sendall(request("pipelined") * 2000)
+        for byte in request("fragmented", "Connection: close"):
             connected.sendall(bytes([byte]))
         assert read_all(connected).count(b"HTTP/1.1 200 OK\r\n") == 2001
-    assert billing.requests == {"ahead": 2000, "pieces": 1}
+    assert billing.requests == {"pipelined": 2000, "fragmented": 1}
     assert billing.max_in_flight == 1
 
 
@@ -371,14 +367,14 @@ def test_requests_sent_ahead_or_in_pieces_are_each_answered(billing: SimulatedBi
         "é" * 255,
     ],
 )
-def test_an_id_is_decoded_whatever_it_holds(
+def test_id_is_percent_decoded(
     billing: SimulatedBilling, client: httpx.Client, checkout_id: str
 ) -> None:
     assert client.get(session_url(billing, checkout_id)).json()["id"] == checkout_id
     assert billing.requests == {checkout_id: 1}
 
 
-def test_a_query_is_no_part_of_the_id(billing: SimulatedBilling, client: httpx.Client) -> None:
+def test_query_is_not_part_of_the_id(billing: SimulatedBilling, client: httpx.Client) -> None:
     client.get(f"{billing.url}/checkout_404_1?x=y")
     assert billing.requests == {"checkout_404_1": 1}
 
@@ -388,7 +384,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-async def test_requests_in_flight_are_counted_until_their_clients_leave() -> None:
+async def test_requests_count_as_in_flight_until_their_clients_leave() -> None:
     async with asyncio.timeout(TIMEOUT), SimulatedBilling() as billing:
         clients = [connect(billing) for _ in range(2)]
         for client in clients:
@@ -401,18 +397,18 @@ async def test_requests_in_flight_are_counted_until_their_clients_leave() -> Non
         assert billing.connections == 2
 
 
-@pytest.mark.parametrize("turns", range(6))
-async def test_a_connection_made_as_the_service_stops_is_dropped_too(turns: int) -> None:
+@pytest.mark.parametrize("iterations", range(6))
+async def test_connection_made_while_the_service_stops_is_dropped(iterations: int) -> None:
     async with SimulatedBilling() as billing:
         connected = connect(billing)
         connected.sendall(request("checkout_hang_1"))
-        for _ in range(turns):
+        for _ in range(iterations):
             await asyncio.sleep(0)
     with connected, contextlib.suppress(ConnectionResetError):
         assert read_all(connected) == b""
 
 
-def test_it_can_stop_and_start_again_where_it_was(client: httpx.Client) -> None:
+def test_service_can_restart_on_the_same_port(client: httpx.Client) -> None:
     billing = SimulatedBilling()
     with pytest.raises(RuntimeError):
         _ = billing.url
@@ -425,7 +421,7 @@ def test_it_can_stop_and_start_again_where_it_was(client: httpx.Client) -> None:
         assert client.get(url).status_code == 404
 
 
-def test_a_port_in_use_is_an_error_and_leaves_no_thread(billing: SimulatedBilling) -> None:
+def test_port_in_use_is_an_error_and_leaves_no_thread(billing: SimulatedBilling) -> None:
     threads = threading.active_count()
     with pytest.raises(OSError, match="in use"), running_billing(port=port_of(billing)):
         pass
@@ -433,12 +429,12 @@ def test_a_port_in_use_is_an_error_and_leaves_no_thread(billing: SimulatedBillin
 
 
 @contextlib.contextmanager
-def alone(port: int) -> Iterator[subprocess.Popen[str]]:
-    """Run the service as a program of its own."""
+def program_on(port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run the service as a separate program."""
     command = [sys.executable, "-m", "local.billing", "--port", str(port)]
     pipe = subprocess.PIPE
-    # A shell starts what it runs in the background with SIGINT ignored, and that is inherited; a
-    # handler is not, so the program begins with the default.
+    # A shell starts background programs with SIGINT ignored, and child processes inherit that. They
+    # do not inherit a handler, so with one set here the program starts with the default.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         program = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
@@ -451,8 +447,8 @@ def alone(port: int) -> Iterator[subprocess.Popen[str]]:
             program.kill()
 
 
-def test_alone_it_says_where_it_listens_and_ends_quietly_on_ctrl_c(client: httpx.Client) -> None:
-    with alone(port=0) as program:
+def test_program_prints_its_url_and_stops_quietly_on_ctrl_c(client: httpx.Client) -> None:
+    with program_on(port=0) as program:
         assert program.stdout is not None
         line = program.stdout.readline()
         url = line.removeprefix("Simulated billing service: ").strip()
@@ -462,26 +458,26 @@ def test_alone_it_says_where_it_listens_and_ends_quietly_on_ctrl_c(client: httpx
         assert program.returncode == 0
 
 
-def test_alone_it_refuses_a_port_in_use_with_one_sentence(billing: SimulatedBilling) -> None:
+def test_program_reports_a_port_in_use_on_one_line(billing: SimulatedBilling) -> None:
     port = port_of(billing)
-    with alone(port) as program:
+    with program_on(port) as program:
         assert program.communicate(timeout=TIMEOUT) == (
             "",
-            f"Port {port} is in use: stop what listens there, or choose another: --port.\n",
+            f"Port {port} is in use by another program. Stop it, or use --port.\n",
         )
         assert program.returncode == 1
 
 
-def test_alone_it_refuses_an_impossible_port_with_one_sentence() -> None:
-    with alone(port=70000) as program:
+def test_program_reports_an_impossible_port_on_one_line() -> None:
+    with program_on(port=70000) as program:
         output, errors = program.communicate(timeout=TIMEOUT)
         assert (output, errors.count("\n")) == ("", 1)
-        assert errors.startswith("Port 70000 cannot be listened on: ")
+        assert errors.startswith("Cannot listen on port 70000: ")
         assert program.returncode == 1
 
 
 @pytest.mark.parametrize(
-    ("mode", "status", "said"),
+    ("mode", "http_status", "status"),
     [
         ("healthy", 200, "open"),
         ("slow", 200, "open"),
@@ -490,19 +486,19 @@ def test_alone_it_refuses_an_impossible_port_with_one_sentence() -> None:
         ("paying", 200, "paid"),
     ],
 )
-def test_a_mode_treats_every_id_alike(
-    billing: SimulatedBilling, client: httpx.Client, mode: str, status: int, said: str | None
+def test_mode_applies_to_every_id(
+    billing: SimulatedBilling, client: httpx.Client, mode: str, http_status: int, status: str | None
 ) -> None:
     control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
     assert client.post(control, content=mode).json()["mode"] == mode
     for checkout_id in ("checkout_active_1", "checkout_404_1"):
         answer = client.get(session_url(billing, checkout_id))
-        assert (answer.status_code, answer.json().get("status")) == (status, said)
+        assert (answer.status_code, answer.json().get("status")) == (http_status, status)
     assert client.post(control, content="by id").json()["mode"] == "by id"
     assert client.get(session_url(billing, "checkout_404_1")).status_code == 404
 
 
-def test_a_service_that_is_down_resets_connections_and_can_be_told_to_come_back(
+def test_mode_down_resets_connections_until_the_next_mode(
     billing: SimulatedBilling, client: httpx.Client
 ) -> None:
     control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
@@ -513,12 +509,12 @@ def test_a_service_that_is_down_resets_connections_and_can_be_told_to_come_back(
     assert client.get(session_url(billing, "checkout_active_1")).status_code == 200
 
 
-def test_a_mode_that_there_is_not_is_refused_with_those_that_there_are(
+def test_unknown_mode_is_refused_with_a_list_of_modes(
     billing: SimulatedBilling, client: httpx.Client
 ) -> None:
     control = billing.url.replace("/billing/api/v1/paysession", "/simulate")
     answer = client.post(control, content="broken")
     assert answer.status_code == 400
-    assert answer.json()["error"].startswith("There is no mode 'broken'; there are by id, healthy")
+    assert answer.json()["error"].startswith("Unknown mode 'broken'; use one of by id, healthy")
     assert client.get(control).json()["mode"] == "by id"
     assert client.delete(control).status_code == 405

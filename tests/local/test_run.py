@@ -1,4 +1,4 @@
-"""`make run`, as a newcomer runs it: a process of its own, real ports, Ctrl-C."""
+"""`make run` as a newcomer runs it: a separate process, real ports, Ctrl-C."""
 
 import http.client
 import json
@@ -27,16 +27,16 @@ class Monitor:
         self.printed: list[str] = []
 
     def until(self, pattern: str) -> re.Match[str]:
-        """Read on to the first line that matches."""
+        """Read up to the first line that matches."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.printed.append(line)
             if match := re.search(pattern, line):
                 return match
-        pytest.fail(f"ended without {pattern!r}:\n{''.join(self.printed)}")
+        pytest.fail(f"exited without {pattern!r}:\n{''.join(self.printed)}")
 
     def interrupt(self) -> int:
-        """Ctrl-C; returns the exit code."""
+        """Send Ctrl-C; returns the exit code."""
         self._process.send_signal(signal.SIGINT)
         return self.exit_code()
 
@@ -68,7 +68,7 @@ def running(directory: Path, env: Mapping[str, str], *arguments: str) -> Iterato
         process.communicate()
 
 
-def ask(url: str, method: str) -> tuple[int, dict[str, object]]:
+def request(url: str, method: str) -> tuple[int, dict[str, object]]:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     try:
@@ -79,7 +79,7 @@ def ask(url: str, method: str) -> tuple[int, dict[str, object]]:
         connection.close()
 
 
-def test_the_first_line_is_the_pages_address(tmp_path: Path) -> None:
+def test_first_line_is_the_url_of_the_page(tmp_path: Path) -> None:
     with running(tmp_path, {"APIKEY": "k"}) as monitor:
         address = monitor.until(r"The monitor's page: (http://localhost:\d+)/$")[1]
         assert len(monitor.printed) == 1
@@ -90,19 +90,19 @@ def test_the_first_line_is_the_pages_address(tmp_path: Path) -> None:
         connection.close()
 
 
-def test_it_checks_the_sample_sessions_at_every_tick_and_serves_the_api(tmp_path: Path) -> None:
+def test_sample_sessions_are_checked_at_every_tick_and_the_api_answers(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("APIKEY=from-dotenv\n", encoding="utf-8")
     with running(tmp_path, {}) as monitor:
         api = monitor.until(r"API: (http://\S+)/api/health")[1]
         monitor.until(r"Checking 11 open checkout sessions\.\.\.")
         monitor.until("✅ Success: Checkout session cart-1001 .* is still active")
         monitor.until("Checking 11 open checkout sessions")
-        status, health = ask(f"{api}/api/health", "GET")
+        status, health = request(f"{api}/api/health", "GET")
         assert (status, health["status"]) == (200, "ok")
-        status, trigger = ask(f"{api}/api/test/checkout-sessions", "POST")
+        status, trigger = request(f"{api}/api/test/checkout-sessions", "POST")
         assert status == 200
         assert re.match(r"Checked \d+ of 11 open checkout sessions", str(trigger["message"]))
-        assert ask(f"{api}/api/nothing", "GET")[0] == 404
+        assert request(f"{api}/api/nothing", "GET")[0] == 404
         assert monitor.interrupt() == 0
     connection = sqlite3.connect(tmp_path / ".local" / "checkout.db")
     ticks = [
@@ -119,16 +119,16 @@ def test_it_checks_the_sample_sessions_at_every_tick_and_serves_the_api(tmp_path
     assert "from-dotenv" not in "".join(monitor.printed)
 
 
-def test_without_an_api_key_it_warns_and_stays_up(tmp_path: Path) -> None:
+def test_missing_api_key_is_a_warning(tmp_path: Path) -> None:
     with running(tmp_path, {}) as monitor:
         api = monitor.until(r"API: (http://\S+)/api/health")[1]
         monitor.until("⚠️ APIKEY not found in environment variables")
-        status, health = ask(f"{api}/api/health", "GET")
+        status, health = request(f"{api}/api/health", "GET")
         assert (status, health["status"]) == (503, "degraded")
         assert monitor.interrupt() == 0
 
 
-def test_a_port_in_use_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_port_in_use_is_reported_without_a_traceback(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for option in ("--api-port", "--billing-port"):
@@ -138,14 +138,14 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path: Path) -> None:
             assert "Traceback" not in "".join(monitor.printed)
 
 
-def test_a_wrong_setting_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_wrong_setting_is_reported_without_a_traceback(tmp_path: Path) -> None:
     with running(tmp_path, {"CHECK_CADENCE": "5x"}) as monitor:
         monitor.until(r"^❌ CHECK_CADENCE is '5x': .*; it must be a number with s, m, h or d")
         assert monitor.exit_code() == 1
     assert "Traceback" not in "".join(monitor.printed)
 
 
-def test_a_database_that_is_away_is_one_line_a_tick_and_no_crash(tmp_path: Path) -> None:
+def test_unreachable_database_is_one_line_per_tick_and_no_crash(tmp_path: Path) -> None:
     env = {"DATABASE_URL": "mysql://shop:hidden-pass@127.0.0.1:1/shop", "APIKEY": "hidden-key"}
     with running(tmp_path, {**env, "DEBUG": "true"}) as monitor:
         for _ in range(2):

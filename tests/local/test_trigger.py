@@ -1,4 +1,4 @@
-"""`make trigger`, against the API that the laptop serves, and against what is none."""
+"""`make trigger`, against the API of `make run` and against other servers."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}
 
 
 class FakeMonitor:
-    """Has checked two of three sessions, unless there is something else to raise."""
+    """Checks two of three sessions, or raises the given error."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error
@@ -49,8 +49,8 @@ class FakeMonitor:
         )
 
 
-class Elsewhere(BaseHTTPRequestHandler):
-    """Answers every POST with the status in its path, and with what it was sent."""
+class OtherServer(BaseHTTPRequestHandler):
+    """Answers every POST with the status in its path and with `body`."""
 
     body: bytes
     api_keys: list[str | None]
@@ -67,11 +67,11 @@ class Elsewhere(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def other_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server that is not the monitor."""
-    monkeypatch.setattr(Elsewhere, "body", b"{}", raising=False)
-    monkeypatch.setattr(Elsewhere, "api_keys", [], raising=False)
-    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+    monkeypatch.setattr(OtherServer, "body", b"{}", raising=False)
+    monkeypatch.setattr(OtherServer, "api_keys", [], raising=False)
+    with HTTPServer(("127.0.0.1", 0), OtherServer) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -81,10 +81,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def refused() -> Iterator[str]:
-    """A URL on a port that is taken, and that nobody listens on."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+    """A URL whose port is bound but refuses connections."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/x"
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Run:
-    """The program in this process: its exit code, and its output line by line."""
+    """Runs the program in this process; returns its exit code and its output by lines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch
@@ -109,33 +109,33 @@ def route(port: int) -> str:
     return f"http://127.0.0.1:{port}/api/test/checkout-sessions"
 
 
-def test_what_was_checked_is_told_with_its_summary(run: Run) -> None:
+def test_result_is_printed_with_its_summary(run: Run) -> None:
     with running_api(0, FakeMonitor) as port:
-        code, [said, *summary] = run(route(port))
+        code, [line, *summary] = run(route(port))
     assert code == 0
-    assert said == "✅ 200 Checked 2 of 3 open checkout sessions; skipped: 1 in_flight."
+    assert line == "✅ 200 Checked 2 of 3 open checkout sessions; skipped: 1 in_flight."
     assert len(summary) > 10
     assert json.loads("\n".join(summary))["outcomes"] == {"active": 1, "timeout": 1}
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (StoreError("The database is away."), "❌ 503 The database is away."),
         (SettingsError("DEBUG is 'yes'."), "❌ 500 DEBUG is 'yes'."),
     ],
 )
-def test_a_monitor_that_cannot_check_says_why(run: Run, error: Exception, said: str) -> None:
+def test_monitor_that_cannot_check_says_why(run: Run, error: Exception, line: str) -> None:
     with running_api(0, lambda: FakeMonitor(error)) as port:
-        assert run(route(port)) == (1, [said])
+        assert run(route(port)) == (1, [line])
 
 
-def test_without_a_monitor_it_is_said_how_to_start_one(run: Run, refused: str) -> None:
-    code, [said] = run(refused)
+def test_without_a_monitor_the_output_says_how_to_start_one(run: Run, refused: str) -> None:
+    code, [line] = run(refused)
     assert code == 1
-    assert said.startswith(f"❌ No answer from {refused}: ")
-    assert "Connection refused" in said
-    assert said.endswith(". Is the monitor running (make run)?")
+    assert line.startswith(f"❌ No answer from {refused}: ")
+    assert "Connection refused" in line
+    assert line.endswith(". Is the monitor running (make run)?")
 
 
 @pytest.mark.parametrize(
@@ -149,17 +149,17 @@ def test_without_a_monitor_it_is_said_how_to_start_one(run: Run, refused: str) -
         f"http://{'a' * 64}.example/x",
     ],
 )
-def test_what_is_no_url_is_refused_in_one_sentence(run: Run, url: str) -> None:
-    code, [said] = run(url)
+def test_invalid_url_is_refused_on_one_line(run: Run, url: str) -> None:
+    code, [line] = run(url)
     assert code == 1
-    assert said.startswith(f"❌ No answer from {url}: ")
-    assert ".." not in said
+    assert line.startswith(f"❌ No answer from {url}: ")
+    assert ".." not in line
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "line"),
     [
-        (200, "no JSON", "❌ 200 no JSON"),
+        (200, "not JSON", "❌ 200 not JSON"),
         (502, "Bad Gateway", "❌ 502 Bad Gateway"),
         (403, '{"message": "Forbidden"}', "❌ 403 Forbidden"),
         (500, '{"success": true, "message": "odd"}', "❌ 500 odd"),
@@ -171,34 +171,36 @@ def test_what_is_no_url_is_refused_in_one_sentence(run: Run, url: str) -> None:
         (200, "<html>\n<p>Hello</p>", "❌ 200 <html> <p>Hello</p>"),
     ],
 )
-def test_whatever_is_no_success_is_shown_as_a_failure(
-    run: Run, elsewhere: str, status: int, body: str, said: str
+def test_any_other_answer_is_shown_as_a_failure(
+    run: Run, other_server: str, status: int, body: str, line: str
 ) -> None:
-    Elsewhere.body = body.encode()
-    assert run(f"{elsewhere}/{status}") == (1, [said])
+    OtherServer.body = body.encode()
+    assert run(f"{other_server}/{status}") == (1, [line])
 
 
-def test_a_deployed_apis_key_is_sent_and_not_shown(run: Run, elsewhere: str) -> None:
-    Elsewhere.body = b'{"success": true, "message": "done"}'
-    url = f"{elsewhere}/200"
+def test_api_key_is_sent_and_not_shown(run: Run, other_server: str) -> None:
+    OtherServer.body = b'{"success": true, "message": "done"}'
+    url = f"{other_server}/200"
     assert [run(url), run(url, "--api-key", "hidden")] == [(0, ["✅ 200 done"])] * 2
-    assert Elsewhere.api_keys == [None, "hidden"]
+    assert OtherServer.api_keys == [None, "hidden"]
 
 
 @pytest.mark.parametrize("key", ["hiddé", "hidden\nkey", "hidden key"])
-def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(
-    run: Run, elsewhere: str, key: str
+def test_key_that_no_header_can_carry_is_refused_but_not_shown(
+    run: Run, other_server: str, key: str
 ) -> None:
-    code, [said] = run(f"{elsewhere}/200", "--api-key", key)
+    code, [line] = run(f"{other_server}/200", "--api-key", key)
     assert code == 1
-    assert said.startswith("❌ --api-key contains a space, a control character or a character outside")
-    assert "hidd" not in said
-    assert not Elsewhere.api_keys
+    assert line.startswith(
+        "❌ --api-key contains a space, a control character or a character outside"
+    )
+    assert "hidd" not in line
+    assert not OtherServer.api_keys
 
 
-def test_as_a_program_it_ends_with_the_same_exit_code(elsewhere: str, refused: str) -> None:
-    Elsewhere.body = b'{"success": true}'
-    for url, code in ((f"{elsewhere}/200", 0), (refused, 1)):
+def test_program_exits_with_the_same_code(other_server: str, refused: str) -> None:
+    OtherServer.body = b'{"success": true}'
+    for url, code in ((f"{other_server}/200", 0), (refused, 1)):
         program = [sys.executable, "-m", "local.trigger", "--url", url]
         ran = subprocess.run(program, env=ENVIRONMENT, capture_output=True, check=False)
         assert (ran.returncode, ran.stderr) == (code, b"")

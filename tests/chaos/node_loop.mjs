@@ -1,8 +1,8 @@
-// What this monitor replaces, for `python -m tests.chaos.compare`: every interval, one fetch for each
-// open session, all at once, each with a time-out. Arguments: URL, interval and time-out in ms, ticks,
-// then the checkout ids. Prints what became of each check, one JSON line.
+// The algorithm that this monitor replaces, for `python -m tests.chaos.compare`: at each interval, one
+// fetch with a timeout for every open session, all at once. Arguments: URL, interval and timeout in ms,
+// number of ticks, checkout ids. Prints the result of each check as one line of JSON.
 const [url, interval, timeout, ticks, ...checkouts] = process.argv.slice(2);
-const told = [];
+const checks = [];
 let tick = 0;
 
 async function checkOpenSessions() {
@@ -15,8 +15,8 @@ async function checkOpenSessions() {
     ),
   );
   for (const [n, result] of results.entries()) {
-    const what = result.status === "fulfilled" ? result.value.status : result.reason.name;
-    told.push([checkouts[n], what]);
+    const outcome = result.status === "fulfilled" ? result.value.status : result.reason.name;
+    checks.push([checkouts[n], outcome]);
   }
 }
 
@@ -25,8 +25,8 @@ const timer = setInterval(() => {
   if (++tick >= Number(ticks)) clearInterval(timer);
 }, Number(interval));
 
-// As a server does, it stays; a moment after the last check can have ended, it says what it found.
+// Like a server, the process keeps running; it prints its results after the last check's timeout.
 setTimeout(() => {
-  console.log(JSON.stringify(told));
+  console.log(JSON.stringify(checks));
   process.exit(0);
 }, (Number(ticks) + 1) * Number(interval) + Number(timeout) + 300);

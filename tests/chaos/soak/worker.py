@@ -1,6 +1,6 @@
-"""One worker in a process of its own, as Lambda runs it: a tick each interval, until SIGTERM.
+"""A worker process that runs as Lambda runs it: one tick each interval, until SIGTERM.
 
-`python -m tests.chaos.ticking`, with the environment of the function. It ends with its parent, too.
+`python -m tests.chaos.soak.worker`, with the function's environment. It also ends with its parent.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ PASS_SECONDS = 25.0
 
 
 class Context:
-    """What the handler needs of Lambda's: how much of its time is left."""
+    """The part of Lambda's context that the handler uses: the remaining time."""
 
     def get_remaining_time_in_millis(self) -> int:
         return int(PASS_SECONDS * 1000)
@@ -48,8 +48,8 @@ def main() -> None:
         try:
             with suppress(StoreError, asyncio.CancelledError):
                 check.handler(tick, cast("Any", Context()))
-        except Exception:  # noqa: BLE001 (a bug, which the log is searched for)
-            logger.exception("❌ A pass met a bug")
+        except Exception:  # noqa: BLE001 (the soak searches the log for tracebacks)
+            logger.exception("❌ Unexpected error in a pass")
     check.worker().close()
 
 
