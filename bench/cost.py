@@ -1,8 +1,8 @@
-"""`make cost`: what a month of this stack costs, computed.
+"""`make cost`: compute what a month of this stack costs.
 
-From the template come the loop, the schedule, memory, metrics of alarms and secrets; from passes
-that were run (measured.toml, which `--measure` writes anew) the bytes of log and on the wire, the
-processor time and the metrics; from prices.toml what AWS asks for each. A month has 30 days.
+The template gives the loop, the schedule, memory, alarm metrics and secrets. Measured passes
+(measured.toml, which `--measure` rewrites) give bytes of log and on the wire, processor time and
+metrics. prices.toml gives AWS's list prices. A month has 30 days.
 """
 
 import argparse
@@ -29,9 +29,9 @@ MEASURED = ROOT / "bench/measured.toml"
 PAGE = ROOT / "docs/cost.md"
 
 MONTH_SECONDS = 30 * 24 * 3600
-GB = 1e9  # bytes; AWS's own gigabyte of data is a little larger, so this errs on the dear side
-FULL_CPU_MB = 1769  # the memory size at which Lambda gives a whole vCPU, by its documentation
-# START, END and REPORT, which Lambda writes of each invocation.
+GB = 1e9  # bytes; AWS's gigabyte of data is a little larger, so this overestimates a little
+FULL_CPU_MB = 1769  # the memory at which Lambda gives a whole vCPU, by its documentation
+# START, END and REPORT, which Lambda logs for each invocation.
 LAMBDA_LINES, LAMBDA_BYTES = 3, 290
 
 OPEN = (100, 1_000, 10_000)
@@ -40,7 +40,7 @@ WHERE = {"internet": "on the internet", "region": "in the region"}
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What the template deploys, at its defaults where nothing else is asked for."""
+    """What the template deploys, with default parameters unless others are given."""
 
     interval: int
     memory_mb: int
@@ -56,7 +56,7 @@ class Stack:
 
     @classmethod
     def of(cls, template: Mapping[str, Any], given: Mapping[str, object]) -> Self:
-        """Read the template; `given` are parameters that are not at their defaults."""
+        """Read the template; `given` are the parameters that differ from their defaults."""
         values = {name: p.get("Default") for name, p in template["Parameters"].items()}
         values |= given
         interval = int(values["CheckIntervalSeconds"])
@@ -95,9 +95,9 @@ class Stack:
 
 
 def executions(interval: int) -> tuple[float, float]:
-    """How long an execution of CheckLoop takes on average, in seconds, and how often it ticks.
+    """Average seconds and ticks of one execution of CheckLoop.
 
-    One begins each minute, as they do while none is lost; each ends when it hears of the next one.
+    One begins each minute, as long as no start is lost, and ends when it learns of the next one.
     """
     clock, latest = VirtualClock(), loop.Parameter()
     definition = loop.definition(interval)
@@ -117,13 +117,13 @@ def executions(interval: int) -> tuple[float, float]:
         ticks.append(len(arguments))
 
     clock.run(execution, [60.0 * minute for minute in range(20)])
-    # The last ones are followed by none.
+    # The last executions have no successor, so they are longer.
     return statistics.mean(seconds[:10]), statistics.mean(ticks[:10])
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A line of the bill."""
+    """One line of the bill."""
 
     name: str
     dollars: float
@@ -132,7 +132,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the monitor has to do."""
+    """What the monitor has to check."""
 
     open: int
     cadence: Cadence
@@ -141,7 +141,7 @@ class Load:
     billing: str  # a key of WHERE
 
     def checks_a_tick(self, interval: int) -> float:
-        """Of how many sessions, on average, a check is due at a tick."""
+        """The average number of checks due at a tick."""
         age = 0.0
         checks = 0
         while age < self.sessions_last:
@@ -152,10 +152,10 @@ class Load:
 
 
 def pass_seconds(checks: float, stack: Stack, latency: float, measured: Mapping[str, Any]) -> float:
-    """The time of one pass: what it takes without a check, and then either waiting or working.
+    """The time of one pass: its fixed part, and then either waiting or working.
 
     While requests wait for billing the processor works on others, so the longer of the two counts.
-    Waiting takes as much longer than latency by requests in flight as it did where it was measured.
+    Waiting is latency times the rounds of requests in flight, times a factor that was measured.
     """
     time = measured["time"]
     waiting = latency * max(1.0, checks / stack.in_flight) * time["waiting_factor"] if checks else 0
@@ -164,7 +164,7 @@ def pass_seconds(checks: float, stack: Stack, latency: float, measured: Mapping[
 
 
 def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
-    """The seconds of a pass that finds nothing due: the database's, and the processor's."""
+    """The seconds of a pass that finds nothing due: database and processor."""
     time = measured["time"]
     return float(time["idle_database_ms"] + time["idle_processor_ms"] / stack.vcpu) / 1000
 
@@ -172,7 +172,7 @@ def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
 def bill(
     load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
 ) -> list[Item]:
-    """A month's items, but for data out."""
+    """A month's items, without data transfer."""
     aws_lambda, watch = prices["lambda"], prices["cloudwatch"]
     gb_second = aws_lambda["gb_second"][stack.architecture] * stack.memory_mb / 1024
     slots = MONTH_SECONDS // stack.interval
@@ -180,15 +180,15 @@ def bill(
     alone = pass_seconds(checks, stack, load.latency, measured)
     workers = math.ceil(alone / stack.interval)
     worked = alone + (workers - 1) * without_checks(stack, measured)
-    again = round(stack.executions * stack.ticks) - slots
-    again_seconds = float(measured["time"]["again_database_ms"]) / 1000
-    again_seconds += float(measured["time"]["again_processor_ms"]) / 1000 / stack.vcpu
-    invocations = slots * workers + again
+    duplicates = round(stack.executions * stack.ticks) - slots
+    duplicate_seconds = float(measured["time"]["again_database_ms"]) / 1000
+    duplicate_seconds += float(measured["time"]["again_processor_ms"]) / 1000 / stack.vcpu
+    invocations = slots * workers + duplicates
 
     kind = "pass" if checks >= 1 else "idle"
     log, record = measured["log"], watch["record_bytes"]
     logged = slots * workers * (log[f"{kind}_bytes"] + record * log[f"{kind}_records"])
-    logged += again * (log["again_bytes"] + record * log["again_records"])
+    logged += duplicates * (log["again_bytes"] + record * log["again_records"])
     logged += invocations * (LAMBDA_BYTES + record * LAMBDA_LINES)
     log_gb = logged / GB
     kept = log_gb * stack.retention_days / 30 * watch["stored_gb_month"]
@@ -214,25 +214,25 @@ def bill(
             f"{worked:.2f} s" + (f" in {workers} passes" if workers > 1 else ""),
         ),
         Item(
-            "ticks that come again",
-            again * again_seconds * gb_second,
-            f"{again:,} of {again_seconds * 1000:.0f} ms",
+            "duplicate ticks",
+            duplicates * duplicate_seconds * gb_second,
+            f"{duplicates:,} of {duplicate_seconds * 1000:.0f} ms",
         ),
         Item("invocations", invocations * aws_lambda["request"], f"{invocations:,}"),
         Item("logs", log_gb * watch["log_gb"] + kept, f"{log_gb:.1f} GB"),
         Item(
-            "metrics of healthy hours",
+            "metrics of a healthy hour",
             measured["log"]["metrics"] * watch["metric_month"],
             f"{measured['log']['metrics']}",
         ),
         Item(
-            "metrics of alarms",
+            "alarm metrics",
             stack.alarm_metrics * watch["alarm_metric_month"],
             f"{stack.alarm_metrics}",
         ),
         Item(
             "traces",
-            (slots + again) * prices["xray"]["trace"] if stack.traced else 0.0,
+            (slots + duplicates) * prices["xray"]["trace"] if stack.traced else 0.0,
             "on" if stack.traced else "off",
         ),
         Item("secrets", stack.secrets * prices["secrets"]["secret_month"], f"{stack.secrets}"),
@@ -242,7 +242,7 @@ def bill(
 def data_out(
     load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
 ) -> list[Item]:
-    """What the requests of a month cost on the wire, by HTTP/1.1 and by HTTP/2."""
+    """The data transfer of a month's requests, with HTTP/1.1 and with HTTP/2."""
     requests = load.checks_a_tick(stack.interval) * MONTH_SECONDS / stack.interval
     items = []
     for version, wire in measured["wire"].items():
@@ -256,28 +256,28 @@ def data_out(
     return items
 
 
-def together(items: Sequence[Item]) -> float:
+def total(items: Sequence[Item]) -> float:
     return sum(item.dollars for item in items)
 
 
 def table(bills: Mapping[int, Sequence[Item]], data: Mapping[int, Sequence[Item]]) -> str:
-    """The bills side by side, by their open sessions, in Markdown.
+    """The bills for each number of open sessions, side by side, in Markdown.
 
-    Data out, which depends on where billing is, stands below their sums.
+    Data transfer stands below the total, because it depends on where billing is.
     """
-    sums = (f"**{together(items):,.2f}**" for items in bills.values())
+    sums = (f"**{total(items):,.2f}**" for items in bills.values())
     lines = [
         f"| US$ a month | {' | '.join(f'{open_:,} open' for open_ in bills)} |",
         "|---|" + "---:|" * len(bills),
         *(_row(items) for items in zip(*bills.values(), strict=True)),
-        f"| **together** | {' | '.join(sums)} |",
+        f"| **total** | {' | '.join(sums)} |",
         *(_row(items) for items in zip(*data.values(), strict=True)),
     ]
     return "\n".join(lines)
 
 
 def _row(items: Sequence[Item]) -> str:
-    """One item for each number of open sessions; what is the same for all stands in its name."""
+    """One item for each number of open sessions. An amount common to all is part of its name."""
     name, amounts = items[0].name, [item.amount for item in items]
     if len(set(amounts)) == 1:
         name += f": {amounts[0]}" if amounts[0] else ""
@@ -302,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
     add("--open", type=int, nargs="+", default=OPEN, metavar="N", help="open sessions")
     add("--cadence", default="", help="CHECK_CADENCE, e.g. '5s until 10m, 30s until 1h, 5m'")
     add("--sessions-last", default="24h", help="how long one stays open, e.g. 24h")
-    add("--latency", type=float, default=100, metavar="MS", help="of billing's answers")
+    add("--latency", type=float, default=100, metavar="MS", help="billing's latency")
     add("--billing", choices=WHERE, default="internet")
     add("--interval", type=int, metavar="S")
     add("--memory", type=int, metavar="MB", help="WorkerMemory")
@@ -310,8 +310,8 @@ def parser() -> argparse.ArgumentParser:
     add("--architecture", choices=("x86_64", "arm64"))
     add("--two-secrets", action="store_true")
     add("--tracing", action="store_true")
-    add("--measure", action="store_true", help="run passes first, and write measured.toml anew")
-    add("--write", action="store_true", help="write the tables of docs/cost.md anew")
+    add("--measure", action="store_true", help="run passes first and rewrite measured.toml")
+    add("--write", action="store_true", help="rewrite the tables of docs/cost.md")
     return parser
 
 
@@ -344,12 +344,12 @@ def computed(arguments: argparse.Namespace) -> str:
     )
 
 
-# Tables of the page: the arguments stand above each of them, in a comment.
+# The page's tables. A comment above each has its arguments.
 TABLE = re.compile(r"(<!-- make cost(?: ARGS='(.*?)')? -->\n)(.*?)(<!-- /make cost -->)", re.DOTALL)
 
 
 def page_with_tables(text: str) -> str:
-    """The page, with every table computed anew."""
+    """The page with every table recomputed."""
 
     def renewed(found: re.Match[str]) -> str:
         head, arguments, _, end = found.groups()

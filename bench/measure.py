@@ -1,6 +1,6 @@
-"""Passes really run, for `make cost`: what one writes, sends, and takes of a processor.
+"""Measure real passes for `make cost`: bytes logged and sent, and processor time.
 
-The handler of the worker's Lambda, on a MariaDB (TEST_DATABASE_URL, or one of its own), against a
+Runs the handler of the worker's Lambda on a MariaDB (TEST_DATABASE_URL, or its own) against a
 billing service over TLS that answers after 100 ms (testkit/tls_billing.py).
 """
 
@@ -29,8 +29,8 @@ from testkit.shops import Shop, add_sessions, mysql_shop
 LATENCY_SECONDS = 0.1
 OPEN, IN_FLIGHT = 1_000, 100
 ROUNDS = 4
-INTERVAL = 3  # seconds; longer than a pass takes
-# Of usual lengths, as an id of a session, a checkout and a stack, and an API key.
+INTERVAL = 3  # seconds, longer than a pass
+# Typical lengths: ids of a session and a checkout, a stack's name, an API key.
 SESSION, CHECKOUT, STACK, KEY = (
     "5c1a7c2e-4b0e-4f5e-9d5a-{:012d}",
     "cs_{:024d}",
@@ -48,25 +48,25 @@ latency_ms = {latency:.0f}
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What one invocation took and wrote."""
+    """The time of one invocation, and what it wrote."""
 
     seconds: float
     processor_seconds: float
-    written: list[str]
+    lines: list[str]
     checked: int
 
     @property
     def bytes(self) -> int:
-        return sum(len(f"{line}\n".encode()) for line in self.written)
+        return sum(len(f"{line}\n".encode()) for line in self.lines)
 
     @property
     def metrics(self) -> int:
-        [record] = [json.loads(line) for line in self.written if '"_aws"' in line]
+        [record] = [json.loads(line) for line in self.lines if '"_aws"' in line]
         return len(record["_aws"]["CloudWatchMetrics"][0]["Metrics"])
 
 
 def measure() -> str:
-    """Run the passes; returns measured.toml's text."""
+    """Run the passes and return the text of measured.toml."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = os.environ.get("TEST_DATABASE_URL") or stack.enter_context(
@@ -121,11 +121,11 @@ def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
         },
         "log": {
             "pass_bytes": max(found.bytes for found in passes),
-            "pass_records": len(best.written),
+            "pass_records": len(best.lines),
             "idle_bytes": quiet.bytes,
-            "idle_records": len(quiet.written),
+            "idle_records": len(quiet.lines),
             "again_bytes": second.bytes,
-            "again_records": len(second.written),
+            "again_records": len(second.lines),
             "metrics": best.metrics,
         },
     }
@@ -165,7 +165,7 @@ def _invoke(tick: datetime) -> Invocation:
 
 @contextlib.contextmanager
 def _standard_output() -> Iterator[io.StringIO]:
-    """What goes to standard output, the log's records included."""
+    """Capture standard output, including the log's records."""
     text = io.StringIO()
     handler: Any = logger.registered_handler
     before = handler.setStream(text)

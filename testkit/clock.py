@@ -1,4 +1,4 @@
-"""Clocks that take no time: a fake one for a database, a virtual one that threads share."""
+"""Clocks for tests and simulations: a fake one for a database, a virtual one for threads."""
 
 import heapq
 import itertools
@@ -10,7 +10,7 @@ NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC)
 
 
 class FakeClock:
-    """A database clock that moves only when told to."""
+    """A database clock that only moves when it is advanced."""
 
     def __init__(self, now: datetime = NOON) -> None:
         self.now = now
@@ -23,9 +23,9 @@ class FakeClock:
 
 
 class VirtualClock:
-    """A clock that threads share; when all of them wait on it, it goes on to the next one's moment.
+    """A clock that threads share. When all of them wait for it, it advances to the earliest time.
 
-    One thread runs at a time, in the order of the moments they wait for, so a run repeats itself.
+    One thread runs at a time, in the order of the times they wait for, so every run is the same.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class VirtualClock:
         self._number = itertools.count()
         self._waiting = threading.Event()
 
-    def wait_until(self, moment: float) -> None:
-        """Wait, in a thread of `run`, until `moment`; one that is past costs no time."""
-        goes_on = self._wait(moment)
+    def wait_until(self, time: float) -> None:
+        """Wait, in a thread of `run`, until `time`; a past one costs no time."""
+        resume = self._wait(time)
         self._waiting.set()
-        goes_on.wait()
+        resume.wait()
 
     def run(self, execution: Callable[[], None], begins: Iterable[float]) -> None:
-        """Run `execution` from each moment of `begins` to its end, or raise what one raises."""
+        """Run `execution` once from each time in `begins`, or raise what one of them raises."""
         raised: list[BaseException] = []
 
         def body(begin: threading.Event) -> None:
@@ -52,19 +52,19 @@ class VirtualClock:
                 raised.append(error)
             self._waiting.set()
 
-        for moment in begins:
-            begin = self._wait(moment)
+        for time in begins:
+            begin = self._wait(time)
             threading.Thread(target=body, args=(begin,), daemon=True).start()
         while self._waits and not raised:
-            moment, _, goes_on = heapq.heappop(self._waits)
-            self.now = max(self.now, moment)
+            time, _, resume = heapq.heappop(self._waits)
+            self.now = max(self.now, time)
             self._waiting.clear()
-            goes_on.set()
+            resume.set()
             self._waiting.wait()
         if raised:
             raise raised[0]
 
-    def _wait(self, moment: float) -> threading.Event:
-        goes_on = threading.Event()
-        heapq.heappush(self._waits, (moment, next(self._number), goes_on))
-        return goes_on
+    def _wait(self, time: float) -> threading.Event:
+        resume = threading.Event()
+        heapq.heappush(self._waits, (time, next(self._number), resume))
+        return resume

@@ -1,4 +1,4 @@
-"""The monitor's tables as its passes leave them, written row by row: a past to look back on."""
+"""Writes rows into the monitor's tables as its passes would have left them."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ SECOND = timedelta(seconds=1)
 
 
 class History:
-    """Of a shop whose monitor has checked every 5 seconds; `now` is 2 seconds into a slot."""
+    """The past of a shop that was checked every 5 seconds; `now` is 2 seconds into a slot."""
 
     def __init__(self, shop: Shop, now: datetime = NOON + 2 * SECOND) -> None:
         self.shop = shop
@@ -36,7 +36,7 @@ class History:
         return settings_for(self.shop, **env)
 
     def run(self, reason: str, started_at: datetime, **columns: Any) -> None:  # noqa: ANN401
-        """A row of the log of passes; what is not given is that of a pass over nothing."""
+        """Add a row of the run table, by default that of a pass without sessions."""
         self._insert("checkout_session_run", [self._run(reason, started_at, columns)])
 
     def passes(
@@ -46,9 +46,9 @@ class History:
         missed: Collection[int] = (),
         row: Callable[[int], Mapping[str, Any]] = lambda _ago: {},
     ) -> None:
-        """One pass in each of the last `count` slots, but for those missed.
+        """Add one pass in each of the last `count` slots, except those missed.
 
-        0 is the slot of now, 1 the one before; `row` says more of one.
+        Slot 0 is the current one, 1 the one before. `row` returns more columns for a slot.
         """
         ticks = {ago: self.slot - ago * 5 * SECOND for ago in reversed(range(count))}
         rows = [
@@ -82,7 +82,7 @@ class History:
         }
 
     def counted(self, outcomes: Mapping[str, int], ages: Mapping[str, int] | None = None) -> None:
-        """What the last whole count found."""
+        """Set what the last complete reconciliation counted."""
         count = sum(outcomes.values())
         self.set_shared(
             counted_at=self.now - SECOND,
@@ -103,7 +103,7 @@ class History:
         checkout_id: str | None,
         **columns: Any,  # noqa: ANN401
     ) -> None:
-        """An open session, checked and well; its next check is in the next slot."""
+        """Add an open, healthy session; its next check is due in the next slot."""
         add_sessions(self.shop, {session_id: checkout_id})
         row = {
             "session_id": session_id,
@@ -117,7 +117,7 @@ class History:
         self._insert("checkout_session_check", [row])
 
     def failing(self, session_id: str, checkout_id: str | None, **columns: Any) -> None:  # noqa: ANN401
-        """An open session whose last three checks failed with a 500."""
+        """Add an open session whose last three checks failed with a 500."""
         failure = {
             "last_outcome": "unexpected_status",
             "last_status_code": 500,
@@ -148,7 +148,7 @@ class History:
 
 
 def _plain(shop: Shop, value: Any) -> Any:  # noqa: ANN401
-    """A moment as the engine keeps it; SQLite's adapter is registered already."""
+    """A time as the engine stores it; SQLite's adapter is already registered."""
     if isinstance(value, datetime) and shop.url.startswith("mysql"):
         return value.replace(tzinfo=None)
     return value

@@ -16,7 +16,7 @@ from local import mariadb
 
 
 class Shop(Protocol):
-    """A database with a checkout_session table, as a shop has it; rows come back as tuples."""
+    """A database with a shop's checkout_session table. Rows are returned as tuples."""
 
     @property
     def url(self) -> str: ...
@@ -71,18 +71,18 @@ def connect(server: str, database: str | None = None) -> pymysql.Connection:
         database=database,
         charset="utf8mb4",
         autocommit=True,
-        ssl_disabled=True,  # else each connection reads the system's CAs, in 10 ms
+        ssl_disabled=True,  # otherwise each connection spends 10 ms on reading the system's CAs
     )
 
 
 def statements(engine: str) -> list[str]:
-    """The shop's schema, one statement each."""
+    """The statements of the shop's schema."""
     return mariadb.statements(mariadb.SCHEMA / f"{engine}.sql")
 
 
 @contextmanager
 def mysql_shop(server: str, schema: Iterable[str] | None = None) -> Iterator[MySQLShop]:
-    """A database of one's own on the server, dropped at the end."""
+    """A new database on the server, dropped at the end."""
     shop = MySQLShop(server, f"monitor_test_{uuid.uuid4().hex[:12]}")
     with connect(server) as connection, connection.cursor() as cursor:
         cursor.execute(f"CREATE DATABASE {shop.database} CHARACTER SET utf8mb4")
@@ -96,7 +96,7 @@ def mysql_shop(server: str, schema: Iterable[str] | None = None) -> Iterator[MyS
 
 
 def add_sessions(shop: Shop, sessions: Mapping[str, str | None], status: str = "open") -> None:
-    """Put sessions in the shop's table: billing checkout ids by session id."""
+    """Add sessions to the shop's table, given billing checkout ids by session id."""
     items = list(sessions.items())
     for start in range(0, len(items), 500):
         some = items[start : start + 500]

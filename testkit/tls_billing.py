@@ -1,8 +1,7 @@
-"""A billing service over TLS in a process of its own, which counts what reaches and leaves it.
+"""A billing service over TLS, in its own process, that counts what it receives and sends.
 
-It answers every request after a while, by HTTP/1.1 or HTTP/2. What a check costs on the wire are IP
-packets, so the kernel's own counts of its connections are read: segments with their headers, TLS
-records, and the acknowledgements without data.
+It answers every request after a delay, with HTTP/1.1 or HTTP/2. AWS bills IP packets, so it reads
+the kernel's counts for its connections: segments with headers, TLS records, acknowledgements.
 """
 
 import asyncio
@@ -27,11 +26,11 @@ from hyperframe.frame import GoAwayFrame
 
 # IPv4's and TCP's headers of a segment, with the timestamps that Linux adds.
 SEGMENT_HEADERS = 20 + 20 + 12
-# Where Linux's `struct tcp_info` has tcpi_bytes_acked, tcpi_bytes_received (64 bits), tcpi_segs_out
-# and tcpi_segs_in (32 bits): include/uapi/linux/tcp.h.
+# The offsets of tcpi_bytes_acked, tcpi_bytes_received (64 bits), tcpi_segs_out and tcpi_segs_in (32
+# bits) in Linux's `struct tcp_info`: include/uapi/linux/tcp.h.
 TCP_INFO = struct.Struct("120x 2Q 2I")
 
-MAX_STREAMS = 128  # of an HTTP/2 connection, as nginx has it
+MAX_STREAMS = 128  # of an HTTP/2 connection, nginx's default
 BODY = b'{"status":"active"}'
 HEADERS = [
     (":status", "200"),
@@ -47,11 +46,11 @@ ANSWER = (
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What connections have brought and taken away; those that have ended are among them."""
+    """What all connections have carried, including those that have ended."""
 
     connections: int
     requests: int
-    bytes_in: int  # from the client, as every number with `in`: TLS records
+    bytes_in: int  # TLS records; `in` is from the client
     segments_in: int
     bytes_out: int
     segments_out: int
@@ -61,7 +60,7 @@ class Counts:
 
     @property
     def sent(self) -> int:
-        """Bytes of IP packets that the client has sent: what AWS bills as data out."""
+        """Bytes of IP packets that the client sent, which AWS bills as data out."""
         return self.bytes_in + SEGMENT_HEADERS * self.segments_in
 
     @property
@@ -70,7 +69,7 @@ class Counts:
 
 
 class Service:
-    """The service, as its users have it: its address, and the counts until now."""
+    """The running service: its address, and its counts so far."""
 
     def __init__(self, process: subprocess.Popen[str], port: int, authority: Path) -> None:
         self._process = process
@@ -87,11 +86,11 @@ class Service:
 
 @contextmanager
 def service(
-    directory: Path, latency_seconds: float, *, http2: bool = False, most_requests: int = 1_000
+    directory: Path, latency_seconds: float, *, http2: bool = False, max_requests: int = 1_000
 ) -> Iterator[Service]:
-    """Run it with a certificate for localhost, its own authority, kept in the directory.
+    """Run the service with a self-signed certificate for localhost, kept in the directory.
 
-    It ends an HTTP/2 connection after `most_requests`, as nginx does.
+    It closes an HTTP/2 connection after `max_requests`, as nginx does.
     """
     certificate, key = directory / "server.pem", directory / "server.key"
     if not certificate.exists():
@@ -103,7 +102,7 @@ def service(
     with subprocess.Popen(
         [
             *(sys.executable, "-m", "testkit.tls_billing", certificate, key, str(latency_seconds)),
-            *("h2" if http2 else "http/1.1", str(most_requests)),
+            *("h2" if http2 else "http/1.1", str(max_requests)),
         ],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.PIPE,
@@ -119,7 +118,7 @@ def service(
 
 class _Connection(asyncio.Protocol):
     requests = 0
-    all: list[socket.socket]  # of the class: descriptors of our own, which outlive the connections
+    all: list[socket.socket]  # of the class: duplicates, which outlive the connections
 
     def __init__(self, latency_seconds: float) -> None:
         self._latency_seconds = latency_seconds
@@ -143,9 +142,9 @@ class _Connection(asyncio.Protocol):
 
 
 class _Http2Connection(_Connection):
-    def __init__(self, latency_seconds: float, most_requests: int) -> None:
+    def __init__(self, latency_seconds: float, max_requests: int) -> None:
         super().__init__(latency_seconds)
-        self._left = most_requests
+        self._left = max_requests
         self._streams = 0
         self._http2 = H2Connection(H2Configuration(client_side=False))
 
@@ -159,19 +158,19 @@ class _Http2Connection(_Connection):
     @override
     def data_received(self, data: bytes) -> None:
         for event in self._http2.receive_data(data):
-            # Requests after the last one are the client's to send again, on another connection.
+            # The client sends requests after the last one again, on another connection.
             if isinstance(event, RequestReceived) and self._left:
                 assert event.stream_id is not None
                 self._streams += 1
                 self._left -= 1
                 self._answer_later(self._answer, event.stream_id)
-                if not self._left:  # h2 itself would end the streams that are open, too
+                if not self._left:  # h2's own method would also end open streams
                     goodbye = GoAwayFrame(last_stream_id=event.stream_id)
                     self._transport.write(goodbye.serialize())
         self._flush()
 
     def _answer(self, stream: int) -> None:
-        with suppress(ProtocolError):  # given up by the client
+        with suppress(ProtocolError):  # the client gave up
             self._http2.send_headers(stream, HEADERS)
             self._http2.send_data(stream, BODY, end_stream=True)
         self._flush()
@@ -194,9 +193,7 @@ def _counts() -> Counts:
     )
 
 
-async def _serve(
-    certificate: str, key: str, latency: str, version: str, most_requests: str
-) -> None:
+async def _serve(certificate: str, key: str, latency: str, version: str, max_requests: str) -> None:
     _Connection.all = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -204,7 +201,7 @@ async def _serve(
 
     def connection() -> _Connection:
         if version == "h2":
-            return _Http2Connection(float(latency), int(most_requests))
+            return _Http2Connection(float(latency), int(max_requests))
         return _Connection(float(latency))
 
     loop = asyncio.get_running_loop()

@@ -76,7 +76,7 @@ class Proxy:
 
 @pytest.fixture
 def http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tls_billing.Service]:
-    with tls_billing.service(tmp_path, 0.05, http2=True, most_requests=200) as service:
+    with tls_billing.service(tmp_path, 0.05, http2=True, max_requests=200) as service:
         monkeypatch.setenv("SSL_CERT_FILE", str(service.authority))
         yield service
 
