@@ -1,4 +1,4 @@
-"""The bill: docs/cost.md says what `make cost` computes, and it is not more than was promised."""
+"""The bill: docs/cost.md shows what `make cost` computes, and no more than was promised."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,34 +18,34 @@ MEASURED: Mapping[str, Any] = cost.read(cost.MEASURED)
 
 
 def dollars(open_: int, **parameters: object) -> dict[str, float]:
-    """A month's items by the first word of their names."""
+    """The items of a month's bill by the first word of their names."""
     load = Load(open_, Cadence.parse("5s"), DAY, 0.1, "internet")
     stack = Stack.of(TEMPLATE, parameters)
     items = bill(load, stack, MEASURED, PRICES)
     return {item.name.split()[0].rstrip(":,"): item.dollars for item in items}
 
 
-def test_the_page_says_what_is_computed() -> None:
+def test_the_page_shows_what_is_computed() -> None:
     page = cost.PAGE.read_text(encoding="utf-8")
     assert page_with_tables(page) == page, "docs/cost.md is out of date: make cost ARGS=--write"
 
 
 @pytest.mark.parametrize("cadence", ["5s", RECOMMENDED])
-@pytest.mark.parametrize(("open_", "most"), [(100, 12), (1_000, 16), (10_000, 50)])
-def test_a_month_costs_at_most_what_was_promised(open_: int, most: float, cadence: str) -> None:
+@pytest.mark.parametrize(("open_", "max_dollars"), [(100, 12), (1_000, 16), (10_000, 50)])
+def test_a_month_costs_no_more_than_promised(open_: int, max_dollars: float, cadence: str) -> None:
     stack = Stack.of(TEMPLATE, {})
     load = Load(open_, Cadence.parse(cadence), DAY, 0.1, "internet")
-    assert together(bill(load, stack, MEASURED, PRICES)) <= most
+    assert together(bill(load, stack, MEASURED, PRICES)) <= max_dollars
 
 
 def test_the_loop_costs_its_time_in_64_mb() -> None:
     stack = Stack.of(TEMPLATE, {})
-    by_hand = 43_200 * (stack.execution_seconds / 16 * 0.0000166667 + 0.000001)
-    assert dollars(100)["loop"] == pytest.approx(by_hand, rel=0.01)
+    expected = 43_200 * (stack.execution_seconds / 16 * 0.0000166667 + 0.000001)
+    assert dollars(100)["loop"] == pytest.approx(expected, rel=0.01)
     assert stack.ticks == stack.execution_seconds / 5
 
 
-def test_a_session_of_24_hours_is_checked_496_times_with_the_recommended_cadence() -> None:
+def test_a_day_at_the_recommended_cadence_is_496_checks() -> None:
     load = Load(1, Cadence.parse(RECOMMENDED), DAY, 0.1, "internet")
     assert load.checks_a_tick(5) * DAY / 5 == 496
     assert Load(7, Cadence.parse("5s"), DAY, 0.1, "internet").checks_a_tick(5) == 7
@@ -66,7 +66,7 @@ def test_a_pass_waits_or_works_whichever_is_longer() -> None:
     assert pass_seconds(1_000, works, 0.1, {"time": time}) == pytest.approx(2.01, rel=0.01)
 
 
-def test_what_is_switched_on_is_paid_for() -> None:
+def test_optional_features_are_paid_for() -> None:
     usual = dollars(1_000)
     assert usual["traces"] == 0
     assert dollars(1_000, Tracing="ENABLED")["traces"] > 2.5
@@ -76,7 +76,7 @@ def test_what_is_switched_on_is_paid_for() -> None:
 
 
 @pytest.mark.parametrize("version", ["http1.1", "http2"])
-def test_data_within_the_region_is_paid_for_both_ways_and_is_cheaper(version: str) -> None:
+def test_data_within_the_region_is_cheaper_though_paid_both_ways(version: str) -> None:
     def data(billing: str) -> float:
         load = Load(1_000, Cadence.parse("5s"), DAY, 0.1, billing)
         items = data_out(load, Stack.of(TEMPLATE, {}), MEASURED, PRICES)
@@ -87,8 +87,8 @@ def test_data_within_the_region_is_paid_for_both_ways_and_is_cheaper(version: st
     assert data("region") < data("internet") / 3
 
 
-def test_the_measured_passes_are_those_of_this_code() -> None:
-    """As far as it can be told without running them: the log's bound, and a healthy hour's six."""
+def test_the_measurements_match_this_code() -> None:
+    """As far as that shows without running passes: the log's limit and six metrics."""
     assert MEASURED["log"]["pass_bytes"] <= 3_000
     assert MEASURED["log"]["metrics"] == 6
     assert MEASURED["wire"]["http2"]["sent"] < 0.6 * MEASURED["wire"]["http1.1"]["sent"]

@@ -1,4 +1,4 @@
-"""The simulation that `make simulate` runs, on few sessions for a short time."""
+"""The simulation of `make simulate`, with few sessions for a short time."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
         assert seen.under_way == 0
 
 
-def test_a_simulated_tick_that_is_too_much_for_one_worker_gets_helpers() -> None:
+def test_a_simulated_tick_too_large_for_one_worker_gets_helpers() -> None:
     with simulated(open_sessions=60_000, seconds=20) as simulation:
         seen = simulation.run()
 
@@ -29,16 +29,16 @@ def test_a_simulated_tick_that_is_too_much_for_one_worker_gets_helpers() -> None
         assert not_later_than(seen.late, 1.0) < 5
 
 
-def test_each_step_that_takes_a_time_of_its_own_is_one_that_a_pass_takes(
+def test_each_priced_step_occurs_in_a_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Noting(dict[str, float]):
+    class RecordingDict(dict[str, float]):
         def get(self, name: str, default: float) -> float:  # type: ignore[override]
             taken.add(name)
             return super().get(name, default)
 
     taken: set[str] = set()
-    monkeypatch.setattr(simulate, "STEP_SECONDS", Noting(STEP_SECONDS))
+    monkeypatch.setattr(simulate, "STEP_SECONDS", RecordingDict(STEP_SECONDS))
     with simulated(open_sessions=1000, seconds=10) as simulation:
         simulation.run()
     assert taken > set(STEP_SECONDS)

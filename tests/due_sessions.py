@@ -1,0 +1,21 @@
+"""Open sessions that are due, and healthy answers about them."""
+
+from core.domain.model import Answer, Outcome
+from core.store.store import Store
+from tests.support import FakeClock, Shop, add_sessions, census, database_of, numbered
+
+
+def add_due_sessions(shop: Shop, clock: FakeClock, count: int) -> None:
+    """Put open sessions into the shop and adopt them; all are due at once."""
+    add_sessions(shop, numbered(count))
+    store = Store(database_of(shop, clock))
+    store.prepare()
+    census(store, clock.now)
+    store.close()
+
+
+def healthy_answers(count: int, seconds: float = 0.1) -> dict[str, Answer]:
+    """Answers about that many of the numbered sessions."""
+    return dict.fromkeys(
+        [str(c) for c in numbered(count).values()], Answer(Outcome.ACTIVE, 200, seconds)
+    )
