@@ -9,6 +9,8 @@ from bench import cost
 from bench.cost import Load, Stack, bill, data_out, page_with_tables, pass_seconds, together
 from core.domain.cadence import Cadence
 
+pytestmark = pytest.mark.slow
+
 DAY = 24 * 3600
 RECOMMENDED = "5s until 10m, 30s until 1h, 5m"
 

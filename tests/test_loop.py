@@ -15,6 +15,8 @@ from bench.executions import Clock
 from local import loop
 from local.loop import Arguments, Definition, Parameter, TaskError
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC).timestamp()
 MINUTES = [NOON + 60 * minute for minute in range(61)]  # an hour, and the start that ends it
 LASTS = 185  # seconds from an execution's start to its last slot

@@ -5,6 +5,8 @@ import pytest
 from bench import simulate
 from bench.simulate import STEP_SECONDS, not_later_than, simulated
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
     with simulated(open_sessions=3000, seconds=900) as simulation:

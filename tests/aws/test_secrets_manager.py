@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,19 +31,20 @@ class Manager:
 
     def put(self, text: str) -> str:
         """Create a secret; returns its ARN."""
-        arn: str = self._client.create_secret(Name="secret", SecretString=text)["ARN"]
+        arn: str = self._client.create_secret(Name=uuid.uuid4().hex, SecretString=text)["ARN"]
         return arn
 
     def rotate(self, arn: str, text: str) -> None:
         self._client.put_secret_value(SecretId=arn, SecretString=text)
 
 
-@pytest.fixture
-def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    with mock_aws():
+@pytest.fixture(scope="module")
+def manager() -> Iterator[Manager]:
+    """One for the module: a boto3 client takes a tenth of a second to make."""
+    with pytest.MonkeyPatch.context() as patch, mock_aws():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
         secrets_manager._manager.cache_clear()
         yield Manager()
     secrets_manager._manager.cache_clear()

@@ -10,6 +10,8 @@ from core.billing.client import BillingClient
 from core.billing.status_words import PATH, WORDS, StatusReader
 from core.domain.model import Outcome
 
+pytestmark = pytest.mark.slow
+
 CHECKS, IN_FLIGHT = 400, 40
 
 

@@ -31,6 +31,7 @@ API = "http://billing.example/api"
 PIECES = ("a", ".", "..", "/", "\\", "?", "#", "%", "%2e", "%2F", ";", "@", ":", " ", "\n", "\0")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.text(st.characters(), max_size=255)

@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 SRC = Path(__file__).parents[2] / "src"
 
 PROGRAM = """
@@ -31,6 +33,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_timeouts_fit_into_lambdas_descriptors() -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):

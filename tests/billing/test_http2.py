@@ -15,6 +15,8 @@ from core.billing.client import BillingClient
 from core.billing.transport import MOST_STREAMS
 from core.domain.model import Outcome
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_SECONDS = 5  # a connection is pinged after a fifth of it
 
 

@@ -19,7 +19,7 @@ async def answer(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"status": "active"}, request=request)
 
 
-@pytest.mark.parametrize("count", [0, 10, 1_000, 10_000])
+@pytest.mark.parametrize("count", [0, 10, 1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_pass_logs_at_most_3000_bytes(  # noqa: PLR0917 (fixtures)
     count: int,
     sqlite_shop: Shop,

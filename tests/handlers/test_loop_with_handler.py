@@ -15,6 +15,7 @@ from tests.support import FakeClock, Shop, add_sessions, numbered, settings_for
 from tests.test_loop import MINUTES, NOON, StepFunctions, jittered, slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew_seconds", [0.0, -0.3, 0.7])
 def test_every_session_is_checked_once_in_every_slot(
     sqlite_shop: Shop, context: LambdaContext, monkeypatch: pytest.MonkeyPatch, skew_seconds: float

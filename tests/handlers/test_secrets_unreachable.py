@@ -13,6 +13,8 @@ from core.errors import SettingsError
 from handlers import api, check
 from tests.support import event
 
+pytestmark = pytest.mark.slow
+
 ARN = "arn:aws:secretsmanager:eu-west-1:123456789012:secret:billing/api-key-AbCdEf"
 # API Gateway waits for 29 s; a cold start and Lambda itself take a few of them.
 MAX_SECONDS = 15

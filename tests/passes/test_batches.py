@@ -125,6 +125,7 @@ async def test_a_lease_lasts_until_the_slowest_request_is_recorded(
     await running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_concurrency", [1, 2, 5])
 def test_a_thousand_passes_leave_no_claim_behind(
     sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling, max_concurrency: int

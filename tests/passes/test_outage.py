@@ -3,6 +3,8 @@
 import random
 from datetime import timedelta
 
+import pytest
+
 from core.domain.model import Answer, Outcome
 from tests.support import NOON, FakeBilling, FakeClock, Passes, add_sessions, numbered
 
@@ -10,6 +12,7 @@ SESSIONS = 40
 TICKS = 10 * 60 // 5
 
 
+@pytest.mark.slow
 async def test_an_outage_costs_few_requests_and_ends_within_the_backoff_cap(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
