@@ -196,7 +196,7 @@ def test_a_monitor_without_any_pass_changes_the_alarms_state(
 def test_ticks_that_expire_at_the_concurrency_limit_are_throttles(
     run: Minutes,
 ) -> None:
-    """Not failures."""
+    """They are not failures."""
 
     def at_the_limit(watch: CloudWatch) -> None:
         HEALTHY(watch)

@@ -41,7 +41,7 @@ class Server(ThreadingHTTPServer):
 def lambda_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Lambda) as server:
         server.requests, server.status = [], 202
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # polls for its end
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # poll interval
         thread.start()
         host, port = str(server.server_address[0]), server.server_address[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", f"http://{host}:{port}")

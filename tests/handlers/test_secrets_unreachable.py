@@ -27,9 +27,8 @@ def unreachable(
     """A Secrets Manager that never answers; the timeouts are a tenth of a second here."""
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1))
-        if (
-            request.param == "refuses connections"
-        ):  # the kernel drops what a full backlog cannot hold
+        if request.param == "refuses connections":
+            # The kernel drops what a full backlog cannot hold.
             for _ in range(8):
                 waiting = stack.enter_context(socket.socket())
                 waiting.setblocking(False)

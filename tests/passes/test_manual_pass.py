@@ -14,7 +14,7 @@ from tests.support import FakeBilling, FakeClock, Passes, add_sessions, numbered
 async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
-    """Due or not."""
+    """Whether they are due or not."""
     add_sessions(passes.shop, numbered(5))
     hanging = billing.held["checkout_active_4"] = asyncio.Event()
 

@@ -143,7 +143,7 @@ async def test_another_workers_pause_is_noticed_when_recording_results(
     other = Store(database_of(mariadb_shop, clock))
     other.shared.pause(30)
     other.close()
-    # One read may have begun before the pause, so only the second one must see it;
+    # One read may have begun before the pause; the second one must see it.
     before = reads
     await until(lambda: reads >= before + 3)  # the third begins after the second has ended
     for answered in billing.held.values():

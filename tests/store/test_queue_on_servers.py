@@ -92,7 +92,7 @@ def test_an_idle_pass_does_not_scan_the_shops_table(
 
     def explained(sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
         for row in query(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters):
-            # MySQL has a column more, of partitions.
+            # MySQL has one more column, for partitions.
             access[sql, row[2]] = row[3] if len(row) == 10 else row[4]
         return query(sql, parameters)
 
