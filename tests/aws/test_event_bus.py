@@ -1,6 +1,7 @@
 """Status changes published on an EventBridge bus."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,6 +152,16 @@ def test_after_a_failed_call_the_bus_is_left_alone_for_a_while(
         now += 0.1
         stub.add_response("put_events", {"FailedEntryCount": 0, "Entries": [{"EventId": "1"}] * 10})
         assert len(bus.publish(CHANGES)) == 10
+
+
+def test_without_a_region_nothing_is_published(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.delenv("AWS_REGION", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    assert EventBus("shop").publish(CHANGES) == ()
+    assert "No event can be published to shop" in caplog.text
 
 
 def test_an_event_id_is_unique_to_its_change() -> None:

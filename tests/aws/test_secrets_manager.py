@@ -37,6 +37,9 @@ class Manager:
     def rotate(self, arn: str, text: str) -> None:
         self._client.put_secret_value(SecretId=arn, SecretString=text)
 
+    def delete(self, arn: str) -> None:
+        self._client.delete_secret(SecretId=arn, ForceDeleteWithoutRecovery=True)
+
 
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Manager]:
@@ -186,6 +189,21 @@ def test_a_revoked_api_key_is_read_again_once_per_pass(
         monitor.close()
     assert summary.outcomes == {Outcome.UNAUTHORIZED: 20}
     assert reads == 1
+
+
+def test_a_deleted_secret_leaves_the_old_key_in_use(
+    manager: Manager, sqlite_shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error is logged; the pass goes on."""
+    add_sessions(sqlite_shop, {"s": "checkout_active_1"})
+    arn = manager.put("old")
+    with running_billing(api_key="new") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        manager.delete(arn)
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.UNAUTHORIZED: 1}
+    assert any(m.startswith("❌ APIKEY_SECRET_ARN names the secret") for m in caplog.messages)
 
 
 def test_importing_the_check_handler_does_not_import_boto3() -> None:

@@ -10,7 +10,7 @@ import pytest
 from core.domain.model import Answer, Outcome, Reason, Result, SessionStatus, Skip
 from core.errors import StoreError
 from core.passes.check_pass import PassOptions
-from core.store.store import Store
+from core.store.store import NO_STATUS_INDEX, Store
 from tests.support import (
     NOON,
     FakeBilling,
@@ -284,3 +284,15 @@ async def test_each_pass_is_one_row_of_the_run_table(passes: Passes, clock: Fake
         "SELECT reason, tick, open_sessions, checked FROM checkout_session_run"
         " WHERE reason <> 'start' ORDER BY id"
     ) == [("tick", f"2026-01-15T12:00:{second:02}.000Z", 2, 2) for second in (0, 5, 10)]
+
+
+async def test_a_pass_warns_of_a_missing_index_on_status(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling, caplog: pytest.LogCaptureFixture
+) -> None:
+    [(index,)] = sqlite_shop.run(
+        "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'checkout_session'"
+        " AND sql IS NOT NULL"
+    )
+    sqlite_shop.run(f"DROP INDEX {index}")
+    await Passes(sqlite_shop, clock, billing).run()
+    assert f"⚠️ {NO_STATUS_INDEX}" in caplog.messages

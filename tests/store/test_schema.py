@@ -263,3 +263,16 @@ async def test_status_updates_only_need_to_update_the_status_column(
     add_sessions(mariadb_shop, numbered(1))
     passes = Passes(shop, clock, FakeBilling({"checkout_active_0": PAID}))
     assert (await passes.run()).status_changes == 1
+
+
+def test_sqlites_tables_of_the_first_version_are_created_again(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """SQLite cannot change a column; the next tick finds out again what they held."""
+    sqlite_shop.run("CREATE TABLE checkout_session_check (session_id TEXT PRIMARY KEY)")
+    add_sessions(sqlite_shop, numbered(1))
+    store = Store(database_of(sqlite_shop, clock))
+    assert store.prepare() == []
+    assert census(store, NOON).open == 1
+    assert len(claim_all(store, NOON)) == 1
+    store.close()
