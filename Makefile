@@ -1,6 +1,6 @@
 # Every target sets itself up. You only need Python 3.13 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing test browser screenshot build deploy-local e2e bench cost simulate soak mutants check format requirements
+.PHONY: help run trigger billing unit test coverage browser screenshot build deploy-local e2e bench cost simulate soak mutants check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -20,8 +20,14 @@ trigger: .venv/ready ## Check all open sessions now, through the API of the runn
 billing: .venv/ready ## Run only the simulated billing service, e.g. ARGS="--host 0.0.0.0" for sam local
 	@exec python -m local.billing $(ARGS)
 
+unit: .venv/ready ## Run the quick tests: no database server, no npm, under 20 seconds
+	pytest -m "not server and not slow" --ignore=tests/chaos --ignore=tests/local -p no:schemathesis $(ARGS)
+
 test: .venv/ready $(NPM) ## Run the test suite
 	pytest
+
+coverage: .venv/ready $(NPM) ## Show which lines and branches of src the tests miss, e.g. ARGS=tests/store
+	pytest --cov $(ARGS)
 
 browser: .venv/ready ## Test the operator's page in a browser; writes .screenshots (needs chromium)
 	pytest tests/browser

@@ -18,22 +18,22 @@ NO_SERVER = (
     "(the tests make and drop databases of their own there)"
 )
 
-# A MySQL server beside the MariaDB one; not every machine can have both, but CI has to.
+# A MySQL server beside the MariaDB one. Not every machine has both; CI must.
 MYSQL = os.environ.get("TEST_MYSQL_URL")
 SERVERS = ["mariadb", *(["mysql"] if MYSQL or os.environ.get("CI") else [])]
 
-# MariaDB's anonymous user at localhost comes before anyone's at '%'.
+# MariaDB prefers its anonymous user at localhost to a user at '%', so users are made at both.
 PLACES = ("'%'", "localhost")
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """What async tests run on."""
+    """The event loop of async tests."""
     return "asyncio"
 
 
 def without_a_server() -> None:
-    """A laptop may pass over these tests; CI may not."""
+    """Skip the test for lack of a server, or fail it in CI."""
     if os.environ.get("CI"):
         pytest.fail(NO_SERVER)
     pytest.skip(NO_SERVER)
@@ -41,7 +41,7 @@ def without_a_server() -> None:
 
 @pytest.fixture(scope="session")
 def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
-    """The URL of a server: TEST_DATABASE_URL's, or one started for this run."""
+    """The URL of a MariaDB or MySQL: TEST_DATABASE_URL, or a MariaDB started for these tests."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     elif shutil.which("mariadb-install-db"):
@@ -49,6 +49,16 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
             yield url
     else:
         yield None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a database server; `make unit` leaves them out."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        callspec = getattr(item, "callspec", None)
+        engine = callspec.params.get("shop") if callspec else None
+        if "mariadb" in fixtures or engine in SERVERS:
+            item.add_marker(pytest.mark.server)
 
 
 @contextmanager
@@ -68,8 +78,10 @@ def a_shop(engine: str, mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
 
 
 @pytest.fixture(params=["sqlite", *SERVERS])
-def shop(request: pytest.FixtureRequest, mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
     """An empty shop on each engine."""
+    # Not an argument: the tests on SQLite must not start a server.
+    mariadb = request.getfixturevalue("mariadb") if request.param == "mariadb" else None
     with a_shop(request.param, mariadb, tmp_path) as shop:
         yield shop
 
@@ -97,7 +109,7 @@ def mariadb_shop(mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
 
 @pytest.fixture
 def limited(mariadb_shop: MySQLShop) -> Iterator[Callable[..., MySQLShop]]:
-    """Makes a user of the shop's server with just the rights given."""
+    """Creates users of the shop's server that have only the rights given."""
     users: list[str] = []
 
     def make(*rights: str) -> MySQLShop:

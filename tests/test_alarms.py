@@ -1,4 +1,4 @@
-"""Every alarm of the template on the metrics that passes emit: what it is for, and nothing else."""
+"""Every alarm of the template, on the metrics that passes emit: raised for its cause only."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,9 +10,10 @@ import pytest
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core import metrics
-from core.domain.model import Outcome, Reason, Summary
+from core.domain.model import Outcome, Reason
+from core.domain.summary import Summary
 from testkit.clock import NOON
-from tests.alarms import CloudWatch
+from tests.cloudwatch import CloudWatch
 
 TEMPLATE = yaml_parse((Path(__file__).parents[1] / "template.yaml").read_text(encoding="utf-8"))
 ALARMS: Mapping[str, Mapping[str, Any]] = {
@@ -26,7 +27,7 @@ type Minute = Callable[[CloudWatch], None]
 
 
 def passes(**given: Any) -> Minute:  # noqa: ANN401 (a Summary's fields)
-    """A minute of passes that end like this."""
+    """A minute of passes with this summary."""
 
     def emit(watch: CloudWatch) -> None:
         scheduled(watch)
@@ -42,21 +43,21 @@ def checks(*outcomes: Outcome, **given: Any) -> Minute:  # noqa: ANN401 (a Summa
 
 
 def aws(namespace: str, name: str, *values: float) -> Minute:
-    """A minute that is well, but for a metric of AWS itself."""
+    """A healthy minute, with a metric of AWS itself."""
 
     def put(watch: CloudWatch) -> None:
-        WELL(watch)
+        HEALTHY(watch)
         watch.put(namespace, name, values)
 
     return put
 
 
 def nothing(_: CloudWatch) -> None:
-    """No metric at all: the schedule has stopped."""
+    """A minute without any metric: the schedule has stopped."""
 
 
 def scheduled(watch: CloudWatch) -> None:
-    """The schedule tries to start the loop, and no pass reports."""
+    """The schedule tries to start the loop; no pass reports."""
     watch.put("AWS/Scheduler", "InvocationAttemptCount", [1])
 
 
@@ -67,7 +68,7 @@ def failures(watch: CloudWatch) -> None:
 
 
 def zeroes(watch: CloudWatch) -> None:
-    WELL(watch)
+    HEALTHY(watch)
     for namespace, name in (
         ("AWS/Lambda", "Errors"),
         ("AWS/Lambda", "Throttles"),
@@ -77,18 +78,15 @@ def zeroes(watch: CloudWatch) -> None:
         watch.put(namespace, name, [0])
 
 
-WELL = checks(*[Outcome.ACTIVE] * 10)
+HEALTHY = checks(*[Outcome.ACTIVE] * 10)
 IDLE = passes()
 
-# What each alarm is for, and after how many such minutes in a row it has to say so.
-FOR: Mapping[str, list[tuple[Minute, int]]] = {
+# The causes of each alarm, and after how many such minutes in a row it must be raised.
+CAUSES: Mapping[str, list[tuple[Minute, int]]] = {
     "NoPassAlarm": [(scheduled, 2), (failures, 2), (nothing, 2)],
     "OverdueAlarm": [
         (checks(Outcome.ACTIVE, overdue_seconds=61), 3),
-        (
-            passes(open=10, overdue_seconds=3600),
-            3,
-        ),  # and nothing checked: billing asked for a pause
+        (passes(open=10, overdue_seconds=3600), 3),  # nothing checked: billing asked for a pause
     ],
     "FailedChecksAlarm": [
         (checks(Outcome.TIMEOUT), 5),
@@ -105,19 +103,19 @@ FOR: Mapping[str, list[tuple[Minute, int]]] = {
         (aws("AWS/States", "ExecutionsTimedOut", 1), 1),
     ],
 }
-# Minutes that no alarm is for.
-FINE: Mapping[str, Minute] = {
-    "all is well": WELL,
+# Minutes for which no alarm may be raised.
+NO_CAUSE: Mapping[str, Minute] = {
+    "all checks succeed": HEALTHY,
     "no session is open": IDLE,
     "half of the checks fail": checks(Outcome.TIMEOUT, Outcome.ACTIVE),
     "nothing is found": checks(Outcome.NOT_FOUND),
-    "everything is late, but not by much": checks(Outcome.ACTIVE, overdue_seconds=60),
+    "everything is a little late": checks(Outcome.ACTIVE, overdue_seconds=60),
     "AWS sends zeroes": zeroes,
 }
 
 
-class Run:
-    """Minutes, one after the other, with the states of all alarms after each."""
+class Minutes:
+    """Minutes one after the other, with the states of all alarms after each."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -128,101 +126,107 @@ class Run:
         for _ in range(times):
             self._capsys.readouterr()
             minute(self.watch)
-            self.watch.take(self._capsys.readouterr().out)
+            self.watch.ingest(self._capsys.readouterr().out)
             self.watch.end_minute()
         return {name for name, alarm in ALARMS.items() if self.watch.state(alarm) != "OK"}
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    run = Run(capsys)
-    run(WELL, 10)
+def run(capsys: pytest.CaptureFixture[str]) -> Minutes:
+    run = Minutes(capsys)
+    run(HEALTHY, 10)
     return run
 
 
 CASES = [
     pytest.param(name, minute, after, id=f"{name}-{n}")
-    for name, cases in FOR.items()
+    for name, cases in CAUSES.items()
     for n, (minute, after) in enumerate(cases)
 ]
 
 
-def test_each_alarm_is_here() -> None:
-    assert set(FOR) == set(ALARMS)
+def test_every_alarm_of_the_template_is_tested() -> None:
+    assert set(CAUSES) == set(ALARMS)
 
 
 @pytest.mark.parametrize(("name", "minute", "after"), CASES)
-def test_an_alarm_comes_when_it_should_and_not_before(
-    run: Run, name: str, minute: Minute, after: int
+def test_an_alarm_is_raised_in_time_and_not_before(
+    run: Minutes, name: str, minute: Minute, after: int
 ) -> None:
     assert name not in run(minute, after - 1)
     assert name in run(minute)
 
 
 @pytest.mark.parametrize(("name", "minute", "after"), CASES)
-def test_an_alarm_goes_when_all_is_well_again(
-    run: Run, name: str, minute: Minute, after: int
+def test_an_alarm_clears_after_recovery(
+    run: Minutes, name: str, minute: Minute, after: int
 ) -> None:
     run(minute, 2 * after)
-    assert run(WELL, after) == set()
+    assert run(HEALTHY, after) == set()
 
 
 @pytest.mark.parametrize(("name", "minute", "after"), CASES)
-def test_an_alarm_comes_as_well_where_nothing_was_measured_before(
+def test_an_alarm_is_raised_without_earlier_measurements(
     capsys: pytest.CaptureFixture[str], name: str, minute: Minute, after: int
 ) -> None:
-    assert name in Run(capsys)(minute, after)
+    assert name in Minutes(capsys)(minute, after)
 
 
-@pytest.mark.parametrize("minute", FINE.values(), ids=FINE)
-def test_no_alarm_comes_when_nothing_is_wrong(run: Run, minute: Minute) -> None:
+@pytest.mark.parametrize("minute", NO_CAUSE.values(), ids=NO_CAUSE)
+def test_no_alarm_is_raised_if_nothing_is_wrong(run: Minutes, minute: Minute) -> None:
     for _ in range(10):
         assert run(minute) == set()
 
 
 @pytest.mark.parametrize("minute", [nothing, scheduled, failures])
-def test_where_no_pass_reports_no_other_alarm_than_no_pass_comes(run: Run, minute: Minute) -> None:
+def test_without_a_pass_only_the_no_pass_alarm_is_raised(run: Minutes, minute: Minute) -> None:
     assert run(minute, 10) == {"NoPassAlarm"}
 
 
-def test_a_monitor_that_never_passes_makes_a_change_of_state_and_so_sends_a_mail(
+def test_a_monitor_without_any_pass_changes_the_alarms_state(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, alarm = Run(capsys), ALARMS["NoPassAlarm"]
+    """Only a change of state sends an e-mail."""
+    run, alarm = Minutes(capsys), ALARMS["NoPassAlarm"]
     run(nothing, 5)
     assert run.watch.state(alarm) == "INSUFFICIENT_DATA"
     run(scheduled, 2)
     assert run.watch.state(alarm) == "ALARM"
 
 
-def test_checks_that_wait_in_vain_at_the_workers_limit_are_throttles_and_no_failures(
-    run: Run,
+def test_ticks_that_expire_at_the_concurrency_limit_are_throttles(
+    run: Minutes,
 ) -> None:
+    """They are not failures."""
+
     def at_the_limit(watch: CloudWatch) -> None:
-        WELL(watch)
+        HEALTHY(watch)
         watch.put("AWS/Lambda", "Throttles", [3])
         watch.put("AWS/SQS", "NumberOfMessagesSent", [1])
 
     assert run(at_the_limit, 5) == {"WorkerThrottlesAlarm"}
 
 
-def test_one_bad_minute_is_no_news(run: Run) -> None:
+def test_one_bad_minute_raises_no_alarm(run: Minutes) -> None:
     everything = (Outcome.TIMEOUT, Outcome.UNAUTHORIZED)
     assert run(checks(*everything, overdue_seconds=100, unpublished=1)) == set()
-    assert run(WELL, 3) == set()
+    assert run(HEALTHY, 3) == set()
 
 
-def test_a_minute_without_failures_among_bad_ones_counts_as_good(run: Run) -> None:
+def test_a_minute_without_failures_counts_as_good(run: Minutes) -> None:
     for _ in range(5):
         run(checks(Outcome.TIMEOUT), 4)
-        assert run(WELL) == set()
+        assert run(HEALTHY) == set()
 
 
-def test_every_metric_that_is_sent_is_known_and_a_healthy_hour_is_billed_six(
-    run: Run,
+def test_every_metric_sent_is_known_and_a_healthy_pass_sends_six(
+    run: Minutes,
 ) -> None:
     assert len(run.watch.names(metrics.NAMESPACE)) == 6
-    for minute in (*FINE.values(), *(minute for cases in FOR.values() for minute, _ in cases)):
+    for minute in (
+        *NO_CAUSE.values(),
+        *(minute for cases in CAUSES.values() for minute, _ in cases),
+    ):
         run(minute)
     assert run.watch.names(metrics.NAMESPACE) <= set(metrics.METRICS)
 
@@ -238,9 +242,7 @@ def test_every_metric_that_is_sent_is_known_and_a_healthy_hour_is_billed_six(
         ("IF(checked > 1, 7, checked)", {0: 1.0, 2: 7}),
     ],
 )
-def test_metric_math_is_done_as_cloudwatch_does_it(
-    expression: str, expected: dict[int, float]
-) -> None:
+def test_metric_math_follows_cloudwatch(expression: str, expected: dict[int, float]) -> None:
     watch = CloudWatch()
     watch.minutes = 3
     series: dict[str, dict[int, float]] = {"failed": {2: 1.0}, "checked": {0: 1.0, 2: 2.0}}

@@ -1,4 +1,4 @@
-"""What CI runs: everything that is there for it."""
+"""CI runs every script in .ci."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CALLERS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_is_called_by_another_one_or_by_make(script: str) -> None:
+def test_every_script_is_called_by_make_ci_or_another_script(script: str) -> None:
     callers = [
         caller.name
         for caller in CALLERS
@@ -25,6 +25,6 @@ def test_every_script_is_called_by_another_one_or_by_make(script: str) -> None:
 
 
 def calls(text: str, script: str) -> bool:
-    """Whether a line that is no comment has the script in it."""
+    """Whether a line that is not a comment names the script."""
     lines = (line.strip() for line in text.splitlines())
     return any(f".ci/{script}" in line for line in lines if not line.startswith("#"))

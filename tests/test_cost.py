@@ -9,6 +9,8 @@ from bench import cost
 from bench.cost import Load, Stack, bill, data_out, page_with_tables, pass_seconds, total
 from core.domain.cadence import Cadence
 
+pytestmark = pytest.mark.slow
+
 DAY = 24 * 3600
 RECOMMENDED = "5s until 10m, 30s until 1h, 5m"
 
@@ -18,7 +20,7 @@ MEASURED: Mapping[str, Any] = cost.read(cost.MEASURED)
 
 
 def dollars(open_: int, **parameters: object) -> dict[str, float]:
-    """A month's items by the first word of their names."""
+    """The items of a month's bill by the first word of their names."""
     load = Load(open_, Cadence.parse("5s"), DAY, 0.1, "internet")
     stack = Stack.of(TEMPLATE, parameters)
     items = bill(load, stack, MEASURED, PRICES)
@@ -32,9 +34,7 @@ def test_page_shows_the_computed_tables() -> None:
 
 @pytest.mark.parametrize("cadence", ["5s", RECOMMENDED])
 @pytest.mark.parametrize(("open_", "max_dollars"), [(100, 12), (1_000, 16), (10_000, 50)])
-def test_month_costs_no_more_than_promised(
-    open_: int, max_dollars: float, cadence: str
-) -> None:
+def test_month_costs_no_more_than_promised(open_: int, max_dollars: float, cadence: str) -> None:
     stack = Stack.of(TEMPLATE, {})
     load = Load(open_, Cadence.parse(cadence), DAY, 0.1, "internet")
     assert total(bill(load, stack, MEASURED, PRICES)) <= max_dollars

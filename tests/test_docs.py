@@ -1,4 +1,4 @@
-"""The documentation keeps up with the code and the template, and its links lead somewhere."""
+"""The documentation matches the code and the template, and its links work."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub makes of the headings."""
+    """The anchors that GitHub makes of the headings."""
     found: Counter[str] = Counter()
     names = set()
     for heading in re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE):
@@ -44,7 +44,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+def test_every_link_leads_to_an_existing_file_and_heading(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(text))
     broken = []
@@ -58,26 +58,26 @@ def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> 
     assert broken == []
 
 
-def test_the_readme_is_finished_on_a_few_screens() -> None:
+def test_the_readme_is_at_most_200_lines() -> None:
     assert len(README.splitlines()) <= 200
 
 
-def test_every_page_is_found_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(re.findall(r"\]\(([^)#\s]+)", README))
     assert {f"docs/{name}" for name in DOCS} <= linked
 
 
-def test_the_picture_is_there_and_light() -> None:
+def test_the_picture_exists_and_is_small() -> None:
     [picture] = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert (ROOT / picture).stat().st_size < 200_000
 
 
-def test_the_diagram_is_true_to_the_template() -> None:
+def test_the_diagram_matches_the_template() -> None:
     [diagram] = re.findall(r"```mermaid\n(.*?)```", README, re.DOTALL)
     shown = set(re.findall(r"\b([A-Z][a-z]+(?:[A-Z][a-z]+)+|Alarms|Dashboard)\b", diagram))
     types = ("Function", "StateMachine", "Serverless::Api", "Queue", "Topic", "Dashboard")
-    there = {n for n, r in TEMPLATE["Resources"].items() if r["Type"].endswith(types)}
-    assert shown - {"EventBridge", "MySQL"} == there
+    deployed = {n for n, r in TEMPLATE["Resources"].items() if r["Type"].endswith(types)}
+    assert shown - {"EventBridge", "MySQL"} == deployed
 
 
 @pytest.mark.parametrize("name", sorted({*VARIABLES, *TEMPLATE["Parameters"]}))
@@ -103,28 +103,28 @@ def test_every_alarm_has_a_paragraph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*Outcome, *Skip])
-def test_every_outcome_and_skip_is_told(name: str) -> None:
+def test_every_outcome_and_skip_is_documented(name: str) -> None:
     assert f"`{name}`" in DOCS["operate.md"]
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_every_word_of_billing_is_told(word: str) -> None:
+def test_every_status_word_of_billing_is_documented(word: str) -> None:
     assert f"`{word}`" in DOCS["status-updates.md"]
 
 
-def test_what_operate_says_of_the_page_is_what_the_page_says() -> None:
-    told = DOCS["operate.md"]
-    for said in ("Lost contact with the monitor", "The monitor cannot report its state"):
-        assert said in told
-        assert said in PAGE.read_text(encoding="utf-8")
-    assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in told
+def test_the_pages_messages_are_documented() -> None:
+    documented = DOCS["operate.md"]
+    for message in ("Lost contact with the monitor", "The monitor cannot report its state"):
+        assert message in documented
+        assert message in PAGE.read_text(encoding="utf-8")
+    assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in documented
 
 
-def test_the_modes_of_the_simulated_billing_service_are_told() -> None:
+def test_the_modes_of_the_simulated_billing_service_are_documented() -> None:
     assert ", ".join(f'"{mode}"' for mode in (BY_ID, *MODES)) in README
 
 
-def test_every_target_of_make_that_is_named_exists() -> None:
+def test_every_make_target_named_in_the_docs_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def test_every_target_of_make_that_is_named_exists() -> None:
         assert named <= targets, page.name
 
 
-def test_every_test_that_is_named_exists() -> None:
+def test_every_test_named_in_the_docs_exists() -> None:
     named = {
         (file, name)
         for page in PAGES
@@ -140,10 +140,10 @@ def test_every_test_that_is_named_exists() -> None:
             r"`([\w/]+\.py)::(test_\w+)`", page.read_text(encoding="utf-8")
         )
     }
-    there = {
+    existing = {
         (str(file.relative_to(ROOT / "tests")), name)
         for file in ROOT.glob("tests/**/test_*.py")
         for name in re.findall(r"def (test_\w+)\(", file.read_text(encoding="utf-8"))
     }
     assert named
-    assert named - there == set()
+    assert named - existing == set()

@@ -15,11 +15,13 @@ from local import loop
 from local.loop import Arguments, Definition, Parameter, TaskError
 from testkit.clock import VirtualClock
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 15, 12, 0, 0, tzinfo=UTC).timestamp()
 MINUTES = [NOON + 60 * minute for minute in range(61)]  # an hour, and the start that ends it
 LASTS = 185  # seconds from an execution's start to its last slot
 
-# Which error an attempt to start a slot's check meets, None for none; attempts count from 0.
+# The error of an attempt to start a slot's check, or None; attempts count from 0.
 type Fails = Callable[[float, int], str | None]
 
 
@@ -33,20 +35,20 @@ class Start:
 
 @dataclass(frozen=True)
 class Execution:
-    """From when to when one ran, in seconds since 1970."""
+    """Its beginning and end, in seconds since 1970."""
 
     begun: float
     ended: float
 
 
 class SlowParameter(Parameter):
-    """The parameter on a virtual clock; with an error, it has nothing else to say."""
+    """The parameter on a virtual clock; with an error set, every call fails with it."""
 
     def __init__(
         self, clock: VirtualClock, seconds: Callable[[], float], error: str | None
     ) -> None:
         super().__init__()
-        self.calls: list[tuple[float, str]] = []  # the moment, and "get" or "put"
+        self.calls: list[tuple[float, str]] = []  # when, and "get" or "put"
         self._clock = clock
         self._seconds = seconds
         self._error = error
@@ -68,7 +70,7 @@ class SlowParameter(Parameter):
 
 @dataclass
 class StepFunctions:
-    """Step Functions as the loop meets it, latencies included, on one virtual clock."""
+    """Step Functions with its latencies, on one virtual clock."""
 
     interval_seconds: int = 5
     wait_ends_late: Callable[[], float] = lambda: 0.05
@@ -78,7 +80,7 @@ class StepFunctions:
     worker_seconds: float = 0.2
     fails: Fails = lambda _slot, _attempt: None
     attempts: Counter[float] = field(default_factory=Counter)
-    ran: list[Execution] = field(default_factory=list)
+    executions_run: list[Execution] = field(default_factory=list)
     clock: VirtualClock = field(default_factory=VirtualClock)
     definition: Definition = field(init=False)
     latest: SlowParameter = field(init=False)
@@ -88,13 +90,13 @@ class StepFunctions:
         self.latest = SlowParameter(self.clock, self.parameter_seconds, self.parameter_error)
 
     def executions(self, begins: Iterable[float]) -> list[Start]:
-        """The checks that executions begun at these times start, in the order of time."""
+        """The checks that executions begun at these times start, in order."""
         starts: list[Start] = []
         self.clock.run(lambda: self._execution(starts), begins)
         return sorted(starts)
 
     def execution(self, begins: float) -> list[Start]:
-        """The checks that one execution starts, when none follows it."""
+        """The checks that one execution starts if no other follows it."""
         return self.executions([begins])
 
     def _execution(self, starts: list[Start]) -> None:
@@ -103,8 +105,8 @@ class StepFunctions:
         clock, begun = self.clock, self.clock.now
         attempts: Counter[float] = Counter()
 
-        def wait_until(moment: float) -> None:
-            clock.wait_until(moment + self.wait_ends_late())
+        def wait_until(time: float) -> None:
+            clock.wait_until(time + self.wait_ends_late())
 
         def invoke(arguments: Arguments) -> None:
             slot = datetime.fromisoformat(arguments["Payload"]["tick"]).timestamp()
@@ -128,11 +130,11 @@ class StepFunctions:
         loop.execute(
             self.definition, invoke, self.latest, now=lambda: clock.now, wait_until=wait_until
         )
-        self.ran.append(Execution(begun, clock.now))
+        self.executions_run.append(Execution(begun, clock.now))
 
 
 def slots(first: float, last: float, interval_seconds: int) -> list[float]:
-    """The multiples of the interval after `first`, up to and with `last`."""
+    """The multiples of the interval after `first`, up to and including `last`."""
     number = int(first // interval_seconds) + 1
     return [float(n * interval_seconds) for n in range(number, int(last // interval_seconds) + 1)]
 
@@ -146,13 +148,13 @@ def lateness(starts: Sequence[Start]) -> float:
 
 
 def jittered(seed: int) -> list[float]:
-    """Starts anywhere within 60 s of their minute, as EventBridge Scheduler promises them."""
+    """Starts within 60 s of their minute, which is what EventBridge Scheduler guarantees."""
     draw = random.Random(seed)
     return [minute + draw.uniform(0, 60) for minute in MINUTES]
 
 
-def from_one_extreme_to_the_other() -> list[float]:
-    """Two early ones, then two late ones: each kind of gap, and the longest about a lost one."""
+def extremes() -> list[float]:
+    """Two early, then two late: every kind of gap, and the longest one around a lost start."""
     return [minute + (0.1 if number % 4 < 2 else 59.9) for number, minute in enumerate(MINUTES)]
 
 
@@ -162,33 +164,33 @@ def without_one_in_thirty(begins: Sequence[float]) -> list[float]:
 
 STARTS = pytest.mark.parametrize(
     "begins",
-    [jittered(1), jittered(2), jittered(3), from_one_extreme_to_the_other(), MINUTES],
+    [jittered(1), jittered(2), jittered(3), extremes(), MINUTES],
     ids=["jitter", "other jitter", "more jitter", "extremes", "on the minute"],
 )
 
 
 @STARTS
 @pytest.mark.parametrize("loses", [False, True], ids=["none lost", "one in thirty lost"])
-def test_over_an_hour_of_late_and_lost_starts_and_one_duplicate_no_slot_is_missed(
-    begins: list[float], loses: bool
-) -> None:
+def test_late_lost_and_duplicate_starts_miss_no_slot(begins: list[float], loses: bool) -> None:
+    """In an hour of starts, as late as EventBridge Scheduler allows."""
     draw = random.Random(0)
     step_functions = StepFunctions(
         wait_ends_late=lambda: draw.uniform(0, 0.4),
         invoke_seconds=lambda: draw.uniform(0.01, 0.3),
         parameter_seconds=lambda: draw.uniform(0.01, 0.9),
     )
-    made = without_one_in_thirty(begins) if loses else begins
+    actual = without_one_in_thirty(begins) if loses else begins
 
-    starts = step_functions.executions([*made, made[20]])
+    starts = step_functions.executions([*actual, actual[20]])
 
     whole = slots(NOON + 60, MINUTES[-1], 5)
     assert set(whole) <= set(served(starts))
     assert lateness(starts) < 0.5
 
 
-def test_nor_is_one_while_executions_cannot_hear_of_each_other() -> None:
-    begins = without_one_in_thirty(from_one_extreme_to_the_other())[:40]
+def test_no_slot_is_missed_if_the_parameter_is_unavailable() -> None:
+    """Executions then do not know of each other."""
+    begins = without_one_in_thirty(extremes())[:40]
 
     starts = StepFunctions(parameter_error="Ssm.SsmException").executions(begins)
 
@@ -197,24 +199,26 @@ def test_nor_is_one_while_executions_cannot_hear_of_each_other() -> None:
 
 
 @STARTS
-def test_an_execution_ends_within_two_slots_of_the_first_check_that_a_later_one_starts(
+def test_an_execution_ends_soon_after_a_later_one_starts(
     begins: list[float],
 ) -> None:
+    """Within two slots of the first check that the later one starts."""
     step_functions = StepFunctions()
 
     step_functions.executions(begins)
 
-    ran = sorted(step_functions.ran, key=lambda execution: execution.begun)
-    for one, later in itertools.pairwise(ran):
+    executions_run = sorted(step_functions.executions_run, key=lambda execution: execution.begun)
+    for one, later in itertools.pairwise(executions_run):
         assert one.ended <= max(one.begun + 65, later.begun + 5) + 5.5
 
 
-def test_an_hour_of_executions_takes_an_hour_and_a_few_calls_that_cloudtrail_records() -> None:
+def test_an_hour_of_executions_makes_few_parameter_calls() -> None:
+    """The executions take an hour in all; CloudTrail records every call."""
     step_functions = StepFunctions()
 
     step_functions.executions(MINUTES)
 
-    *followed, last = sorted(step_functions.ran, key=lambda execution: execution.begun)
+    *followed, last = sorted(step_functions.executions_run, key=lambda execution: execution.begun)
     assert max(execution.ended - execution.begun for execution in followed) <= 70.5
     assert last.ended - last.begun > LASTS
     calls = Counter(what for at, what in step_functions.latest.calls if at < last.begun)
@@ -222,7 +226,8 @@ def test_an_hour_of_executions_takes_an_hour_and_a_few_calls_that_cloudtrail_rec
     assert calls["get"] <= 2 * len(followed)
 
 
-def test_an_execution_that_starts_no_check_announces_nothing_so_the_one_before_goes_on() -> None:
+def test_an_execution_that_starts_no_check_announces_nothing() -> None:
+    """So the one before it goes on."""
     step_functions = StepFunctions(fails=lambda _slot, _attempt: "Lambda.ServiceException")
 
     step_functions.execution(NOON)
@@ -231,9 +236,10 @@ def test_an_execution_that_starts_no_check_announces_nothing_so_the_one_before_g
 
 
 @pytest.mark.parametrize("value", ["", "soon", str(int((NOON + 86400) * 1000)), "-1", "NaN"])
-def test_what_somebody_else_wrote_into_the_parameter_costs_no_tick_and_is_gone_a_minute_later(
+def test_a_foreign_parameter_value_costs_no_tick_and_is_replaced(
     value: str,
 ) -> None:
+    """Whatever somebody else writes is gone a minute later."""
     step_functions = StepFunctions()
     step_functions.latest.value = value
     overwritten = itertools.count()
@@ -250,7 +256,7 @@ def test_what_somebody_else_wrote_into_the_parameter_costs_no_tick_and_is_gone_a
     assert step_functions.latest.value == str(int((NOON + 120) * 1000))
 
 
-def test_every_start_says_its_slot_in_iso_8601_with_milliseconds() -> None:
+def test_every_start_passes_its_slot_in_iso_8601() -> None:
     ticks: list[str] = []
     clock = [NOON + 0.2]
 
@@ -259,15 +265,15 @@ def test_every_start_says_its_slot_in_iso_8601_with_milliseconds() -> None:
         lambda arguments: ticks.append(arguments["Payload"]["tick"]),
         Parameter(),
         now=lambda: clock[0],
-        wait_until=lambda moment: clock.__setitem__(0, moment),
+        wait_until=lambda time: clock.__setitem__(0, time),
     )
 
     assert ticks[:2] == ["2026-01-15T12:00:05.000Z", "2026-01-15T12:00:10.000Z"]
 
 
 @pytest.mark.parametrize("interval_seconds", [1, 7, 60])
-def test_other_intervals_miss_no_slot_either(interval_seconds: int) -> None:
-    begins = without_one_in_thirty(from_one_extreme_to_the_other())
+def test_no_slot_is_missed_with_other_intervals(interval_seconds: int) -> None:
+    begins = without_one_in_thirty(extremes())
 
     starts = StepFunctions(interval_seconds).executions(begins)
 
@@ -277,7 +283,7 @@ def test_other_intervals_miss_no_slot_either(interval_seconds: int) -> None:
 
 
 @pytest.mark.parametrize("interval_seconds", [1, 5, 7, 60])
-def test_an_execution_begins_with_the_slot_after_now_and_ends_after_a_little_over_three_minutes(
+def test_an_execution_begins_with_the_next_slot_and_lasts_3_minutes(
     interval_seconds: int,
 ) -> None:
     for begins in (NOON, NOON + 0.001, NOON + 4.999, NOON + 5):
@@ -296,7 +302,7 @@ def test_an_execution_begins_with_the_slot_after_now_and_ends_after_a_little_ove
         ("States.Timeout", 1),
     ],
 )
-def test_a_start_that_fails_loses_only_its_own_tick(error: str, attempts: int) -> None:
+def test_a_failed_start_loses_only_its_own_tick(error: str, attempts: int) -> None:
     lost = NOON + 20
     step_functions = StepFunctions(fails=lambda slot, _attempt: error if slot == lost else None)
 
@@ -307,7 +313,7 @@ def test_a_start_that_fails_loses_only_its_own_tick(error: str, attempts: int) -
     assert lateness(starts) < 0.1
 
 
-def test_a_start_that_fails_twice_succeeds_at_the_third_attempt() -> None:
+def test_a_start_succeeds_at_the_third_attempt() -> None:
     step_functions = StepFunctions(
         fails=lambda slot, attempt: "Lambda.ServiceException" if attempt < 2 else None
     )
@@ -317,7 +323,7 @@ def test_a_start_that_fails_twice_succeeds_at_the_third_attempt() -> None:
     assert served(starts) == slots(NOON, NOON + LASTS, 5)
 
 
-def test_when_every_start_fails_the_loop_goes_on_to_its_end() -> None:
+def test_the_loop_continues_if_every_start_fails() -> None:
     step_functions = StepFunctions(fails=lambda _slot, _attempt: "Lambda.ServiceException")
 
     assert step_functions.execution(NOON) == []
@@ -331,7 +337,7 @@ def test_a_worker_that_takes_12_seconds_delays_no_tick() -> None:
     assert lateness(starts) < 0.1
 
 
-def test_a_late_tick_skips_slots_and_makes_none_up() -> None:
+def test_a_late_tick_skips_slots_and_does_not_catch_up() -> None:
     late = iter([0.0, 0.0, 12.0])
 
     starts = StepFunctions(wait_ends_late=lambda: next(late, 0.0)).execution(NOON)
@@ -340,7 +346,7 @@ def test_a_late_tick_skips_slots_and_makes_none_up() -> None:
     assert [start.at - NOON for start in starts[:5]] == [5, 10, 27, 30, 35]
 
 
-def test_a_wait_that_ends_a_moment_early_starts_no_slot_twice() -> None:
+def test_a_wait_that_ends_early_starts_no_slot_twice() -> None:
     starts = StepFunctions(wait_ends_late=lambda: -0.03, invoke_seconds=lambda: 0.01).execution(
         NOON
     )
@@ -364,7 +370,7 @@ class VirtualStop(threading.Event):
         return self.is_set()
 
 
-def test_on_this_machine_one_execution_follows_the_other_without_gap_or_overlap() -> None:
+def test_local_executions_follow_without_gap_or_overlap() -> None:
     stopping = VirtualStop(NOON, NOON + 300.5)
     ticks: list[float] = []
 
@@ -373,7 +379,7 @@ def test_on_this_machine_one_execution_follows_the_other_without_gap_or_overlap(
     assert ticks == slots(NOON, NOON + 300, 5)
 
 
-def test_once_the_monitor_stops_no_check_is_started() -> None:
+def test_no_check_is_started_after_the_monitor_stops() -> None:
     stopping = VirtualStop(NOON, NOON + 300)
     ticks: list[datetime] = []
 
@@ -386,7 +392,7 @@ def test_once_the_monitor_stops_no_check_is_started() -> None:
     assert ticks == [datetime.fromtimestamp(NOON + 5, UTC)]
 
 
-def test_a_bug_in_what_is_started_ends_the_loop() -> None:
+def test_a_bug_in_a_check_ends_the_local_loop() -> None:
     stopping = VirtualStop(NOON, NOON + 300)
 
     def start_check(_tick: datetime) -> None:
@@ -396,7 +402,7 @@ def test_a_bug_in_what_is_started_ends_the_loop() -> None:
         loop.run(start_check, 5, stopping, now=lambda: stopping.now)
 
 
-def test_the_interval_here_is_the_one_in_the_template(
+def test_the_local_interval_is_the_templates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert loop.default_interval_seconds() == 5
@@ -409,7 +415,7 @@ def test_the_interval_here_is_the_one_in_the_template(
     assert loop.default_interval_seconds() == 3
 
 
-def test_the_definition_is_filled_in_completely() -> None:
+def test_the_definition_has_no_placeholder_left() -> None:
     definition: Definition = loop.definition(7)
 
     assert "${" not in str(definition)

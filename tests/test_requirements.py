@@ -1,4 +1,4 @@
-"""What goes into the Lambda package is what the lock file says."""
+"""The Lambda package contains what the lock file says."""
 
 import re
 import shlex
@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_packages_requirements_are_those_of_the_lock_file() -> None:
-    """When this fails: make requirements."""
+def test_the_packages_requirements_match_the_lock_file() -> None:
+    """If this fails, run `make requirements`."""
     makefile = (ROOT / "Makefile").read_text()
     [export] = re.findall(
         r"^\t\$\(UV\) (export .*) -o src/requirements.txt$", makefile, re.MULTILINE
@@ -28,5 +28,5 @@ def test_the_packages_requirements_are_those_of_the_lock_file() -> None:
     assert (ROOT / "src/requirements.txt").read_text() == exported
 
 
-def test_boto3_is_left_to_the_runtime() -> None:
+def test_boto3_is_not_packaged() -> None:
     assert "boto" not in (ROOT / "src/requirements.txt").read_text()

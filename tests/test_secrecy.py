@@ -1,4 +1,4 @@
-"""Neither the API key nor the database password is in anything the software prints or answers."""
+"""No output and no answer contains the API key or the database password."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 KEY = "key-that-nobody-may-see"
 PASSWORD = "pass%w@rd/that#nobody&may?see"
 
-# Everything the functions can be asked for; what they answer and what they raise is printed.
+# Calls everything that the functions offer, and prints every answer and error.
 PROGRAM = """
 import json, traceback
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ if check.worker.cache_info().currsize:
 """
 
 
-def everything_printed(env: Mapping[str, str]) -> str:
+def output_of_all_calls(env: Mapping[str, str]) -> str:
     ran = subprocess.run(
         [sys.executable, "-X", "dev", "-c", PROGRAM],
         cwd=ROOT,
@@ -56,7 +56,7 @@ def everything_printed(env: Mapping[str, str]) -> str:
 
 @pytest.fixture
 def database_url(mariadb_shop: MySQLShop) -> str:
-    """Of a user whose password has every character that a URL must encode."""
+    """The URL of a user whose password has every character that a URL must encode."""
     user = f"u{mariadb_shop.database[-12:]}"
     for place in ("'%%'", "localhost"):
         mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY %s", (PASSWORD,))
@@ -72,12 +72,12 @@ def database_url(mariadb_shop: MySQLShop) -> str:
 
 
 CASES: dict[str, dict[str, str | tuple[str, str]]] = {
-    "all is well": {},
-    "billing is away": {"BILLING_API_URL": "http://127.0.0.1:1/x"},
+    "nothing is wrong": {},
+    "billing is unreachable": {"BILLING_API_URL": "http://127.0.0.1:1/x"},
     "billing speaks no TLS": {"BILLING_API_URL": "https://127.0.0.1:1/x"},
     "the password is wrong": {"DATABASE_URL": ("/monitor_test", "x/monitor_test")},
     "the password is refused": {"DATABASE_URL": (":pass", ":wrong-pass")},
-    "the database is away": {"DATABASE_URL": ("@127.0.0.1:", "@127.0.0.1:1")},
+    "the database is unreachable": {"DATABASE_URL": ("@127.0.0.1:", "@127.0.0.1:1")},
     "the host does not exist": {"DATABASE_URL": ("@127.0.0.1", "@nowhere.invalid")},
     "the database URL is wrong": {"DATABASE_URL": ("mysql:", "mysql2:")},
     "the port is wrong": {"DATABASE_URL": ("@127.0.0.1:", "@127.0.0.1:99999")},
@@ -88,7 +88,7 @@ CASES: dict[str, dict[str, str | tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_secret_is_ever_printed(database_url: str, case: str) -> None:
+def test_no_secret_is_printed(database_url: str, case: str) -> None:
     with running_billing() as billing:
         env = {"APIKEY": KEY, "DATABASE_URL": database_url, "BILLING_API_URL": billing.url}
         for name, change in CASES[case].items():
@@ -97,7 +97,7 @@ def test_no_secret_is_ever_printed(database_url: str, case: str) -> None:
                 env[name] = env[name].replace(*change)
             else:
                 env[name] = change
-        printed = everything_printed(env)
+        printed = output_of_all_calls(env)
     assert "'statusCode': 400" in printed
     for secret in (KEY, PASSWORD, quote(PASSWORD, safe=""), quote(PASSWORD), PASSWORD[5:]):
         assert secret not in printed

@@ -1,4 +1,4 @@
-"""The simulation that `make simulate` runs, on few sessions for a short time."""
+"""The simulation of `make simulate`, with few sessions for a short time."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -19,6 +19,9 @@ def connection() -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
     with simulated(open_sessions=3000, seconds=900) as simulation:
         ticks: list[float] = []
@@ -34,7 +37,7 @@ def test_a_simulated_quarter_of_an_hour_checks_every_session_on_time() -> None:
         assert seen.under_way == 0
 
 
-def test_a_simulated_tick_that_is_too_much_for_one_worker_gets_helpers() -> None:
+def test_a_simulated_tick_too_large_for_one_worker_gets_helpers() -> None:
     with simulated(open_sessions=60_000, seconds=20) as simulation:
         seen = simulation.run()
 

@@ -1,4 +1,4 @@
-"""The template as CloudFormation gets it: what SAM makes of it is looked at, without AWS."""
+"""The template as CloudFormation gets it: what SAM turns it into, without AWS."""
 
 import copy
 import importlib
@@ -38,17 +38,17 @@ REQUIRED = {
 }
 STACK = "shop-monitor"
 
-# Statements on every resource, and why AWS takes nothing narrower.
+# Statements on every resource, and why AWS accepts nothing narrower.
 WIDE_STATEMENTS = {
     "Trace": "X-Ray has no resource for traces",
     "LogErrors": "the log delivery API has no resources",
     "JoinVpc": "the network interface does not exist yet; describing has no resources",
 }
 AWS_POLICIES = {
-    "AmazonAPIGatewayPushToCloudWatchLogs": "made for API Gateway's one role in an account",
+    "AmazonAPIGatewayPushToCloudWatchLogs": "AWS made it for API Gateway's one role in an account",
 }
 
-# The metrics of AWS that are used here, and the dimension each is published under.
+# The AWS metrics used here, and the dimension of each.
 AWS_METRICS = {
     ("AWS/Lambda", "Errors"): "FunctionName",
     ("AWS/Lambda", "Throttles"): "FunctionName",
@@ -76,7 +76,7 @@ def resources(template: dict[str, Any]) -> dict[str, Resource]:
 
 
 def translated(template: Mapping[str, Any], region: str) -> dict[str, Resource]:
-    """What SAM turns the template into in a region, plain CloudFormation."""
+    """The CloudFormation that SAM turns the template into in a region."""
     packaged = copy.deepcopy(dict(template))
     packaged["Globals"]["Function"]["CodeUri"] = "s3://bucket/package"  # what `sam package` does
     defaults = {
@@ -90,7 +90,7 @@ def translated(template: Mapping[str, Any], region: str) -> dict[str, Resource]:
 
 
 def render(value: Any, names: Mapping[str, str], conditions: Mapping[str, bool]) -> Any:  # noqa: ANN401 (JSON)
-    """Conditions decided, and references to what `names` knows replaced, as CloudFormation does."""
+    """Decide conditions and replace references to `names`, as CloudFormation does."""
     match value:
         case {"Fn::If": [condition, then, otherwise]}:
             return render(then if conditions[condition] else otherwise, names, conditions)
@@ -147,7 +147,7 @@ class TestResources:
             ("Dashboard", "AWS::CloudWatch::Dashboard"),
         ],
     )
-    def test_sam_makes_it(self, resources: dict[str, Resource], name: str, kind: str) -> None:
+    def test_sam_creates_it(self, resources: dict[str, Resource], name: str, kind: str) -> None:
         assert resources[name]["Type"] == kind
 
     def test_an_express_loop_is_started_every_minute_with_bounded_retries(
@@ -163,9 +163,7 @@ class TestResources:
         assert schedule["State"] == {"Ref": "MonitorState"}
         assert schedule["Target"]["RetryPolicy"]["MaximumEventAgeInSeconds"] == 60
 
-    def test_nothing_is_traced_and_nothing_may_trace_unless_asked_for(
-        self, resources: dict[str, Resource]
-    ) -> None:
+    def test_nothing_is_traced_unless_requested(self, resources: dict[str, Resource]) -> None:
         loop = resources["CheckLoop"]["Properties"]
         stage = resources["MonitorApiliveStage"]["Properties"]
 
@@ -183,7 +181,7 @@ class TestResources:
             value
             for resource in resources.values()
             for key, value in resource.get("Properties", {}).items()
-            # A stage's, a metric's and an inline policy's are within something of the stack's own.
+            # Names of stages, metrics and inline policies only count within their own resource.
             if key.endswith("Name") and key not in ("StageName", "MetricName", "PolicyName")
         ]
 
@@ -203,13 +201,13 @@ class TestResources:
             ("ApiGatewayAccount", "ApiGatewayLogRole"), "RetainExceptOnCreate"
         )
 
-    def test_what_failed_checks_leave_is_encrypted(self, resources: dict[str, Resource]) -> None:
+    def test_the_failed_checks_queue_is_encrypted(self, resources: dict[str, Resource]) -> None:
         assert resources["FailedChecks"]["Properties"]["SqsManagedSseEnabled"] is True
 
     @pytest.mark.parametrize(
         ("partition", "region"), [("aws-cn", "cn-north-1"), ("aws-us-gov", "us-gov-west-1")]
     )
-    def test_in_another_partition_nothing_names_the_commercial_one(
+    def test_other_partitions_do_not_name_the_commercial_one(
         self, template: dict[str, Any], partition: str, region: str
     ) -> None:
         names = {"AWS::Partition": partition, "AWS::Region": region}
@@ -240,24 +238,24 @@ class TestResources:
             "Fn::GetAtt": ["FailedChecks", "Arn"]
         }
 
-    def test_the_worker_has_time_for_a_request_that_hangs_at_any_timeout_allowed(
+    def test_the_worker_outlives_a_request_at_any_allowed_timeout(
         self, template: dict[str, Any], resources: dict[str, Resource]
     ) -> None:
-        longest = template["Parameters"]["RequestTimeoutSeconds"]["MaxValue"]
+        max_timeout = template["Parameters"]["RequestTimeoutSeconds"]["MaxValue"]
 
         timeout = resources["CheckSessionsFunction"]["Properties"]["Timeout"]
 
-        assert timeout >= 2 * longest
-        assert timeout - longest - FINISH_SECONDS > 0
+        assert timeout >= 2 * max_timeout
+        assert timeout - max_timeout - FINISH_SECONDS > 0
 
-    def test_handlers_are_there(self, resources: dict[str, Resource]) -> None:
+    def test_every_handler_exists(self, resources: dict[str, Resource]) -> None:
         for function in of_type(resources, "AWS::Lambda::Function").values():
             module, _, name = function["Handler"].rpartition(".")
 
             assert callable(getattr(importlib.import_module(module), name))
             assert function["Runtime"] == "python3.13"
 
-    def test_every_log_group_has_a_retention_and_every_function_a_log_group(
+    def test_every_function_has_a_log_group_with_a_retention(
         self, resources: dict[str, Resource]
     ) -> None:
         groups = of_type(resources, "AWS::Logs::LogGroup")
@@ -291,7 +289,7 @@ class TestParameters:
             }
         )
 
-    def test_the_code_takes_both_ends_of_every_range(
+    def test_the_code_accepts_both_ends_of_every_range(
         self, template: dict[str, Any], resources: dict[str, Resource]
     ) -> None:
         for name, parameter in template["Parameters"].items():
@@ -317,7 +315,7 @@ class TestParameters:
             ("AlarmEmail", "", "ops@example"),
         ],
     )
-    def test_a_pattern_tells_good_from_bad(
+    def test_a_pattern_accepts_good_and_refuses_bad_values(
         self, template: dict[str, Any], name: str, good: str, bad: str
     ) -> None:
         pattern = template["Parameters"][name]["AllowedPattern"]
@@ -332,7 +330,7 @@ def environment(
     parameters: Mapping[str, object] | None = None,
     conditions: Container[str] = ("HasApiKeySecret",),
 ) -> dict[str, str]:
-    """The worker's environment variables in a stack with these parameters, where these hold."""
+    """The worker's environment in a stack with these parameters and true conditions."""
     values: dict[str, object] = {"AWS::StackName": STACK}
     for name, parameter in template["Parameters"].items():
         values[name] = parameter.get("Default")
@@ -359,9 +357,9 @@ class TestPermissions:
         assert len(found) > 10
         for statement in found:
             assert statement["Effect"] == "Allow"
-            assert not [action for action in listed(statement["Action"]) if "*" in action]
+            assert not [action for action in as_list(statement["Action"]) if "*" in action]
 
-    def test_only_what_aws_cannot_narrow_is_allowed_on_every_resource(
+    def test_only_what_aws_cannot_narrow_covers_every_resource(
         self, resources: dict[str, Resource]
     ) -> None:
         wide = {
@@ -372,7 +370,7 @@ class TestPermissions:
 
         assert wide == set(WIDE_STATEMENTS)
 
-    def test_policies_of_aws_are_used_only_where_there_is_a_reason(
+    def test_aws_managed_policies_are_used_only_for_a_reason(
         self, resources: dict[str, Resource]
     ) -> None:
         attached = {
@@ -390,42 +388,42 @@ class TestPermissions:
         readable = [
             statement["Resource"]
             for statement in statements(resources)
-            if "secretsmanager:GetSecretValue" in listed(statement["Action"])
+            if "secretsmanager:GetSecretValue" in as_list(statement["Action"])
         ]
 
         assert readable == [{"Ref": "ApiKeySecretArn"}, {"Ref": "DatabaseSecretArn"}]
 
-    def test_one_secret_may_hold_the_api_key_beside_the_database_address(
+    def test_one_secret_may_hold_the_api_key_and_the_database_address(
         self, template: dict[str, Any], resources: dict[str, Resource]
     ) -> None:
         env = environment(template, resources, {"ApiKeySecretArn": ""}, conditions={})
         readable = [
             statement["Resource"]
             for statement in statements(resources, {"HasSecretsKey"})
-            if "secretsmanager:GetSecretValue" in listed(statement["Action"])
+            if "secretsmanager:GetSecretValue" in as_list(statement["Action"])
         ]
 
         assert env["APIKEY_SECRET_ARN"] == env["DATABASE_SECRET_ARN"]
         assert readable == [{"Ref": "DatabaseSecretArn"}]
 
-    def test_the_functions_publish_to_the_one_bus_that_is_named(
+    def test_the_functions_publish_only_to_the_configured_bus(
         self, resources: dict[str, Resource]
     ) -> None:
         [bus] = [
             statement["Resource"]["Fn::Sub"]
             for statement in statements(resources)
-            if "events:PutEvents" in listed(statement["Action"])
+            if "events:PutEvents" in as_list(statement["Action"])
         ]
 
         assert bus.endswith(":event-bus/${EventBusName}")
 
-    def test_the_loop_and_the_worker_invoke_the_worker_and_nothing_else(
+    def test_the_loop_and_the_worker_invoke_only_the_worker(
         self, resources: dict[str, Resource]
     ) -> None:
         invocable = {
             statement["Sid"]: statement["Resource"]
             for statement in statements(resources)
-            if "lambda:InvokeFunction" in listed(statement["Action"])
+            if "lambda:InvokeFunction" in as_list(statement["Action"])
         }
 
         worker = {"Fn::GetAtt": ["CheckSessionsFunction", "Arn"]}
@@ -436,7 +434,7 @@ class TestPermissions:
 def statements(
     resources: Mapping[str, Resource], conditions: Container[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Every statement that allows anything where these conditions hold; None: all of them."""
+    """Every statement that applies under these conditions; None for all statements."""
     documents = [
         policy["PolicyDocument"]
         for role in of_type(resources, "AWS::IAM::Role").values()
@@ -454,12 +452,12 @@ def statements(
                     yield statement
 
 
-def listed(value: str | list[str]) -> list[str]:
+def as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
 class TestApi:
-    def test_what_tells_nothing_of_the_shop_is_open_and_everything_else_needs_the_api_key(
+    def test_only_paths_without_shop_data_need_no_api_key(
         self, resources: dict[str, Resource]
     ) -> None:
         paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
@@ -483,7 +481,7 @@ class TestApi:
         assert (health["ResourcePath"], health["HttpMethod"]) == ("/~1api~1health", "GET")
         assert health["ThrottlingRateLimit"] <= 2
 
-    def test_a_body_is_validated_by_the_limits_of_the_code_and_refused_in_its_words(
+    def test_a_body_is_validated_with_the_limits_and_words_of_the_code(
         self, resources: dict[str, Resource]
     ) -> None:
         body = resources["MonitorApi"]["Properties"]["Body"]
@@ -498,15 +496,15 @@ class TestApi:
         assert validator["validateRequestBody"] is True
         assert trigger["requestBody"]["required"] is False
         assert (model["additionalProperties"], "required" in model) == (False, False)
-        assert (ids["minItems"], ids["maxItems"]) == (1, api.MOST_IDS)
-        assert ids["items"] == {"type": "string", "minLength": 1, "maxLength": api.LONGEST_ID}
+        assert (ids["minItems"], ids["maxItems"]) == (1, api.MAX_IDS)
+        assert ids["items"] == {"type": "string", "minLength": 1, "maxLength": api.MAX_ID_LENGTH}
         assert refusal["statusCode"] == "400"
         assert json.loads(refusal["responseTemplates"]["application/json"]) == {
             "success": False,
             "message": f"{api.BODY_FORM}.",
         }
 
-    def test_access_logs_are_json_and_hold_no_key(self, resources: dict[str, Resource]) -> None:
+    def test_access_logs_are_json_without_the_key(self, resources: dict[str, Resource]) -> None:
         text = resources["MonitorApiliveStage"]["Properties"]["AccessLogSetting"]["Format"]
         variables = set(json.loads(text).values())
 
@@ -516,7 +514,7 @@ class TestApi:
 
 
 class TestMonitoring:
-    def test_every_alarm_tells_the_topic_and_what_to_look_at(
+    def test_every_alarm_has_a_description_and_notifies_the_topic(
         self, resources: dict[str, Resource]
     ) -> None:
         alarms = of_type(resources, "AWS::CloudWatch::Alarm")
@@ -536,10 +534,10 @@ class TestMonitoring:
             assert alarm["AlarmActions"] == [{"Ref": "Alarms"}]
             assert alarm["AlarmDescription"]
 
-    def test_two_minutes_without_a_completed_pass_alarm_and_so_does_a_loop_that_never_starts(
+    def test_two_minutes_without_a_completed_pass_raise_an_alarm(
         self, resources: dict[str, Resource]
     ) -> None:
-        """Not before the schedule's first minute, nor while it is off: nothing would change."""
+        """So does a loop that never starts; not before the first minute, nor while it is off."""
         alarm = resources["NoPassAlarm"]["Properties"]
         queries = {query["Id"]: query for query in alarm["Metrics"]}
         stats = {name: query.get("MetricStat") for name, query in queries.items()}
@@ -553,10 +551,10 @@ class TestMonitoring:
         assert alarm["InsufficientDataActions"] == alarm["AlarmActions"]
         assert alarm["ActionsEnabled"] == {"Fn::If": ["IsOn", True, False]}
 
-    def test_a_failed_check_alarms_for_a_minute_and_hides_no_later_one(
+    def test_a_failed_check_raises_an_alarm_for_one_minute(
         self, resources: dict[str, Resource]
     ) -> None:
-        """Ticks that expire because the workers are all busy are no failures."""
+        """Ticks that expire because all workers are busy are not failures."""
         alarm = resources["FailedChecksQueueAlarm"]["Properties"]
         queries = {query["Id"]: query for query in alarm["Metrics"]}
 
@@ -611,7 +609,7 @@ class TestMonitoring:
 
 
 def plain(value: object) -> object:
-    """A reference as `!Sub` would write it."""
+    """A reference as `!Sub` writes it."""
     match value:
         case {"Ref": name}:
             return f"${{{name}}}"
@@ -635,7 +633,7 @@ def widget_metrics(resources: Mapping[str, Resource]) -> Iterator[Metric]:
             given = [part for part in line if isinstance(part, str)]
             if not given:  # an expression over the others
                 continue
-            # A dot repeats what the line before has in that place.
+            # A dot repeats the value of the line before in this position.
             full = [before[place] if part == "." else part for place, part in enumerate(given)]
             yield full[0], full[1], tuple(zip(full[2::2], full[3::2], strict=True))
             before = full
@@ -650,8 +648,8 @@ def dashboard(resources: Mapping[str, Resource]) -> dict[str, Any]:
 type Break = Callable[[dict[str, Any]], object]
 
 BROKEN: dict[str, Break] = {
-    "a Next that is no state": lambda states: states["StartCheck"].update(Next="Nowhere"),
-    "a Catch that goes nowhere": lambda states: states["StartCheck"]["Catch"][0].update(Next="X"),
+    "a Next that is not a state": lambda states: states["StartCheck"].update(Next="Nowhere"),
+    "a Catch to an unknown state": lambda states: states["StartCheck"]["Catch"][0].update(Next="X"),
     "a broken expression in a Wait": lambda states: states["WaitForSlot"].update(
         Timestamp="{% $fromMillis($slot * 1000 %}"
     ),
@@ -661,25 +659,25 @@ BROKEN: dict[str, Break] = {
     "a broken condition": lambda states: states["IsLastSlotPast"]["Choices"][0].update(
         Condition="{% $slot >> %}"
     ),
-    "a state that is never reached": lambda states: states["IsLastSlotPast"].pop("Default"),
-    "a Wait for nothing": lambda states: states["WaitForSlot"].pop("Timestamp"),
+    "an unreachable state": lambda states: states["IsLastSlotPast"].pop("Default"),
+    "a Wait without a time": lambda states: states["WaitForSlot"].pop("Timestamp"),
 }
 
 
 class TestDefinition:
     def test_it_is_valid(self, definition: dict[str, Any], tmp_path: Path) -> None:
-        assert findings(definition, tmp_path) == ""
+        assert validator_findings(definition, tmp_path) == ""
 
     @pytest.mark.parametrize("break_it", BROKEN.values(), ids=BROKEN)
-    def test_the_validator_sees_what_is_broken(
+    def test_the_validator_finds_what_is_broken(
         self, definition: dict[str, Any], tmp_path: Path, break_it: Break
     ) -> None:
         broken = copy.deepcopy(definition)
         break_it(broken["States"])
 
-        assert "is invalid" in findings(broken, tmp_path)
+        assert "is invalid" in validator_findings(broken, tmp_path)
 
-    def test_it_ends_before_an_express_execution_must(self, definition: dict[str, Any]) -> None:
+    def test_it_ends_before_an_express_execution_must_end(self, definition: dict[str, Any]) -> None:
         assert definition["TimeoutSeconds"] <= 300
 
     def test_it_starts_checks_asynchronously_with_their_tick(
@@ -691,8 +689,8 @@ class TestDefinition:
         assert set(arguments["Payload"]) == {"tick"}
 
 
-def findings(definition: Mapping[str, Any], directory: Path) -> str:
-    """What asl-validator says against a definition, nothing when it is valid."""
+def validator_findings(definition: Mapping[str, Any], directory: Path) -> str:
+    """The findings of asl-validator; empty if the definition is valid."""
     node = shutil.which("node")
     if node is None or not VALIDATOR.exists():
         reason = "asl-validator is not installed: npm ci --prefix tests/stepfunctions"
@@ -709,7 +707,7 @@ def findings(definition: Mapping[str, Any], directory: Path) -> str:
 
 
 class TestEvents:
-    def test_there_is_one_for_each_way_in(self) -> None:
+    def test_there_is_one_for_each_entry_point(self) -> None:
         assert {file.stem for file in EVENTS.iterdir()} == {
             "tick",
             "no-tick",
@@ -722,7 +720,7 @@ class TestEvents:
             "openapi",
         }
 
-    def test_requests_are_of_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
+    def test_requests_use_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
         paths = resources["MonitorApi"]["Properties"]["Body"]["paths"]
         events = [json.loads(file.read_text()) for file in EVENTS.iterdir()]
         requests = {(e["path"], e["httpMethod"].lower()) for e in events if "httpMethod" in e}
@@ -731,7 +729,7 @@ class TestEvents:
 
 
 class TestSamConfig:
-    def test_a_person_confirms_changes_to_prod_and_validation_lints(self) -> None:
+    def test_changes_to_prod_need_confirmation_and_validation_lints(self) -> None:
         config = tomllib.loads((ROOT / "samconfig.toml").read_text())
 
         assert config["prod"]["deploy"]["parameters"]["confirm_changeset"] is True
@@ -741,7 +739,7 @@ class TestSamConfig:
         for name in ("dev", "prod"):
             assert config[name]["deploy"]["parameters"]["capabilities"] == "CAPABILITY_IAM"
 
-    def test_parameters_that_it_sets_exist(self, template: dict[str, Any]) -> None:
+    def test_the_parameters_that_it_sets_exist(self, template: dict[str, Any]) -> None:
         config = tomllib.loads((ROOT / "samconfig.toml").read_text())
         overrides = [
             command["parameters"].get("parameter_overrides", "")

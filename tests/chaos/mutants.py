@@ -709,7 +709,7 @@ MUTANTS = [
     Mutant(
         "descriptors are not bounded",
         "transport.py",
-        ".max_connections(MOST_CONNECTIONS)",
+        ".max_connections(MAX_CONNECTIONS)",
         ".max_connections(None)",
         "tests/core/test_descriptors.py",
     ),

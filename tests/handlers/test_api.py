@@ -1,4 +1,4 @@
-"""The API's Lambda, invoked with the events that users have."""
+"""The API's Lambda, invoked with the events of the events folder."""
 
 import json
 from datetime import timedelta
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from core.domain.model import Reason, Summary
+from core.domain.model import Reason
+from core.domain.summary import Summary
 from core.store.store import Store
 from core.worker import open_database
 from handlers import api, check
@@ -40,16 +41,16 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
     assert body["checks"] == {"database": "ok", "last_pass": "ok", "api_key": "ok"}
 
 
-def test_a_monitor_whose_last_pass_began_six_intervals_ago_is_degraded(
+def test_health_is_degraded_six_intervals_after_the_last_pass(
     sqlite_shop: Shop, context: LambdaContext
 ) -> None:
     call("health", context)
     store = Store(open_database(check.worker()._settings))
     for late, status in ((29, 200), (31, 503)):
         sqlite_shop.run("DELETE FROM checkout_session_run")
-        store.runs.begin(Summary(Reason.TICK, store.now() - timedelta(seconds=late)))
-        answered, body = call("health", context)
-        assert answered == status
+        store.history.begin(Summary(Reason.TICK, store.now() - timedelta(seconds=late)))
+        actual, body = call("health", context)
+        assert actual == status
     store.close()
     assert body["status"] == "degraded"
     assert body["checks"]["last_pass"] == "failed"
@@ -62,7 +63,7 @@ def test_an_idle_monitor_stays_healthy(context: LambdaContext, sqlite_shop: Shop
     assert call("health", context)[0] == 200
 
 
-def test_a_database_that_does_not_answer_degrades_health_without_telling_where_it_is(
+def test_a_lost_database_degrades_health_without_showing_its_address(
     sqlite_shop: Shop, context: LambdaContext
 ) -> None:
     sqlite_shop.run("DROP TABLE checkout_session")
@@ -80,7 +81,7 @@ def test_a_missing_api_key_degrades_health(
     assert (status, body["checks"]["api_key"]) == (503, "failed")
 
 
-def test_a_wrong_setting_degrades_health(
+def test_an_invalid_setting_degrades_health(
     environment: pytest.MonkeyPatch, context: LambdaContext
 ) -> None:
     environment.setenv("CHECK_CADENCE", "often")
@@ -88,7 +89,7 @@ def test_a_wrong_setting_degrades_health(
     assert (status, body["checks"]) == (503, {"settings": "failed"})
 
 
-def test_the_trigger_checks_all_open_sessions_though_none_is_due(
+def test_the_trigger_checks_all_open_sessions_due_or_not(
     sqlite_shop: Shop, context: LambdaContext
 ) -> None:
     add_sessions(sqlite_shop, {"a": "checkout_active_1", "b": "checkout_500_2"})
@@ -101,7 +102,7 @@ def test_the_trigger_checks_all_open_sessions_though_none_is_due(
     assert body["summary"]["outcomes"] == {"active": 1, "unexpected_status": 1}
 
 
-def test_the_trigger_with_ids_checks_just_those_and_tells_which_are_not_open(
+def test_the_trigger_with_ids_checks_those_and_reports_the_rest(
     sqlite_shop: Shop, simulated: SimulatedBilling, context: LambdaContext
 ) -> None:
     add_sessions(sqlite_shop, {"a": "checkout_active_1", "b": "checkout_active_2"})
@@ -147,7 +148,7 @@ def test_an_empty_body_means_all_open_sessions(context: LambdaContext, body: str
     assert call("trigger", context, body)[0] == 200
 
 
-def test_the_largest_body_allowed_is_taken(context: LambdaContext) -> None:
+def test_the_largest_allowed_body_is_accepted(context: LambdaContext) -> None:
     ids = json.dumps({"session_ids": ["é" * 255] * 100})
     assert call("trigger-with-ids", context, ids)[0] == 200
 
@@ -161,7 +162,7 @@ def test_the_trigger_without_a_database_is_503(sqlite_shop: Shop, context: Lambd
 
 
 @pytest.mark.parametrize("name", ["health", "trigger"])
-def test_a_database_whose_address_is_impossible_is_503_as_one_that_is_away(
+def test_an_impossible_database_address_is_503(
     environment: pytest.MonkeyPatch, context: LambdaContext, name: str
 ) -> None:
     environment.setenv("DATABASE_URL", f"mysql://u:hidden-pass@{'x' * 64}/shop")
@@ -170,7 +171,7 @@ def test_a_database_whose_address_is_impossible_is_503_as_one_that_is_away(
     assert "hidden-pass" not in json.dumps(body)
 
 
-def test_the_trigger_with_a_wrong_setting_is_500_with_the_sentence(
+def test_the_trigger_with_an_invalid_setting_is_500_with_the_reason(
     environment: pytest.MonkeyPatch, context: LambdaContext
 ) -> None:
     environment.setenv("DATABASE_URL", "postgres://x:hidden-pass@y/z")

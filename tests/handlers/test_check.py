@@ -31,7 +31,7 @@ def test_a_tick_checks_the_open_sessions_and_returns_the_summary(
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_second_pass_opens_no_new_connection(
+def test_a_second_pass_reuses_the_connection(
     sqlite_shop: Shop, simulated: SimulatedBilling, context: LambdaContext
 ) -> None:
     add_sessions(sqlite_shop, {"a": "checkout_active_1"})
@@ -54,16 +54,15 @@ def test_each_pass_emits_its_metrics_once(
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("tick", ["soon", 5, "2026-01-15T10:30:05"])
-def test_a_tick_that_is_no_moment_is_refused_in_one_sentence(
-    context: LambdaContext, tick: object
-) -> None:
+def test_an_invalid_tick_is_refused_with_the_reason(context: LambdaContext, tick: object) -> None:
     with pytest.raises(check.TickError, match=r"tick is .*; it must be an ISO 8601 time"):
         check.handler({"tick": tick}, context)
 
 
-def test_a_wrong_setting_fails_the_invocation_with_its_sentence_and_the_next_one_tries_again(
+def test_an_invalid_setting_fails_only_its_own_invocation(
     environment: pytest.MonkeyPatch, context: LambdaContext, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The error is logged, and the next invocation reads the settings again."""
     with environment.context() as wrong:
         wrong.setenv("MAX_CONCURRENCY", "many")
         with pytest.raises(SettingsError):
@@ -73,21 +72,22 @@ def test_a_wrong_setting_fails_the_invocation_with_its_sentence_and_the_next_one
     assert check.handler({}, context)["open"] == 0
 
 
-def test_a_database_that_is_away_fails_the_invocation_and_works_again_when_it_is_back(
+def test_a_database_error_fails_only_its_own_invocation(
     environment: pytest.MonkeyPatch,
     sqlite_shop: Shop,
     context: LambdaContext,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sqlite_shop.run("ALTER TABLE checkout_session RENAME TO elsewhere")
+    """It is counted in PassesFailed; the next invocation works again."""
+    sqlite_shop.run("ALTER TABLE checkout_session RENAME TO renamed")
     with pytest.raises(StoreError, match="no table checkout_session"):
         check.handler({}, context)
     assert '"PassesFailed":1' in capsys.readouterr().out
-    sqlite_shop.run("ALTER TABLE elsewhere RENAME TO checkout_session")
+    sqlite_shop.run("ALTER TABLE renamed RENAME TO checkout_session")
     assert check.handler({}, context)["open"] == 0
 
 
-def test_without_an_api_key_the_pass_asks_nothing_and_does_not_crash(
+def test_without_an_api_key_the_pass_sends_nothing_and_succeeds(
     environment: pytest.MonkeyPatch,
     sqlite_shop: Shop,
     simulated: SimulatedBilling,
@@ -109,7 +109,7 @@ def test_a_bug_counts_as_a_failed_pass(
     assert '"PassesFailed":1' in capsys.readouterr().out
 
 
-def test_the_garbage_collector_sits_out_an_import_and_runs_afterwards() -> None:
+def test_the_garbage_collector_is_off_during_the_import_only() -> None:
     program = (
         "import gc, sys; gc.collect(); before = gc.get_stats(); import handlers.check;"
         " sys.exit(gc.get_stats() != before or not gc.isenabled() or not gc.get_freeze_count())"

@@ -1,4 +1,4 @@
-"""The served description of the API agrees with the routes, and with what they answer."""
+"""The served description of the API matches the routes and their answers."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core.store.status_report import Overview
+from core.store.status_report import read_status
 from core.worker import open_database
 from handlers import api, check
 from local.loop import TEMPLATE
@@ -26,14 +26,14 @@ OPERATIONS = {
 
 
 def conforms(answer: dict[str, Any], method: str, path: str) -> Any:  # noqa: ANN401 (JSON)
-    """The body, if the description allows this answer to this request."""
+    """The body, provided that the description allows this answer to this request."""
     responses = OPERATIONS[method, path]["responses"]
     response = responses[str(answer["statusCode"])]
     if name := response.get("$ref", "").removeprefix("#/components/responses/"):
         response = DOCUMENT["components"]["responses"][name]
     [(media_type, content)] = response["content"].items()
-    [said] = answer["multiValueHeaders"]["Content-Type"]
-    assert said.split(";")[0] == media_type
+    [content_type] = answer["multiValueHeaders"]["Content-Type"]
+    assert content_type.split(";")[0] == media_type
     body = json.loads(answer["body"]) if media_type == "application/json" else answer["body"]
     schema = {**content["schema"], "components": DOCUMENT["components"]}
     jsonschema.Draft202012Validator(schema).validate(body)
@@ -49,7 +49,7 @@ def test_every_route_is_described_and_nothing_else() -> None:
     assert routes == set(OPERATIONS)
 
 
-def test_every_route_is_deployed_and_needs_the_key_where_the_description_says_so() -> None:
+def test_every_route_is_deployed_with_the_authentication_described() -> None:
     template = yaml_parse(TEMPLATE.read_text(encoding="utf-8"))
     events = template["Resources"]["ApiFunction"]["Properties"]["Events"].values()
     deployed = {
@@ -64,7 +64,7 @@ def test_every_route_is_deployed_and_needs_the_key_where_the_description_says_so
     }
 
 
-def test_the_trigger_takes_what_api_gateways_model_takes() -> None:
+def test_the_trigger_accepts_what_api_gateways_model_accepts() -> None:
     template = yaml_parse(TEMPLATE.read_text(encoding="utf-8"))
     model = template["Resources"]["MonitorApi"]["Properties"]["Models"]["TriggerBody"]
     assert DOCUMENT["components"]["schemas"]["Trigger"] == model
@@ -92,7 +92,7 @@ def test_without_a_database_the_answers_are_as_described(
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_with_a_wrong_setting_the_answers_are_as_described(
+def test_with_an_invalid_setting_the_answers_are_as_described(
     environment: pytest.MonkeyPatch, context: LambdaContext, method: str, path: str
 ) -> None:
     environment.setenv("MAX_CONCURRENCY", "many")
@@ -108,7 +108,7 @@ def test_a_bad_body_is_refused_as_described(context: LambdaContext) -> None:
     conforms(answer, "POST", path)
 
 
-def test_a_status_with_everything_in_it_is_as_described(sqlite_shop: Shop) -> None:
+def test_a_full_status_report_is_as_described(sqlite_shop: Shop) -> None:
     history = History(sqlite_shop)
     history.passes(10, missed=(3,), row=lambda ago: {"finished_at": None} if ago == 1 else {})
     history.run("manual", history.slot + SECOND)
@@ -118,7 +118,7 @@ def test_a_status_with_everything_in_it_is_as_described(sqlite_shop: Shop) -> No
     history.set_shared(paused_until=history.now + SECOND)
     settings = history.settings(STATUS_UPDATES="true")
     database = open_database(settings, clock=FakeClock(history.now))
-    body = json.dumps(Overview(database, settings).read())
+    body = json.dumps(read_status(database, settings))
     database.close()
     answer = {
         "statusCode": 200,

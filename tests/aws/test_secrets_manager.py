@@ -1,0 +1,212 @@
+"""Secrets in Secrets Manager: both forms, their errors, and rotation without a failed check."""
+
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from core.aws import secrets_manager
+from core.database.address import MySQLAddress
+from core.domain.model import Outcome
+from core.errors import SettingsError
+from core.settings import Settings
+from core.worker import Worker
+from local.billing import running_billing
+from testkit.shops import Shop, add_sessions
+
+SRC = Path(__file__).parents[2] / "src"
+
+
+class Manager:
+    """Secrets Manager as an operator uses it."""
+
+    def __init__(self) -> None:
+        self._client = boto3.client("secretsmanager")
+
+    def put(self, text: str) -> str:
+        """Create a secret; returns its ARN."""
+        arn: str = self._client.create_secret(Name=uuid.uuid4().hex, SecretString=text)["ARN"]
+        return arn
+
+    def rotate(self, arn: str, text: str) -> None:
+        self._client.put_secret_value(SecretId=arn, SecretString=text)
+
+    def delete(self, arn: str) -> None:
+        self._client.delete_secret(SecretId=arn, ForceDeleteWithoutRecovery=True)
+
+
+@pytest.fixture(scope="module")
+def manager() -> Iterator[Manager]:
+    """One for the module: a boto3 client takes a tenth of a second to make."""
+    with pytest.MonkeyPatch.context() as patch, mock_aws():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+        secrets_manager._manager.cache_clear()
+        yield Manager()
+    secrets_manager._manager.cache_clear()
+
+
+RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
+
+
+@pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
+def test_the_api_key_is_the_secrets_text_or_its_apikey_field(manager: Manager, text: str) -> None:
+    assert secrets_manager.read_api_key(manager.put(text)) == "the-key"
+
+
+def test_one_secret_may_hold_the_api_key_and_the_database_address(manager: Manager) -> None:
+    arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
+    assert secrets_manager.read_api_key(arn) == "the-key"
+    assert secrets_manager.read_database(arn).host == "db"
+
+
+@pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])
+def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
+    manager: Manager, text: str
+) -> None:
+    with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
+        secrets_manager.read_api_key(manager.put(text))
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_missing_secret_is_named_in_the_error(manager: Manager) -> None:
+    with pytest.raises(SettingsError, match=r"APIKEY_SECRET_ARN names the secret nowhere, which"):
+        secrets_manager.read_api_key("nowhere")
+
+
+def test_the_database_address_is_read_from_a_secret_in_rds_form(manager: Manager) -> None:
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS)))
+    assert found == MySQLAddress("db", 3307, "u", "p@ss", "shop")
+
+
+@pytest.mark.parametrize("missing", ["username", "password", "host", "dbname"])
+def test_an_incomplete_database_secret_is_refused_with_what_is_missing(
+    manager: Manager, missing: str
+) -> None:
+    text = json.dumps({key: value for key, value in RDS.items() if key != missing})
+    with pytest.raises(SettingsError, match=f"which lacks {missing}; it must be") as refused:
+        secrets_manager.read_database(manager.put(text))
+    assert "p@ss" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "ssl"),
+    [({"ssl": True}, True), ({"ssl": "true"}, True), ({"ssl": False}, False), ({}, False)],
+)
+def test_a_database_secret_can_ask_for_the_systems_certificates(
+    manager: Manager, more: dict[str, object], ssl: bool
+) -> None:
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
+    assert (found.ssl, found.ssl_ca) == (ssl, None)
+
+
+def test_a_database_secret_can_name_a_private_ca(manager: Manager, tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_text("a certificate")
+    found = secrets_manager.read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
+    assert (found.ssl, found.ssl_ca) == (True, str(ca_file))
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"ssl_ca": "/nowhere/ca.pem"}, "has the ssl_ca '/nowhere/ca.pem', which is no file here"),
+        ({"ssl_ca": ["a"]}, "has the ssl_ca"),
+        ({"ssl": "perhaps"}, "has 'perhaps' for ssl"),
+        ({"port": 0}, "has the port '0'"),
+        ({"port": 65_536}, "has the port '65536'"),
+        ({"port": "²"}, "has the port '²'"),
+    ],
+)
+def test_an_unusable_database_secret_is_refused_with_the_reason(
+    manager: Manager, more: dict[str, object], what: str
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
+    assert f"which {what}" in str(refused.value)
+    assert "p@ss" not in str(refused.value)
+
+
+def test_secrets_are_read_once_and_again_on_refresh(manager: Manager) -> None:
+    arn = manager.put("old")
+    assert secrets_manager.read_api_key(arn) == "old"
+    manager.rotate(arn, "new")
+    assert secrets_manager.read_api_key(arn) == "old"
+    assert secrets_manager.read_api_key(arn, refresh=True) == "new"
+    assert secrets_manager.read_api_key(arn) == "new"
+
+
+def worker(shop: Shop, billing_url: str, arn: str) -> Worker:
+    return Worker(
+        Settings.from_env(
+            {
+                "DATABASE_URL": shop.url,
+                "BILLING_API_URL": billing_url,
+                "APIKEY_SECRET_ARN": arn,
+            }
+        )
+    )
+
+
+def test_a_rotated_api_key_is_picked_up_within_the_pass(
+    manager: Manager, sqlite_shop: Shop
+) -> None:
+    """No check of that pass fails."""
+    add_sessions(sqlite_shop, {f"s{n}": f"checkout_active_{n}" for n in range(20)})
+    arn = manager.put("old")
+    with running_billing(api_key="new") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        manager.rotate(arn, "new")
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.ACTIVE: 20}
+
+
+def test_a_revoked_api_key_is_read_again_once_per_pass(
+    manager: Manager, sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(sqlite_shop, {f"s{n}": f"checkout_active_{n}" for n in range(20)})
+    arn = manager.put("revoked")
+    with running_billing(api_key="another") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        reads = 0
+
+        def counting(arn: str, *, refresh: bool) -> str:
+            nonlocal reads
+            reads += 1
+            return read_api_key(arn, refresh=refresh)
+
+        read_api_key = secrets_manager.read_api_key
+        monkeypatch.setattr(secrets_manager, "read_api_key", counting)
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.UNAUTHORIZED: 20}
+    assert reads == 1
+
+
+def test_a_deleted_secret_leaves_the_old_key_in_use(
+    manager: Manager, sqlite_shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error is logged; the pass goes on."""
+    add_sessions(sqlite_shop, {"s": "checkout_active_1"})
+    arn = manager.put("old")
+    with running_billing(api_key="new") as billing:
+        monitor = worker(sqlite_shop, billing.url, arn)
+        manager.delete(arn)
+        summary = monitor.check_open_checkout_sessions()
+        monitor.close()
+    assert summary.outcomes == {Outcome.UNAUTHORIZED: 1}
+    assert any(m.startswith("❌ APIKEY_SECRET_ARN names the secret") for m in caplog.messages)
+
+
+def test_importing_the_check_handler_does_not_import_boto3() -> None:
+    program = "import sys, handlers.check; sys.exit('boto3' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=SRC, check=False)
+    assert ran.returncode == 0

@@ -1,0 +1,123 @@
+"""The verdict of `/api/status`: the one line that the person on call reads first."""
+
+from datetime import timedelta
+
+import pytest
+
+from core.domain.model import Outcome
+from core.domain.verdict import Facts, Level, clock, duration, judge
+from testkit.clock import NOON
+
+WELL = {
+    "now": NOON,
+    "interval_seconds": 5,
+    "last_pass_at": NOON - timedelta(seconds=2),
+    "installed_at": NOON - timedelta(days=1),
+    "open": 128,
+    "outcomes": {"active": 128},
+    "overdue_seconds": 0.4,
+}
+FAILING_SINCE = NOON - timedelta(minutes=89)
+
+
+def ago(seconds: float) -> object:
+    return NOON - timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "text"),
+    [
+        ({}, Level.OK, "All 128 open sessions checked on time"),
+        ({"open": 3000}, Level.OK, "All 3,000 open sessions checked on time"),
+        ({"open": 1}, Level.OK, "1 open session checked on time"),
+        ({"open": 0}, Level.OK, "No open sessions, and the monitor is running on time"),
+        ({"open": None, "outcomes": {}}, Level.WAITING, "The open sessions are being counted"),
+        ({"last_pass_at": ago(30)}, Level.OK, "All 128 open sessions checked on time"),
+        ({"last_pass_at": ago(40)}, Level.CRITICAL, "No pass for 40 s"),
+        (
+            {"last_pass_at": None, "installed_at": ago(119)},
+            Level.WAITING,
+            "Waiting for the first pass",
+        ),
+        ({"last_pass_at": None, "installed_at": ago(900)}, Level.CRITICAL, "No pass for 15 min"),
+        ({"has_api_key": False}, Level.CRITICAL, "No API key: billing is not asked"),
+        (
+            {"paused_until": NOON + timedelta(minutes=1), "overdue_seconds": 40},
+            Level.WARNING,
+            "Billing asked for a pause until 12:01:00 UTC",
+        ),
+        ({"overdue_seconds": 10.0}, Level.OK, "All 128 open sessions checked on time"),
+        ({"overdue_seconds": 23.4}, Level.WARNING, "Checks are up to 23 s late"),
+        ({"overdue_seconds": 61}, Level.CRITICAL, "Checks are up to 61 s late"),
+        (
+            {
+                "outcomes": {"unauthorized": 100, "active": 28},
+                "failing_since": FAILING_SINCE,
+                "failing_code": 401,
+            },
+            Level.CRITICAL,
+            "Billing refuses the key since 10:31 UTC (401)",
+        ),
+        (
+            {"outcomes": {"timeout": 65, "active": 63}, "failing_since": FAILING_SINCE},
+            Level.CRITICAL,
+            "Billing does not answer in time since 10:31 UTC",
+        ),
+        (
+            {"outcomes": {"timeout": 64, "active": 64}},
+            Level.OK,
+            "All 128 open sessions checked on time",
+        ),
+        # Passes succeed again, but the failed sessions still back off.
+        (
+            {"outcomes": {"network_error": 120, "active": 8}},
+            Level.WARNING,
+            "Billing answers, but 120 of 128 failed their last check",
+        ),
+        ({"outcomes": {"": 128}}, Level.OK, "All 128 open sessions checked on time"),
+        ({"outcomes": {"not_found": 128}}, Level.OK, "All 128 open sessions checked on time"),
+    ],
+)
+def test_the_verdict_is_the_worst_finding(
+    facts: dict[str, object], level: Level, text: str
+) -> None:
+    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    assert (verdict.level, verdict.text) == (level, text)
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome.is_error])
+def test_the_verdict_names_what_most_checks_fail_with(outcome: Outcome) -> None:
+    facts = {"outcomes": {outcome.value: 128}, "failing_since": FAILING_SINCE}
+    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    assert verdict.level is Level.CRITICAL
+    assert verdict.text.endswith(" since 10:31 UTC")
+
+
+def test_other_findings_are_notes() -> None:
+    facts = {
+        "last_pass_at": ago(3700),
+        "outcomes": {"timeout": 2, "network_error": 3, "active": 123},
+        "overdue_seconds": 3690,
+        "expected_ticks": 719,
+        "missed_ticks": 718,
+        "last_missed": ago(5),
+        "killed_pass_at": ago(3600),
+    }
+    assert judge(Facts(**{**WELL, **facts})).notes == (  # type: ignore[arg-type]
+        "Checks are up to 1 h 1 min late.",
+        "5 of 128 failed their last check: 3 network error, 2 timeout.",
+        "718 of 719 ticks of the last hour were missed, the last at 11:59:55 UTC.",
+        "The pass of 11:00:00 UTC was killed; what it had claimed comes back by itself.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(40, "40 s"), (119, "119 s"), (120, "2 min"), (7500, "2 h 5 min"), (90_000, "1 day")],
+)
+def test_a_duration_is_formatted_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_time_of_another_day_is_shown_with_its_day() -> None:
+    assert clock(NOON - timedelta(days=1), NOON) == "14 Jan 12:00 UTC"

@@ -1,0 +1,235 @@
+"""One 429 pauses the checks of every worker, for as long as billing asks."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import pytest
+
+from core.domain.model import Answer, Claim, Outcome, Pause, Reason, Skip
+from core.passes import writer
+from core.passes.check_pass import PassOptions
+from core.passes.writer import Writer
+from core.store.monitor_state import MonitorState
+from core.store.store import Store
+from handlers.routes import message
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered
+from tests.support import FakeBilling, Passes, census, database_of, until
+
+WITHOUT_RETRY_AFTER = Answer(Outcome.RATE_LIMITED, 429, 0.01)
+
+
+def limited_for(seconds: float) -> Answer:
+    return Answer(Outcome.RATE_LIMITED, 429, 0.01, retry_after=seconds)
+
+
+async def test_one_429_stops_every_worker_until_the_pause_ends(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three workers; the pass that gets the 429 ends with what is in flight."""
+    check = billing.check
+    before: list[int] = []  # requests sent when the 429 came
+
+    async def note(checkout_id: str | None) -> Answer:
+        answer = await check(checkout_id)
+        if answer.outcome is Outcome.RATE_LIMITED:
+            before.append(billing.asked.total())
+        return answer
+
+    monkeypatch.setattr(billing, "check", note)
+    workers = [Passes(mariadb_shop, clock, billing) for _ in range(3)]
+    add_sessions(mariadb_shop, numbered(500))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    first = await workers[0].run(MAX_CONCURRENCY="20")
+    requests = billing.asked.total()
+    assert first.outcomes[Outcome.RATE_LIMITED] == 1
+    assert first.paused_until == NOON + timedelta(seconds=30)
+    assert requests - before[0] <= 20
+    assert first.skipped == {Skip.PAUSED: 500 - requests}
+    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+    for second in range(5, 30, 5):
+        clock.now = NOON + timedelta(seconds=second)
+        for worker in workers:
+            assert (await worker.run()).paused_until == first.paused_until
+    assert billing.asked.total() == requests
+    billing.answers = {}
+    clock.now = NOON + timedelta(seconds=30)
+    assert (await workers[1].run()).checked == 500
+    assert set(billing.asked) == set(numbered(500).values())
+
+
+async def test_after_a_429_only_requests_in_flight_are_sent(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(500))
+    billing.answers = {f"checkout_active_{n}": limited_for(30) for n in range(500)}
+    await passes.run(MAX_CONCURRENCY="20")
+    assert billing.asked.total() <= 1 + 20
+
+
+async def test_a_pause_stops_a_pass_running_in_another_worker(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(40))
+    held = billing.held = {c: asyncio.Event() for c in numbered(40).values()}
+
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+    while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
+        await asyncio.sleep(0.002)
+    other = Store(database_of(mariadb_shop, clock))
+    other.shared.pause(30)
+    other.close()
+    for checkout_id in list(billing.asked):
+        held[checkout_id].set()
+    while billing.in_flight:
+        for checkout_id in list(billing.asked):
+            held[checkout_id].set()
+        await asyncio.sleep(0.2)
+    summary = await running
+    assert summary.paused_until == NOON + timedelta(seconds=30)
+    assert summary.skipped[Skip.PAUSED] == 40 - summary.checked > 0
+    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+
+
+async def test_a_429_is_shared_at_once_not_with_the_next_results(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(2))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    answered = billing.held["checkout_active_1"] = asyncio.Event()
+    other = Store(database_of(mariadb_shop, clock))
+
+    running = asyncio.create_task(passes.run())
+    await until(lambda: other.shared.read_pause()[0].until == NOON + timedelta(seconds=30))
+    answered.set()
+    await running
+    other.close()
+
+
+async def test_another_workers_pause_is_noticed_when_recording_results(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty are claimed and four in flight when the pause comes; no other request follows."""
+    monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 0.01)
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(40))
+    billing.held = {checkout: asyncio.Event() for checkout in numbered(40).values()}
+    read_pause, reads = MonitorState.read_pause, 0
+
+    def note(shared: MonitorState) -> tuple[Pause, datetime]:
+        nonlocal reads
+        pause = read_pause(shared)
+        reads += 1
+        return pause
+
+    monkeypatch.setattr(MonitorState, "read_pause", note)
+
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
+    await until(lambda: billing.in_flight == 4)
+    other = Store(database_of(mariadb_shop, clock))
+    other.shared.pause(30)
+    other.close()
+    # One read may have begun before the pause; the second one must see it.
+    before = reads
+    await until(lambda: reads >= before + 3)  # the third begins after the second has ended
+    for answered in billing.held.values():
+        answered.set()
+    summary = await running
+    assert summary.paused_until == NOON + timedelta(seconds=30)
+    assert billing.asked.total() == summary.checked == 4
+
+
+async def test_another_workers_pause_is_noticed_by_the_next_claim(
+    mariadb_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next batch is claimed after three of five have begun; the pause comes with the second."""
+    monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
+    other = Store(database_of(mariadb_shop, clock))
+    answered = asyncio.Event()
+
+    class Stalling(FakeBilling):
+        async def check(self, billing_checkout_id: str | None) -> Answer:
+            if self.asked.total() == 1:
+                other.shared.pause(30)
+            if self.asked.total() == 2:
+                self.held[billing_checkout_id] = answered
+            return await super().check(billing_checkout_id)
+
+    claim, claimed = Writer.claim, list[int]()
+
+    async def note(recorder: Writer, select: Callable[[datetime], list[Claim]]) -> list[Claim]:
+        claims = await claim(recorder, select)
+        claimed.append(len(claims))
+        return claims
+
+    billing = Stalling()
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(20))
+    census(other, NOON)
+    monkeypatch.setattr(Writer, "claim", note)
+
+    running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
+    await until(lambda: len(claimed) == 2)
+    answered.set()
+    await running
+    other.close()
+    assert claimed == [5, 0]
+    assert billing.asked.total() == 3
+
+
+async def test_pauses_without_retry_after_double_up_to_a_minute(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    """They begin again at one second once billing answers normally."""
+    add_sessions(passes.shop, numbered(3))
+    all_limited = dict.fromkeys(numbered(3).values(), WITHOUT_RETRY_AFTER)
+    billing.answers = all_limited  # type: ignore[assignment]
+    seconds = []
+    for _ in range(8):
+        summary = await passes.run(CHECK_BACKOFF_MAX_SECONDS="0")
+        assert summary.paused_until is not None
+        seconds.append((summary.paused_until - clock.now).total_seconds())
+        clock.now = max(summary.paused_until, clock.now + timedelta(seconds=10))
+    assert seconds == [1, 2, 4, 8, 16, 32, 60, 60]
+    billing.answers = {}
+    assert (await passes.run()).successes == 3
+    billing.answers = all_limited  # type: ignore[assignment]
+    clock.advance(5)
+    again = await passes.run()
+    assert again.paused_until == clock.now + timedelta(seconds=1)
+
+
+async def test_an_error_does_not_reset_pauses_without_retry_after(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    """Only a normal answer does."""
+    add_sessions(passes.shop, numbered(1))
+    failing = Answer(Outcome.UNEXPECTED_STATUS, 500, 0.01)
+    pauses = []
+    for answer in (WITHOUT_RETRY_AFTER, failing, WITHOUT_RETRY_AFTER):
+        billing.answers = {"checkout_active_0": answer}
+        summary = await passes.run(CHECK_BACKOFF_MAX_SECONDS="0")
+        pauses.append(summary.paused_until and (summary.paused_until - clock.now).total_seconds())
+        clock.advance(5)
+    assert pauses == [1, None, 2]
+
+
+async def test_the_manual_trigger_respects_and_reports_the_pause(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(3))
+    billing.answers = {"checkout_active_0": limited_for(30)}
+    await passes.run()
+    requests = billing.asked.total()
+    passes.clock.advance(5)
+    summary = await passes.run(PassOptions(Reason.MANUAL))
+    assert billing.asked.total() == requests
+    assert message(summary) == (
+        "Checked 0 of 3 open checkout sessions; skipped: 3 paused; "
+        "billing asked for a pause until 2026-01-15T12:00:30.000Z."
+    )

@@ -1,0 +1,122 @@
+"""Results are recorded in batches while the pass goes on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from functools import partial
+
+import pytest
+
+from core.database.port import STATEMENT_ROWS
+from core.database.thread import DatabaseThread
+from core.domain.model import Answer, Claim, Outcome, Reason, Result
+from core.domain.summary import Summary
+from core.log import PassLog
+from core.passes import writer
+from core.passes.writer import Writer
+from core.store.store import Store
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered
+from tests.support import FakeBilling, Passes, census, database_of, until
+
+
+async def test_results_are_recorded_while_requests_are_in_flight(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(3))
+    hanging = billing.held["checkout_active_0"] = asyncio.Event()
+
+    running = asyncio.create_task(passes.run())
+    await until(lambda: passes.recorded(2))
+    hanging.set()
+    await running
+
+
+async def test_results_that_fill_a_statement_are_recorded_at_once(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
+    add_sessions(passes.shop, numbered(STATEMENT_ROWS + 1))
+    hanging = billing.held["checkout_active_0"] = asyncio.Event()
+
+    running = asyncio.create_task(passes.run())
+    await until(partial(passes.recorded, STATEMENT_ROWS))
+    hanging.set()
+    assert (await running).checked == STATEMENT_ROWS + 1
+
+
+async def test_a_running_pass_records_its_progress(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PROGRESS_EVERY_SECONDS", 0)
+    add_sessions(passes.shop, numbered(3))
+    answered = billing.held["checkout_active_0"] = asyncio.Event()
+    under_way = "SELECT checked FROM checkout_session_run WHERE finished_at IS NULL"
+
+    running = asyncio.create_task(passes.run())
+    await until(lambda: passes.shop.run(under_way) == [(2,)])
+    answered.set()
+    await running
+
+
+@asynccontextmanager
+async def recording(
+    shop: Shop, clock: FakeClock, *, sessions: int = 1
+) -> AsyncIterator[tuple[Writer, Store]]:
+    """A pass's recorder, with sessions that are due and the store that it writes to."""
+    add_sessions(shop, numbered(sessions))
+    store = Store(database_of(shop, clock))
+    with ThreadPoolExecutor(1) as thread:
+        database = DatabaseThread(thread)
+        await database.run(store.prepare)
+        await database.run(census, store, clock.now)
+        pause, _now = await database.run(store.state.read_pause)
+        summary = Summary(Reason.TICK, clock.now)
+        run_id = await database.run(store.history.begin, summary)
+        recorder = Writer(store, database, summary, PassLog(), pause)
+        async with recorder.running(run_id, asyncio.get_running_loop().time()):
+            yield recorder, store
+        assert await recorder.claim(partial(claim_one, store, clock)) == []
+        await database.run(store.close)
+
+
+def claim_one(store: Store, clock: FakeClock, now: datetime) -> list[Claim]:
+    return store.queue.claim_due(now, tick=clock.now, lease=timedelta(seconds=20), limit=1)
+
+
+CLAIMED = "SELECT COUNT(claimed_until) FROM checkout_session_check"
+
+
+async def test_a_closed_recorder_claims_nothing(sqlite_shop: Shop, clock: FakeClock) -> None:
+    """Nobody would release it."""
+    async with recording(sqlite_shop, clock):
+        pass
+    assert sqlite_shop.run(CLAIMED) == [(0,)]
+
+
+async def test_the_result_of_a_lapsed_claim_does_not_end_the_next_claim(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """In a pass that was frozen and then claimed the same session again."""
+    async with recording(sqlite_shop, clock) as (recorder, store):
+        [lapsed] = await recorder.claim(partial(claim_one, store, clock))
+        clock.advance(20)
+        assert len(await recorder.claim(partial(claim_one, store, clock))) == 1
+        recorder.settle(Result(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
+    assert sqlite_shop.run(CLAIMED) == [(0,)]
+
+
+async def test_the_longest_pause_of_a_batch_counts(sqlite_shop: Shop, clock: FakeClock) -> None:
+    limited: list[Result] = []
+    async with recording(sqlite_shop, clock, sessions=3) as (recorder, store):
+        for seconds in (5, 30, 10):
+            [claim] = await recorder.claim(partial(claim_one, store, clock))
+            limited.append(
+                Result(claim, Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds), NOON)
+            )
+        for result in limited:
+            recorder.settle(result)
+    paused = sqlite_shop.run("SELECT paused_until FROM checkout_session_pause")
+    assert paused == [("2026-01-15T12:00:30.000Z",)]

@@ -1,0 +1,70 @@
+from collections.abc import Callable, Iterator, Sequence
+
+import pymysql
+import pytest
+
+from core.database.port import Value
+from core.store.store import Store
+from testkit.clock import FakeClock
+from testkit.shops import Shop
+from tests.store.fake_bus import Bus, publishing_passes
+from tests.support import FakeBilling, Passes, database_of
+
+
+@pytest.fixture
+def store(shop: Shop, clock: FakeClock) -> Iterator[Store]:
+    """A store on each engine, with an injected clock."""
+    store = Store(database_of(shop, clock))
+    store.prepare()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def server_store(server_shop: Shop) -> Iterator[Store]:
+    """A store on each server, with the server's clock."""
+    store = Store(database_of(server_shop))
+    store.prepare()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def mariadb_store(mariadb_shop: Shop) -> Iterator[Store]:
+    """A store on MariaDB, with the server's clock."""
+    store = Store(database_of(mariadb_shop))
+    store.prepare()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def lose_an_answer(server_store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Once called, the answer to the next statement is lost; returns the statements executed."""
+
+    def begin() -> list[str]:
+        database, executed = server_store._database, list[str]()
+        execute = database.execute
+
+        def lose_first(sql: str, parameters: Sequence[Value] = ()) -> int:
+            changed = execute(sql, parameters)
+            executed.append(sql)
+            if len(executed) == 1:
+                raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
+            return changed
+
+        monkeypatch.setattr(database, "execute", lose_first)
+        return executed
+
+    return begin
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus()
+
+
+@pytest.fixture
+def mariadb_passes(mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling, bus: Bus) -> Passes:
+    """Passes over MariaDB that publish status changes on the bus."""
+    return publishing_passes(mariadb_shop, clock, billing, bus)

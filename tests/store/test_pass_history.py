@@ -1,0 +1,55 @@
+"""The log of passes: a row each, kept for a day, and the heartbeat that it gives."""
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+
+from core.domain.model import Outcome, Reason, Skip
+from core.domain.summary import Summary
+from core.store.store import Store
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop
+
+
+def test_a_pass_is_one_row_kept_for_a_day(store: Store, shop: Shop, clock: FakeClock) -> None:
+    summary = Summary(
+        Reason.TICK,
+        NOON,
+        NOON,
+        open=3,
+        outcomes=Counter({Outcome.ACTIVE: 1, Outcome.TIMEOUT: 1}),
+        skipped=Counter({Skip.IN_FLIGHT: 1}),
+        overdue_seconds=1.5,
+        latencies=[0.1, 0.2],
+        duration_seconds=0.25,
+    )
+    store.history.end(store.history.begin(summary), summary)
+    columns = (
+        "reason, duration_ms, open_sessions, checked, errors, outcomes, skipped, overdue_ms,"
+        " latency_p50_ms, latency_max_ms"
+    )
+    newest = f"SELECT {columns} FROM checkout_session_run ORDER BY id DESC LIMIT 1"
+    assert shop.run(newest) == [
+        ("tick", 250, 3, 2, 1, '{"active": 1, "timeout": 1}', '{"in_flight": 1}', 1500, 100, 200)
+    ]
+    assert store.history.last_start() == NOON
+    store.history.begin(Summary(Reason.TICK, NOON))  # a pass that was killed
+    clock.advance(timedelta(days=1, seconds=1).total_seconds())
+    store.history.forget_old()
+    assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
+
+
+def test_a_new_installation_has_a_first_heartbeat(store: Store) -> None:
+    assert store.history.last_start() == NOON
+
+
+def test_a_pass_is_one_row_if_the_answer_to_its_insert_is_lost(
+    server_store: Store, server_shop: Shop, lose_an_answer: Callable[[], list[str]]
+) -> None:
+    """The statement is sent again, and must not insert a second row."""
+    executed = lose_an_answer()
+    server_store.runs.begin(Summary(Reason.TICK, NOON))
+    assert len(executed) == 2
+    assert server_shop.run("SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'") == [
+        (1,)
+    ]

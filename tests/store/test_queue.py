@@ -1,0 +1,206 @@
+"""The queue on every engine: what is claimed, recorded and given back."""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from functools import partial
+
+import pytest
+
+from core.domain.model import Outcome, Reason
+from core.store.store import Store, View
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered
+from tests.store.claims import LEASE, claim_all, ids, results
+from tests.support import census
+
+
+def view(store: Store, tick: datetime | None = None) -> View:
+    return store.view(tick, interval_seconds=5, may_lead=True)
+
+
+def test_a_session_closed_before_it_is_claimed_is_not_checked(store: Store, shop: Shop) -> None:
+    add_sessions(shop, numbered(2))
+    census(store, NOON)
+    shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
+    assert ids(claim_all(store, NOON)) == ["s1"]
+    assert shop.run("SELECT session_id FROM checkout_session_check") == [("s1",)]
+
+
+def test_a_late_result_does_not_restore_a_dropped_session(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """The session was closed and dropped while the check was in flight."""
+    add_sessions(shop, numbered(1))
+    census(store, NOON)
+    claims = claim_all(store, NOON)
+    shop.run("UPDATE checkout_session SET status = 'success'")
+    census(store, NOON)
+    store.record(results(claims, NOON, Outcome.ACTIVE), store.now())
+    assert shop.run("SELECT session_id FROM checkout_session_check") == []
+
+
+def check_all(store: Store, due_after: Mapping[str, int]) -> None:
+    """Check every session; each is due again at NOON plus its number of seconds."""
+    for claim in claim_all(store, NOON):
+        due = NOON + timedelta(seconds=due_after[claim.session_id])
+        store.record(results([claim], due, Outcome.ACTIVE), store.now())
+
+
+@pytest.mark.parametrize("reason", [Reason.TICK, Reason.MANUAL])
+def test_the_longest_due_sessions_are_claimed_first(
+    store: Store, shop: Shop, clock: FakeClock, reason: Reason
+) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    check_all(store, {"s0": 15, "s1": 5, "s2": 10})
+    clock.advance(20)
+    claim = partial(store.queue.claim_due, clock.now, tick=clock.now)
+    if reason is Reason.MANUAL:
+        claim = partial(store.queue.claim_unchecked, clock.now, since=clock.now)
+    order = [claim(lease=LEASE, limit=1)[0].session_id for _ in range(3)]
+    assert order == ["s1", "s2", "s0"]
+
+
+def test_closed_sessions_do_not_hide_due_ones_behind_them(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    check_all(store, {"s0": 5, "s1": 10, "s2": 15})
+    shop.run("UPDATE checkout_session SET status = 'success' WHERE id <> 's2'")
+    clock.advance(20)
+    assert [claim.session_id for claim in claim_all(store, clock.now, limit=1)] == ["s2"]
+
+
+def test_a_session_is_not_claimed_again_before_its_lease_ends(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(1))
+    census(store, NOON)
+    assert len(claim_all(store, NOON)) == 1
+    clock.advance(LEASE.total_seconds() - 0.001)
+    assert claim_all(store, clock.now) == []
+    assert store.queue.claim_unchecked(store.now(), since=clock.now, lease=LEASE, limit=10) == []
+    assert census(store, clock.now).in_flight == 1
+    clock.advance(0.001)
+    assert ids(claim_all(store, clock.now)) == ["s0"]
+
+
+def test_recording_ends_the_claim_and_sets_the_next_check(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(2))
+    census(store, NOON)
+    store.record(
+        results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
+    )
+    assert (
+        shop.run(
+            "SELECT last_outcome, last_status_code, attempts, consecutive_failures, claimed_until"
+            " FROM checkout_session_check"
+        )
+        == [("active", 200, 1, 0, None)] * 2
+    )
+    assert census(store, NOON).not_due == 2
+    assert claim_all(store, NOON) == []
+    clock.advance(5)
+    assert len(claim_all(store, clock.now)) == 2
+
+
+def test_due_at_the_tick_is_claimed_though_the_clock_is_behind(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """The database's clock may be a little behind the tick's."""
+    add_sessions(shop, numbered(1))
+    census(store, NOON)
+    tick = NOON + timedelta(seconds=5)
+    store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE), store.now())
+    clock.advance(4.9)
+    assert census(store, tick).not_due == 0
+    assert ids(claim_all(store, tick)) == ["s0"]
+
+
+def test_consecutive_failures_are_counted_until_a_success(store: Store, shop: Shop) -> None:
+    add_sessions(shop, numbered(1))
+    census(store, NOON)
+    for outcome, failures in (
+        (Outcome.TIMEOUT, 1),
+        (Outcome.NETWORK_ERROR, 2),
+        (Outcome.NOT_FOUND, 0),
+        (Outcome.TIMEOUT, 1),
+    ):
+        store.record(results(claim_all(store, NOON), NOON, outcome), store.now())
+        assert shop.run(
+            "SELECT consecutive_failures, last_outcome FROM checkout_session_check"
+        ) == [(failures, outcome.value)]
+    assert claim_all(store, NOON)[0].consecutive_failures == 1
+
+
+def test_released_claims_are_as_due_as_before(store: Store, shop: Shop) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    before = claim_all(store, NOON)
+    store.queue.release(before[:2])
+    assert ids(claim_all(store, NOON)) == ids(before[:2])
+    assert shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(0,)]
+
+
+def test_a_result_after_the_lease_leaves_the_new_claim_alone(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(1))
+    census(store, NOON)
+    late = claim_all(store, NOON)
+    clock.advance(LEASE.total_seconds())
+    [current] = claim_all(store, clock.now)
+    store.record(results(late, NOON, Outcome.TIMEOUT), store.now())
+    store.queue.release(late)
+    assert claim_all(store, clock.now) == []
+    store.record(results([current], clock.now, Outcome.ACTIVE), store.now())
+    assert shop.run("SELECT attempts, last_outcome FROM checkout_session_check") == [(1, "active")]
+
+
+def test_a_manual_pass_claims_sessions_that_are_not_due_once(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """Not again after they were checked in the same pass."""
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    store.record(
+        results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
+    )
+    clock.advance(1)
+    since = clock.now
+    claims = store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10)
+    assert len(claims) == 3
+    store.record(results(claims, NOON + timedelta(hours=1), Outcome.ACTIVE), store.now())
+    assert store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10) == []
+
+
+def test_a_manual_pass_with_ids_claims_and_counts_only_those(store: Store, shop: Shop) -> None:
+    add_sessions(shop, {"a": "1", "b": "2", "\u65e5\u672c": "3"})
+    add_sessions(shop, {"done": "4"}, status="success")
+    given = ["a", "\u65e5\u672c", "done", "nobody", "\U0001f600", "\ud800", "x' OR '1'='1"]
+    assert census(store, NOON, given).open == 2
+    claims = store.queue.claim_unchecked(
+        store.now(), since=NOON, lease=LEASE, limit=10, session_ids=given
+    )
+    assert ids(claims) == ["a", "\u65e5\u672c"]
+    assert (
+        store.queue.claim_unchecked(
+            store.now(), since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]
+        )
+        == []
+    )
+
+
+def test_overdue_is_that_of_the_most_overdue_unclaimed_session(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(shop, numbered(3))
+    census(store, NOON)
+    check_all(store, {"s0": 15, "s1": 5, "s2": 10})
+    clock.advance(17.25)
+    assert view(store).overdue_seconds == 12.25
+    claim_all(store, clock.now)
+    assert view(store).overdue_seconds == 0.0

@@ -1,0 +1,119 @@
+"""The queue on MySQL and MariaDB: locks, lost answers, and how many rows a pass reads."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from core.database.port import Row, Value
+from core.domain.model import Answer, Outcome, Result
+from core.store.store import Store
+from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
+from tests.store.claims import claim_due
+from tests.support import census
+
+
+def test_a_failure_counts_once_if_the_answer_to_its_update_is_lost(
+    server_store: Store, server_shop: Shop, lose_an_answer: Callable[[], list[str]]
+) -> None:
+    """The statement is sent again, and must not count a second time."""
+    add_sessions(server_shop, numbered(3))
+    census(server_store, server_store.now())
+    claims, now = claim_due(server_store), server_store.now()
+    executed = lose_an_answer()
+    server_store.record([Result(c, Answer(Outcome.TIMEOUT), now) for c in claims], now)
+    assert len(executed) == 2
+    assert (
+        server_shop.run(
+            "SELECT attempts, consecutive_failures, claimed_until FROM checkout_session_check"
+        )
+        == [(1, 1, None)] * 3
+    )
+
+
+def test_rows_that_another_pass_is_claiming_are_skipped(
+    mariadb_store: Store, mariadb_shop: MySQLShop
+) -> None:
+    add_sessions(mariadb_shop, numbered(3))
+    census(mariadb_store, mariadb_store.now())
+    with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
+        other.begin()
+        cursor.execute(
+            "SELECT session_id FROM checkout_session_check WHERE session_id = 's1' FOR UPDATE"
+        )
+        claims = claim_due(mariadb_store)
+        other.rollback()
+    assert sorted(claim.session_id for claim in claims) == ["s0", "s2"]
+
+
+def test_the_shops_rows_are_never_locked(mariadb_store: Store, mariadb_shop: MySQLShop) -> None:
+    add_sessions(mariadb_shop, numbered(3))
+    with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
+        other.begin()
+        cursor.execute("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
+        census(mariadb_store, mariadb_store.now())
+        claims = claim_due(mariadb_store)
+        other.rollback()
+    assert len(claims) == 3
+
+
+def rows_read(store: Store) -> int:
+    """How many rows and index entries the store's connection has made the server read."""
+    database = store._database
+    sql = "SHOW SESSION STATUS WHERE variable_name LIKE %s OR variable_name = %s"
+    counters = ("Handler_read_%", "Handler_icp_attempts")
+    rows = database.run(lambda connection: connection.query(sql, counters))
+    return sum(int(str(count)) for _name, count in rows)
+
+
+def test_an_idle_pass_reads_no_closed_sessions(server_store: Store, server_shop: MySQLShop) -> None:
+    server_shop.run(
+        "INSERT INTO checkout_session (id, billing_checkout_id, status)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)"
+        " SELECT CONCAT('closed-', a.i, '-', b.i), 'x', 'success' FROM n a, n b WHERE b.i <= 111"
+    )
+    server_shop.run("ANALYZE TABLE checkout_session")
+    add_sessions(server_shop, numbered(3))
+    census(server_store, server_store.now())
+    before = rows_read(server_store)
+    census(server_store, server_store.now())
+    claim_due(server_store)
+    assert rows_read(server_store) - before < 100
+
+
+def test_an_idle_pass_does_not_scan_the_shops_table(
+    server_store: Store, server_shop: MySQLShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_sessions(server_shop, {f"closed-{n}": "x" for n in range(3000)}, status="success")
+    add_sessions(server_shop, numbered(3))
+    server_shop.run("ANALYZE TABLE checkout_session")
+    census(server_store, server_store.now())
+    claim_due(server_store)
+    database = server_store._database
+    query, access = database.query, {}
+
+    def explained(sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
+        for row in query(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters):
+            # MySQL has one more column, for partitions.
+            access[sql, row[2]] = row[3] if len(row) == 10 else row[4]
+        return query(sql, parameters)
+
+    monkeypatch.setattr(database, "query", explained)
+    census(server_store, server_store.now())
+    assert claim_due(server_store) == []
+    of_shop = {kind for (_sql, table), kind in access.items() if table in ("s", "checkout_session")}
+    assert of_shop == {"ref", "eq_ref"}  # by the status index, by key; "ALL" would be a scan
+
+
+def test_a_claim_does_not_read_every_open_session(
+    server_store: Store, server_shop: MySQLShop
+) -> None:
+    """Also with outdated statistics: here the server's are of a smaller table."""
+    server_shop.run("ALTER TABLE checkout_session STATS_AUTO_RECALC = 0")
+    add_sessions(server_shop, numbered(100))
+    server_shop.run("ANALYZE TABLE checkout_session")
+    add_sessions(server_shop, {f"later-{n}": "checkout_1" for n in range(4900)})
+    census(server_store, server_store.now())
+    before = rows_read(server_store)
+    claimed = claim_due(server_store)
+    assert len(claimed) == 500
+    assert rows_read(server_store) - before < 3000

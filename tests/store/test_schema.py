@@ -1,0 +1,268 @@
+"""The tables: what the shop's must look like, and how the monitor's are made and upgraded."""
+
+from collections.abc import Callable
+
+import pytest
+
+from core.database import mysql
+from core.domain.model import Answer, OpenCounts, Outcome, Result
+from core.errors import StoreError
+from core.store.store import NO_STATUS_INDEX, Store
+from testkit.clock import NOON, FakeClock
+from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
+from tests.store.claims import LEASE, claim_all, claim_due, results
+from tests.store.fake_bus import PAID
+from tests.support import FakeBilling, Passes, census, database_of
+
+
+def test_the_monitors_tables_are_created_once(shop: Shop, clock: FakeClock) -> None:
+    for _ in range(2):
+        store = Store(database_of(shop, clock))
+        assert store.prepare() == []
+        assert store.prepare() == []
+        store.close()
+    assert shop.run("SELECT reason FROM checkout_session_run") == [("start",)]
+
+
+def test_a_missing_index_on_status_is_reported_with_the_statement(
+    shop: Shop, clock: FakeClock
+) -> None:
+    """Once per store, and any index on the column will do."""
+    shop.run("ALTER TABLE checkout_session RENAME TO old_session")
+    shop.run(
+        "CREATE TABLE checkout_session (id VARCHAR(40) PRIMARY KEY,"
+        " billing_checkout_id VARCHAR(40), status VARCHAR(10))"
+    )
+    store = Store(database_of(shop, clock))
+    assert store.prepare() == [NO_STATUS_INDEX]
+    assert store.prepare() == []
+    statement = NO_STATUS_INDEX.partition("Run: ")[2]
+    shop.run(statement.rstrip(";").replace("_status ON", "_by_status ON"))
+    again = Store(database_of(shop, clock))
+    assert again.prepare() == []
+    store.close()
+    again.close()
+
+
+def test_a_missing_checkout_session_table_is_one_clear_error(shop: Shop, clock: FakeClock) -> None:
+    shop.run("DROP TABLE checkout_session")
+    store = Store(database_of(shop, clock))
+    with pytest.raises(StoreError, match=r"no table checkout_session.*local/schema/\w+\.sql"):
+        store.prepare()
+    store.close()
+
+
+def test_dropped_tables_are_created_again_by_the_next_pass(store: Store, shop: Shop) -> None:
+    shop.run("DROP TABLE checkout_session_check")
+    with pytest.raises(StoreError, match="checkout_session_check"):
+        census(store, NOON)
+    store.prepare()
+    assert census(store, NOON) == OpenCounts()
+
+
+def test_the_shops_table_is_not_changed(store: Store, shop: Shop, clock: FakeClock) -> None:
+    add_sessions(shop, numbered(5))
+    before = shop.run("SELECT * FROM checkout_session ORDER BY id")
+    census(store, NOON)
+    claims = claim_all(store, NOON)
+    store.record(results(claims[:3], NOON, Outcome.NOT_FOUND), store.now())
+    store.queue.release(claims[3:])
+    assert shop.run("SELECT * FROM checkout_session ORDER BY id") == before
+
+
+@pytest.mark.parametrize(
+    ("id_type", "session_id"),
+    [
+        ("VARCHAR(255) CHARACTER SET latin1 COLLATE latin1_swedish_ci", "café"),
+        ("VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin", "Ab-1"),
+        ("CHAR(36) CHARACTER SET ascii", "0b9d9c1e-3f0c-4b6e-9d0f-0a1b2c3d4e5f"),
+        ("CHAR(36) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin", "padded"),
+        ("VARCHAR(100) CHARACTER SET utf8mb3 COLLATE utf8mb3_unicode_ci", "日本"),
+        ("VARCHAR(190) CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci", "😀"),
+        ("BIGINT UNSIGNED", "18446744073709551615"),
+    ],
+)
+def test_any_common_type_and_collation_of_the_shops_id_works(
+    mariadb_shop: MySQLShop, clock: FakeClock, id_type: str, session_id: str
+) -> None:
+    server = mariadb_shop.server
+    table = (
+        f"CREATE TABLE checkout_session (id {id_type} PRIMARY KEY, billing_checkout_id"
+        " VARCHAR(255) CHARACTER SET latin1, status VARCHAR(20) CHARACTER SET ascii, KEY (status))"
+    )
+    with mysql_shop(server, [table]) as shop:
+        add_sessions(shop, {session_id: "checkout_1"})
+        store = Store(database_of(shop, clock))
+        assert store.prepare() == []
+        assert census(store, NOON, [session_id, "😀😀"]).open == 1
+        [claim] = store.queue.claim_unchecked(
+            store.now(), since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
+        )
+        assert claim.session_id == session_id
+        store.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON)], store.now())
+        assert len(store.queue.claim_due(store.now(), tick=NOON, lease=LEASE, limit=5)) == 1
+        types = shop.run(
+            "SELECT column_type, collation_name FROM information_schema.columns"
+            " WHERE table_schema = DATABASE() AND column_name IN ('id', 'session_id')"
+            " AND table_name IN ('checkout_session', 'checkout_session_check')"
+        )
+        assert len(types) == 2
+        assert types[0] == types[1]
+        store.close()
+
+
+def test_a_type_that_cannot_be_a_session_id_is_refused(mariadb_shop: MySQLShop) -> None:
+    schema = ["CREATE TABLE checkout_session (id BINARY(16) PRIMARY KEY, status VARCHAR(20))"]
+    with mysql_shop(mariadb_shop.server, schema) as shop:
+        store = Store(database_of(shop))
+        with pytest.raises(StoreError, match="of type binary; it must be one of char, varchar"):
+            store.prepare()
+        store.close()
+
+
+def test_a_changed_collation_is_an_error_with_the_remedy(
+    mariadb_store: Store, mariadb_shop: Shop
+) -> None:
+    mariadb_shop.run("ALTER TABLE checkout_session MODIFY id VARCHAR(255) CHARACTER SET latin1")
+    again = Store(database_of(mariadb_shop))
+    with pytest.raises(StoreError, match="DROP TABLE checkout_session_check;"):
+        again.prepare()
+    again.close()
+
+
+def test_without_the_right_to_create_tables_the_error_lists_the_sql(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop]
+) -> None:
+    """Somebody with the right runs the statements, and the store works."""
+    rights = f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.*"
+    shop = limited(rights)
+    store = Store(database_of(shop))
+    with pytest.raises(StoreError, match=r"make or change them\. Run: CREATE TABLE") as refused:
+        store.prepare()
+    for statement in str(refused.value).partition("Run: ")[2].split(";")[:-1]:
+        mariadb_shop.run(statement)
+    assert store.prepare() == []
+    store.close()
+
+
+def test_the_monitor_only_needs_to_read_the_shops_table(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], mariadb_store: Store
+) -> None:
+    shop = limited(
+        f"SELECT ON {mariadb_shop.database}.checkout_session",
+        f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_check",
+        f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_run",
+        f"SELECT, INSERT, UPDATE ON {mariadb_shop.database}.checkout_session_pause",
+        f"SELECT, INSERT, DELETE ON {mariadb_shop.database}.checkout_session_change",
+    )
+    add_sessions(mariadb_shop, numbered(2))
+    store = Store(database_of(shop))
+    assert store.prepare() == []
+    assert census(store, store.now()).open == 2
+    claims = claim_due(store)
+    store.record(
+        [Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], store.now()
+    )
+    assert len(claims) == 2
+    store.close()
+
+
+OLD_TABLES = """\
+CREATE TABLE checkout_session_check (
+  session_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE {collation} NOT NULL PRIMARY KEY,
+  next_check_at DATETIME(3) NOT NULL, claimed_until DATETIME(3) NULL,
+  first_seen_at DATETIME(3) NOT NULL, last_checked_at DATETIME(3) NULL,
+  last_outcome VARCHAR(32) NULL, last_status_code SMALLINT NULL,
+  attempts INT UNSIGNED NOT NULL DEFAULT 0,
+  consecutive_failures INT UNSIGNED NOT NULL DEFAULT 0,
+  KEY checkout_session_check_due (next_check_at));
+CREATE TABLE checkout_session_run (
+  id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY, reason VARCHAR(16) NOT NULL,
+  tick DATETIME(3) NULL, started_at DATETIME(3) NOT NULL, finished_at DATETIME(3) NOT NULL,
+  duration_ms INT UNSIGNED NOT NULL, open_sessions INT UNSIGNED NOT NULL,
+  checked INT UNSIGNED NOT NULL, errors INT UNSIGNED NOT NULL,
+  status_changes INT UNSIGNED NOT NULL, outcomes VARCHAR(1000) NOT NULL,
+  skipped VARCHAR(1000) NOT NULL, overdue_ms BIGINT UNSIGNED NOT NULL,
+  latency_p50_ms DOUBLE NULL, latency_p95_ms DOUBLE NULL, latency_p99_ms DOUBLE NULL,
+  latency_max_ms DOUBLE NULL, KEY checkout_session_run_finished (finished_at));
+CREATE TABLE checkout_session_pause (
+  id TINYINT UNSIGNED NOT NULL PRIMARY KEY, paused_until DATETIME(3) NOT NULL,
+  pauses INT UNSIGNED NOT NULL);
+INSERT INTO checkout_session_pause VALUES (1, '2026-01-15 11:00:00', 0);
+INSERT INTO checkout_session_run VALUES
+  (7, 'tick', NULL, '2026-01-15 11:59:55', '2026-01-15 11:59:56', 1, 1, 1, 0, 0, '{{}}', '{{}}', 0,
+   NULL, NULL, NULL, NULL);
+INSERT INTO checkout_session_check VALUES
+  ('s0', '2026-01-15 12:00:00', NULL, '2026-01-15 11:00:00', NULL, 'timeout', NULL, 3, 2)"""
+
+
+def with_old_tables(shop: MySQLShop) -> None:
+    [(collation,)] = shop.run(
+        "SELECT collation_name FROM information_schema.columns WHERE table_schema = DATABASE()"
+        " AND table_name = 'checkout_session' AND column_name = 'id'"
+    )
+    for statement in OLD_TABLES.format(collation=collation).split(";"):
+        shop.run(statement)
+
+
+async def test_tables_of_the_first_version_are_upgraded_with_their_rows(
+    server_shop: MySQLShop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    with_old_tables(server_shop)
+    add_sessions(server_shop, numbered(1))
+    summary = await Passes(server_shop, clock, billing).run()
+    assert (summary.led, summary.checked) == (True, 1)
+    assert server_shop.run("SELECT attempts FROM checkout_session_check") == [(4,)]
+    # A worker of the first version that is still running can write its row.
+    server_shop.run(
+        "INSERT INTO checkout_session_run (reason, started_at, finished_at, duration_ms,"
+        " open_sessions, checked, errors, status_changes, outcomes, skipped, overdue_ms)"
+        " VALUES ('tick', NOW(3), NOW(3), 1, 1, 1, 0, 0, '{}', '{}', 0)"
+    )
+
+
+def test_without_the_right_to_upgrade_tables_the_error_lists_the_sql(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop]
+) -> None:
+    with_old_tables(mariadb_shop)
+    shop = limited(f"CREATE, SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.*")
+    store = Store(database_of(shop))
+    with pytest.raises(StoreError, match="older than this version") as refused:
+        store.prepare()
+    statements = str(refused.value).partition("Run: ")[2].split(";")[:-1]
+    assert [s.strip() for s in statements] == list(mysql.UPGRADES.values())
+    for statement in statements:
+        mariadb_shop.run(statement)
+    assert store.prepare() == []
+    store.close()
+
+
+@pytest.mark.parametrize("right", ["UPDATE", "UPDATE (status)"])
+async def test_status_updates_only_need_to_update_the_status_column(
+    mariadb_shop: MySQLShop, limited: Callable[..., MySQLShop], right: str, clock: FakeClock
+) -> None:
+    database = mariadb_shop.database
+    shop = limited(
+        f"SELECT ON {database}.checkout_session",
+        f"{right} ON {database}.checkout_session",
+        *(
+            f"CREATE, SELECT, INSERT, UPDATE, DELETE ON {database}.checkout_session_{table}"
+            for table in ("check", "run", "pause", "change")
+        ),
+    )
+    add_sessions(mariadb_shop, numbered(1))
+    passes = Passes(shop, clock, FakeBilling({"checkout_active_0": PAID}))
+    assert (await passes.run()).status_changes == 1
+
+
+def test_sqlites_tables_of_the_first_version_are_created_again(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """SQLite cannot change a column; the next tick finds out again what they held."""
+    sqlite_shop.run("CREATE TABLE checkout_session_check (session_id TEXT PRIMARY KEY)")
+    add_sessions(sqlite_shop, numbered(1))
+    store = Store(database_of(sqlite_shop, clock))
+    assert store.prepare() == []
+    assert census(store, NOON).open == 1
+    assert len(claim_all(store, NOON)) == 1
+    store.close()

@@ -1,0 +1,290 @@
+"""The report of `/api/status`, read from the tables of every engine."""
+
+import json
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from core import settings as settings_module
+from core.database.port import Database
+from core.domain.model import iso
+from core.settings import Settings
+from core.store.status_report import read_status, settings_in_force
+from core.worker import open_database
+from testkit.clock import NOON, FakeClock
+from testkit.history import SECOND, History
+from testkit.shops import Shop
+from tests.conftest import MYSQL
+
+
+@pytest.fixture
+def history(shop: Shop) -> History:
+    return History(shop)
+
+
+def report(history: History, **env: str) -> dict[str, Any]:
+    """The answer as JSON delivers it."""
+    settings = history.settings(**env)
+    database = open_database(settings, clock=FakeClock(history.now))
+    try:
+        return json.loads(json.dumps(read_status(database, settings)))  # type: ignore[no-any-return]
+    finally:
+        database.close()
+
+
+def test_before_the_first_pass_the_verdict_is_waiting(history: History) -> None:
+    history.run("start", history.now - 3 * SECOND)
+    status = report(history)
+    assert status["verdict"]["text"] == "Waiting for the first pass"
+    assert (status["passes"], status["failing"], status["changes"]) == ([], [], [])
+    assert (status["last_pass_at"], status["open"]["count"]) == (None, None)
+
+
+def test_all_is_well(history: History) -> None:
+    history.run("start", history.now - timedelta(hours=2))
+    history.passes(720)
+    history.counted({"active": 128})
+    status = report(history)
+    assert status["verdict"] == {
+        "level": "ok",
+        "text": "All 128 open sessions checked on time",
+        "notes": [],
+    }
+    assert status["open"]["count"] == 128
+    assert status["open"]["outcomes"] == {"active": 128}
+    assert len(status["passes"]) == 60
+    assert status["passes"][0] == {
+        "tick": "2026-01-15T12:00:00.000Z",
+        "reason": "tick",
+        "started_at": "2026-01-15T12:00:00.020Z",
+        "state": "complete",
+        "duration_ms": 500,
+        "workers": 1,
+        "checked": 10,
+        "errors": 0,
+        "status_changes": 0,
+        "latency_p95_ms": 104.0,
+    }
+    # The newest slot does not count until a pass has had time to begin.
+    assert status["missed_ticks"]["expected"] == 719
+    assert status["missed_ticks"]["missed"] == 0
+
+
+def test_a_ticks_workers_are_one_pass(history: History) -> None:
+    history.passes(2)
+    later = {"tick": history.slot, "checked": 7, "errors": 2, "latency_p95_ms": 210.0}
+    began = history.slot + SECOND
+    history.run("tick", began, **{**later, "finished_at": began + SECOND})
+    newest = report(history)["passes"][0]
+    assert newest["workers"] == 2
+    assert (newest["checked"], newest["errors"], newest["latency_p95_ms"]) == (17, 2, 210.0)
+    assert newest["duration_ms"] == 1980
+
+
+def test_a_running_pass_is_distinguished_from_a_killed_one(history: History) -> None:
+    history.passes(4)
+    for ago, duration_ms in ((1, 6500), (2, 1000)):
+        began = history.slot - ago * 5 * SECOND
+        history.run("tick", began, tick=began, finished_at=None, duration_ms=duration_ms, checked=3)
+    status = report(history)
+    assert [p["state"] for p in status["passes"]] == ["complete", "running", "killed", "complete"]
+    assert status["passes"][1]["duration_ms"] == 7000
+    assert status["verdict"]["notes"] == [
+        "The pass of 11:59:50 UTC was killed; what it had claimed comes back by itself."
+    ]
+
+
+def test_slots_without_a_pass_are_missed_ticks(history: History) -> None:
+    history.run("start", history.now - timedelta(hours=2))
+    history.passes(720, missed=(3, 4, 700))
+    history.counted({"active": 10})
+    status = report(history)
+    missed = status["missed_ticks"]
+    assert (missed["expected"], missed["missed"]) == (719, 3)
+    assert missed["newest"] == [iso(history.slot - ago * 5 * SECOND) for ago in (3, 4, 700)]
+    assert status["verdict"]["notes"] == [
+        "3 of 719 ticks of the last hour were missed, the last at 11:59:45 UTC."
+    ]
+
+
+def test_no_tick_is_missed_before_the_first_one(history: History) -> None:
+    history.run("start", history.now - 60 * SECOND)
+    history.passes(10)
+    missed = report(history)["missed_ticks"]
+    assert (missed["expected"], missed["missed"]) == (9, 0)
+
+
+def test_a_manual_pass_is_listed_with_the_ticks(history: History) -> None:
+    history.passes(2)
+    history.run("manual", history.slot + SECOND, checked=8)
+    status = report(history)
+    assert [p["reason"] for p in status["passes"]] == ["manual", "tick", "tick"]
+    assert status["passes"][0]["tick"] is None
+
+
+def test_a_stopped_loop_is_the_verdict(history: History) -> None:
+    history.passes(100, missed=range(8))
+    history.counted({"active": 10})
+    verdict = report(history)["verdict"]
+    assert (verdict["level"], verdict["text"]) == ("critical", "No pass for 42 s")
+
+
+def test_lateness_is_that_of_the_most_overdue_unclaimed_session(
+    history: History,
+) -> None:
+    history.passes(3)
+    history.counted({"active": 2})
+    due = history.now - 23 * SECOND
+    history.session("late", "c", next_check_at=due)
+    history.session(
+        "in-flight",
+        "c",
+        next_check_at=due - 60 * SECOND,
+        claimed_until=history.now + 10 * SECOND,
+    )
+    status = report(history)
+    assert status["overdue_seconds"] == 23.0
+    assert status["verdict"]["text"] == "Checks are up to 23 s late"
+    assert status["verdict"]["level"] == "warning"
+
+
+def test_a_pause_is_reported_while_it_lasts(history: History) -> None:
+    history.passes(3)
+    history.counted({"active": 2})
+    history.set_shared(paused_until=history.now + 28 * SECOND)
+    status = report(history)
+    assert status["verdict"]["text"] == "Billing asked for a pause until 12:00:30 UTC"
+    assert status["paused_until"] == "2026-01-15T12:00:30.000Z"
+    history.set_shared(paused_until=history.now)
+    assert report(history)["paused_until"] is None
+
+
+def test_a_refused_key_is_reported_with_its_start(history: History) -> None:
+    history.passes(60, row=lambda ago: {"errors": 10} if ago < 12 else {})
+    history.counted({"unauthorized": 128})
+    history.failing("s", "c", last_outcome="unauthorized", last_status_code=401)
+    verdict = report(history)["verdict"]
+    assert verdict["level"] == "critical"
+    assert verdict["text"] == "Billing refuses the key since 11:59 UTC (401)"
+    assert verdict["notes"] == ["128 of 128 failed their last check: 128 unauthorized."]
+
+
+def test_a_failure_of_over_an_hour_is_reported_with_its_start(history: History) -> None:
+    history.passes(721, row=lambda _: {"errors": 10})
+    history.counted({"network_error": 10})
+    for hours in (3, 5):
+        since = history.now - timedelta(hours=hours)
+        history.failing(
+            f"s{hours}",
+            "c",
+            last_outcome="network_error",
+            last_status_code=None,
+            failing_since=since,
+        )
+    history.failing("odd", "c", failing_since=history.now - timedelta(hours=9))
+    text = report(history)["verdict"]["text"]
+    assert text == "Billing cannot be reached since 07:00 UTC"
+
+
+def test_billing_that_answers_again_is_only_a_warning(history: History) -> None:
+    history.passes(60, row=lambda ago: {"errors": 10 if ago else 0})
+    history.counted({"timeout": 100, "active": 10})
+    verdict = report(history)["verdict"]
+    assert verdict["level"] == "warning"
+    assert verdict["text"] == "Billing answers, but 100 of 110 failed their last check"
+
+
+def test_the_ten_worst_failing_sessions_are_listed_worst_first(history: History) -> None:
+    history.session("fine", "checkout_active_1")
+    for n in range(1, 15):
+        history.failing(f"s{n}", f"checkout_500_{n}", consecutive_failures=n)
+    failing = report(history)["failing"]
+    assert [f["session_id"] for f in failing] == [f"s{n}" for n in range(14, 4, -1)]
+    assert failing[0] == {
+        "session_id": "s14",
+        "billing_checkout_id": "checkout_500_14",
+        "outcome": "unexpected_status",
+        "status_code": 500,
+        "consecutive_failures": 14,
+        "failing_since": iso(history.now - 60 * SECOND),
+        "last_checked_at": iso(history.now - SECOND),
+        "next_check_at": iso(history.slot + 5 * SECOND),
+    }
+
+
+def test_the_latest_status_changes_are_listed(history: History) -> None:
+    for n in range(12):
+        history.change(f"s{n}")
+    changes = report(history)["changes"]
+    assert [c["session_id"] for c in changes] == [f"s{n}" for n in range(11, 1, -1)]
+    assert changes[0]["new_status"] == "success"
+    assert changes[0]["changed_at"] == "2026-01-15T11:59:32.000Z"
+
+
+def test_a_missing_key_is_reported(history: History) -> None:
+    history.passes(1, row=lambda _: {"skipped": '{"no_api_key": 3}'})
+    assert report(history)["verdict"]["text"] == "No API key: billing is not asked"
+
+
+# SQLite does not count what it reads.
+@pytest.mark.parametrize("shop", ["mariadb", *(["mysql"] if MYSQL else [])], indirect=True)
+def test_a_report_reads_a_bounded_number_of_rows(
+    history: History,
+) -> None:
+    """Even if all of 10,000 sessions fail and are late, which is when somebody looks."""
+    history.shop.run(
+        "INSERT INTO checkout_session (id, billing_checkout_id, status)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100)"
+        " SELECT CONCAT('s', a.i, '-', b.i), 'c', 'open' FROM n a, n b"
+    )
+    history.shop.run(
+        "INSERT INTO checkout_session_check"
+        " (session_id, next_check_at, first_seen_at, last_outcome, consecutive_failures)"
+        " SELECT id, %s, %s, 'timeout', 3 FROM checkout_session",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
+    history.passes(720, row=lambda _: {"errors": 10})
+    history.counted({"timeout": 10_000})
+    for table in ("checkout_session", "checkout_session_check", "checkout_session_run"):
+        history.shop.run(f"ANALYZE TABLE {table}")
+    settings = history.settings()
+    database = open_database(settings, clock=FakeClock(history.now))
+    reader = Overview(database, settings)
+    reader.read()  # the connection's first statements read the schema
+    before = rows_read(database)
+    reader.read()
+    read = rows_read(database) - before
+    database.close()
+    assert read < 4000  # mostly the passes of the last hour, by their tick
+
+
+def rows_read(database: Database) -> int:
+    """How many rows and index entries the connection has made the server read."""
+    sql = "SHOW SESSION STATUS LIKE 'Handler_read_%'"
+    rows = database.run(lambda connection: connection.query(sql))
+    return sum(int(str(count)) for _name, count in rows)
+
+
+def test_every_setting_is_listed_under_its_variable(history: History) -> None:
+    source = settings_module.__file__
+    with open(source, encoding="utf-8") as file:  # noqa: PTH123
+        variables = set(re.findall(r'"([A-Z][A-Z_]{4,})"', file.read()))
+    assert set(settings_in_force(history.settings())) == variables
+
+
+def test_the_listed_settings_contain_no_secret() -> None:
+    settings = Settings.from_env(
+        {
+            "DATABASE_URL": "mysql://monitor:hidden-pass@db:3306/shop",
+            "APIKEY": "hidden-key",
+            "STATUS_UPDATES": "true",
+            "CHECK_CADENCE": "5s until 10m, 30s until 1h, 5m",
+        }
+    )
+    listed = settings_in_force(settings)
+    assert "hidden" not in json.dumps(listed)
+    assert listed["DATABASE_URL"] == "mysql://db:3306/shop"
+    assert listed["APIKEY"] == "set"
+    assert listed["CHECK_CADENCE"] == "5s until 10m, 30s until 1h, 5m"

@@ -1,0 +1,348 @@
+"""Every setting: its default, the values it accepts, and the error for any other."""
+
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.database.address import MySQLAddress, SQLitePath
+from core.domain.cadence import Cadence
+from core.errors import SettingsError
+from core.settings import Settings
+
+DATABASE = {"DATABASE_URL": "sqlite:///shop.db"}
+FORMS = (
+    "it must be mysql://user:password@host:3306/database (optional: ?ssl_ca=/path/to/ca.pem or "
+    "?ssl=true) or sqlite:///path/to/file."
+)
+URL = "it must be an http:// or https:// URL without user, query and fragment."
+OPTIONAL = (
+    "CHECK_INTERVAL_SECONDS",
+    "CHECK_CADENCE",
+    "CHECK_BACKOFF_MAX_SECONDS",
+    "REQUEST_TIMEOUT_SECONDS",
+    "MAX_CONCURRENCY",
+    "BILLING_API_URL",
+    "APIKEY",
+    "APIKEY_SECRET_ARN",
+    "DATABASE_SECRET_ARN",
+    "STATUS_UPDATES",
+    "BILLING_STATUS_PATH",
+    "BILLING_STATUS_MAP",
+    "SESSION_EXPIRES_AFTER",
+    "EVENT_BUS_NAME",
+    "LOG_LINES_ACTIVE",
+    "DEBUG",
+)
+
+
+def read(**env: str) -> Settings:
+    return Settings.from_env(DATABASE | env)
+
+
+def refusal(**env: str) -> str:
+    """The error for an invalid variable, which is one sentence."""
+    with pytest.raises(SettingsError) as refused:
+        read(**env)
+    sentence = str(refused.value)
+    assert refused.value.__cause__ is None
+    assert refused.value.__context__ is None or refused.value.__suppress_context__
+    assert sentence.startswith(tuple(env))
+    assert sentence.endswith(".")
+    assert not re.search(r"[\n\r]|[.!?] [A-Z]", sentence)
+    return sentence
+
+
+def test_only_a_database_has_to_be_set() -> None:
+    found = read()
+    assert found.database == SQLitePath(Path("shop.db"))
+    assert (found.api_key, found.api_key_secret_arn, found.database_secret_arn) == (None,) * 3
+    assert found.billing_api_url == "http://localhost:4000/billing/api/v1/paysession"
+    assert found.cadence == Cadence.parse("5s")
+    assert (found.interval_seconds, found.backoff_max_seconds) == (5, 60)
+    assert (found.request_timeout_seconds, found.max_concurrency) == (10, 100)
+    assert (found.status_reader, found.expires_after_seconds, found.event_bus_name) == (None,) * 3
+    assert (found.log_lines_active, found.debug) == (5, False)
+    assert found == Settings(database=found.database)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t\n"])
+def test_an_empty_variable_counts_as_not_set(empty: str) -> None:
+    assert read(**dict.fromkeys(OPTIONAL, empty)) == read()
+
+
+@pytest.mark.parametrize("env", [{}, {"DATABASE_URL": " ", "DATABASE_SECRET_ARN": ""}])
+def test_without_a_database_the_error_says_what_to_set(env: dict[str, str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env(env)
+    assert str(refused.value) == (
+        f"DATABASE_URL is not set; {FORMS.rstrip('.')}, or DATABASE_SECRET_ARN must name a secret."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "attribute", "value"),
+    [
+        ("CHECK_INTERVAL_SECONDS", "1", "interval_seconds", 1),
+        ("CHECK_INTERVAL_SECONDS", " 60 ", "interval_seconds", 60),
+        ("CHECK_BACKOFF_MAX_SECONDS", "0", "backoff_max_seconds", 0),
+        ("CHECK_BACKOFF_MAX_SECONDS", "86400", "backoff_max_seconds", 86_400),
+        ("REQUEST_TIMEOUT_SECONDS", "0.1", "request_timeout_seconds", 0.1),
+        ("REQUEST_TIMEOUT_SECONDS", "30", "request_timeout_seconds", 30),
+        ("MAX_CONCURRENCY", "1", "max_concurrency", 1),
+        ("MAX_CONCURRENCY", "1000", "max_concurrency", 1000),
+        ("CHECK_CADENCE", "5s until 1h, 1m", "cadence", Cadence.parse("5s until 1h, 1m")),
+        ("LOG_LINES_ACTIVE", "0", "log_lines_active", 0),
+        ("LOG_LINES_ACTIVE", "10000", "log_lines_active", 10_000),
+        ("DEBUG", "true", "debug", True),
+        ("DEBUG", "True", "debug", True),
+        ("DEBUG", "FALSE", "debug", False),
+        ("APIKEY", " !key~ ", "api_key", "!key~"),
+        ("APIKEY_SECRET_ARN", "arn:a", "api_key_secret_arn", "arn:a"),
+        ("BILLING_API_URL", "https://billing/a/", "billing_api_url", "https://billing/a"),
+        ("BILLING_API_URL", "http://[::1]:4000", "billing_api_url", "http://[::1]:4000"),
+    ],
+)
+def test_a_variable_is_accepted_up_to_its_limits(
+    name: str, text: str, attribute: str, value: object
+) -> None:
+    assert getattr(read(**{name: text}), attribute) == value
+
+
+def test_with_debug_all_lines_of_active_sessions_are_logged() -> None:
+    assert read(DEBUG="true", LOG_LINES_ACTIVE="5").log_lines_active is None
+
+
+INVALID = {
+    ("CHECK_INTERVAL_SECONDS", "it must be a whole number from 1 to 60."): (
+        "0", "61", "-5", "5.0", "five", "5s", "nan", "5\n6", "9" * 30,
+    ),
+    ("CHECK_BACKOFF_MAX_SECONDS", "it must be a whole number from 0 to 86400."): (
+        "-1", "86401", "1.5", "1m", "none", "inf",
+    ),
+    ("REQUEST_TIMEOUT_SECONDS", "it must be a number from 0.1 to 30."): (
+        "0", "0.09", "30.1", "-1", "10s", "nan", "inf", "1,5",
+    ),
+    ("MAX_CONCURRENCY", "it must be a whole number from 1 to 1000."): (
+        "0", "1001", "2.5", "many", "1e2",
+    ),
+    ("LOG_LINES_ACTIVE", "it must be a whole number from 0 to 10000."): ("-1", "10001", "all"),
+    ("CHECK_CADENCE", "it must be a number with s, m, h or d, e.g. '5s', or steps that grow"): (
+        "5", "often", "0s", "5s,", "5s until 10m", "30s until 1h, 5s",
+        "5s until 1h, 30s until 10m, 5m",
+    ),
+    ("DEBUG", "it must be true or false."): ("yes", "1", "on", "truee"),
+    ("STATUS_UPDATES", "it must be true or false."): ("maybe", "1"),
+    ("SESSION_EXPIRES_AFTER", "set STATUS_UPDATES=true, or leave it out."): ("24h",),
+    ("EVENT_BUS_NAME", "set STATUS_UPDATES=true, or leave it out."): ("shop",),
+    ("BILLING_API_URL", URL): (
+        "billing", "localhost:4000/x", "//billing/x", "ftp://billing/x", "http:billing", "http://",
+        "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
+        "http://billing/x#y", "http://bill ing/x", "http://bücher/x", "http://billing/\nx",
+        "http://billing:port/x", "http://billing:65536/x", "http://[::1/x",
+        "http://billing:0/x", "http://256.1.1.1/x", "http://%zz/x", "http://bil|ling/x", "http://xn--/x",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [(name, text, allowed) for (name, allowed), texts in INVALID.items() for text in texts],
+)
+def test_an_invalid_variable_is_refused_with_what_is_allowed(
+    name: str, text: str, allowed: str
+) -> None:
+    sentence = refusal(**{name: text})
+    assert sentence.startswith(f"{name} is {text!r}")
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("BILLING_STATUS_PATH", "a b", "it must be a JMESPath expression, e.g. status or"),
+        ("BILLING_STATUS_PATH", "[", "it must be a JMESPath expression"),
+        ("BILLING_STATUS_MAP", "paid", "it must be a JSON object from billing's words"),
+        ("BILLING_STATUS_MAP", "{}", '"success", "unpaid": "open"}.'),
+        ("BILLING_STATUS_MAP", '{"paid": "verified"}', "which the table does not know; it must be"),
+        ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
+        ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),
+        ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
+    ],
+)
+def test_the_variables_of_status_updates_are_refused_the_same_way(
+    name: str, text: str, allowed: str
+) -> None:
+    sentence = refusal(**{name: text, "STATUS_UPDATES": "true"})
+    assert sentence.startswith(f"{name} is {text!r}")
+    assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden key", "hidden\nkey", "hidden\x7f", "hidden\x00", "clé-hidden", "hidden🔑"]
+)
+def test_an_api_key_that_is_not_ascii_is_refused_without_showing_it(key: str) -> None:
+    sentence = refusal(APIKEY=key)
+    assert "it must be visible ASCII characters only" in sentence
+    assert "hidden" not in sentence
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hidden@billing/x",
+        "https://hidden@billing",
+        "http://:hidden@billing",
+        "ftp://user:hidden@billing/x?y",
+        "//user:hidden@billing",
+        "user:hidden@billing/x",
+        "http:/user:hidden@billing",
+        "http://user:hidden@billing:port/x",
+        "http://user:hidden@billing:65536/x",
+        "http://user:hidden@[::1/x",
+    ],
+)
+def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) -> None:
+    assert refusal(BILLING_API_URL=url) == (
+        f"BILLING_API_URL holds a user or a password (not shown here); {URL}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("hidden", "(a text without '://') has another scheme than mysql or sqlite"),
+        ("mysql:u:hidden@h/d", "(a text without '://') must name a user, a host and one database"),
+        ("postgres://u:hidden@h/d", "(postgres://…) has another scheme than mysql or sqlite"),
+        ("mysqls://u:hidden@h/d", "(mysqls://…) has another scheme than mysql or sqlite"),
+        ("mysql://u:hidden@h", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d/e", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d%2Fe", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://:hidden@h/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://h/hidden", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h:port/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@h:65536/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@[h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden/@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden#@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden℀@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden?@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@h/d?tls=true", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl=1", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl_ca=", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h/d?ssl", "(mysql://…) has an option other than ssl_ca=<file> or"),
+        ("mysql://u:hidden@h:0/d", "(mysql://…) must name a user, a host and one database"),
+        ("mysql://u:hidden@h/d#x", "(mysql://…) holds a '#', which must be written %23"),
+        ("mysql://u:hidden@h/d?ssl_ca=/&ssl=false", "(mysql://…) has an option other than"),
+        ("root:hidden@mysql://h/d", "(…://…) has another scheme than mysql or sqlite"),
+        ("sqlite:///hidden#.db", "(sqlite://…) holds a '#', which must be written %23"),
+        ("sqlite:///hidden?.db", "(sqlite://…) names no file"),
+        ("sqlite://", "(sqlite://…) names no file"),
+        ("sqlite:///", "(sqlite://…) names no file"),
+        ("sqlite://hidden.db", "(sqlite://…) names no file"),
+        ("sqlite://hidden/shop.db", "(sqlite://…) names no file"),
+    ],
+)
+def test_an_invalid_database_url_is_refused_showing_only_its_scheme(url: str, why: str) -> None:
+    sentence = refusal(DATABASE_URL=url)
+    assert sentence.startswith(f"DATABASE_URL {why}")
+    assert sentence.endswith(f"; {FORMS}")
+    assert "hidden" not in sentence
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_a_password_that_is_not_percent_encoded_is_not_shown(password: str) -> None:
+    try:
+        shown = repr(read(DATABASE_URL=f"mysql://u:Zq{password}Zq@h/d"))
+    except SettingsError as error:
+        shown = str(error)
+    assert "Zq" not in shown
+
+
+def test_a_missing_ca_file_is_refused(tmp_path: Path) -> None:
+    path = f"{tmp_path}/ca.pem"
+    assert refusal(DATABASE_URL=f"mysql://u:hidden@h/d?ssl_ca={path}") == (
+        f"DATABASE_URL names the CA file {path!r} in ssl_ca, which is not there; "
+        "it must be the path of a file in PEM format."
+    )
+
+
+CA = quote(__file__, safe="")  # an existing file
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("mysql://u:p@h/d", MySQLAddress("h", 3306, "u", "p", "d")),
+        ("mysql://u@h/d", MySQLAddress("h", 3306, "u", "", "d")),
+        ("MySQL://u:p@db.example:3307/d", MySQLAddress("db.example", 3307, "u", "p", "d")),
+        ("mysql://u:p@[::1]:3307/d", MySQLAddress("::1", 3307, "u", "p", "d")),
+        ("mysql://u:a:b@h/d", MySQLAddress("h", 3306, "u", "a:b", "d")),
+        ("mysql://u:p%40%2F%3A%23%3F%25+@h/d", MySQLAddress("h", 3306, "u", "p@/:#?%+", "d")),
+        ("mysql://u:p@h/d?ssl=true", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=True)),
+        ("mysql://u:p@h/d?ssl=false", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=False)),
+        (
+            f"mysql://u:p@h/d?ssl_ca={CA}",
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+        ),
+        (
+            f"mysql://u:p@h/d?ssl=true&ssl_ca={CA}",
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+        ),
+        ("sqlite:///shop.db", SQLitePath(Path("shop.db"))),
+        ("sqlite:///.local/shop.db", SQLitePath(Path(".local/shop.db"))),
+        ("sqlite:////var/lib/shop.db", SQLitePath(Path("/var/lib/shop.db"))),
+        ("sqlite:///my%20shop%23%3F.db", SQLitePath(Path("my shop#?.db"))),
+    ],
+)
+def test_a_database_url_is_parsed(url: str, address: MySQLAddress | SQLitePath) -> None:
+    assert read(DATABASE_URL=url).database == address
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1), st.text(), st.text(min_size=1).filter(lambda name: "/" not in name))
+def test_any_user_password_and_database_can_be_percent_encoded(
+    user: str, password: str, database: str
+) -> None:
+    u, p, d = (quote(text, safe="") for text in (user, password, database))
+    expected = MySQLAddress("h", 3306, user, password, database)
+    assert read(DATABASE_URL=f"mysql://{u}:{p}@h/{d}").database == expected
+
+
+KEYS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
+
+
+@settings(deadline=None)
+@given(password=st.text(), key=KEYS)
+def test_the_repr_of_settings_does_not_depend_on_secrets(password: str, key: str) -> None:
+    def shown(password: str, key: str) -> tuple[str, str]:
+        found = read(DATABASE_URL=f"mysql://u:{quote(password, safe='')}@h/d", APIKEY=key)
+        return repr(found), str(found)
+
+    assert shown(password, key) == shown("another", "another")
+
+
+def test_apikey_takes_precedence_over_its_secret() -> None:
+    found = read(APIKEY="key", APIKEY_SECRET_ARN="arn:a")
+    assert (found.api_key, found.api_key_secret_arn) == ("key", None)
+
+
+def test_database_url_takes_precedence_over_its_secret() -> None:
+    found = read(DATABASE_SECRET_ARN="arn:d")
+    assert (found.database, found.database_secret_arn) == (SQLitePath(Path("shop.db")), None)
+
+
+def test_a_database_secret_replaces_the_url() -> None:
+    found = read(DATABASE_URL="", DATABASE_SECRET_ARN="arn:d")
+    assert (found.database, found.database_secret_arn) == (None, "arn:d")
+
+
+@pytest.mark.parametrize("seconds", [1, 30])
+def test_without_a_cadence_every_session_is_checked_at_every_tick(seconds: int) -> None:
+    assert read(CHECK_INTERVAL_SECONDS=str(seconds)).cadence.every_seconds(0) == seconds

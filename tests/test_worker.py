@@ -1,0 +1,67 @@
+"""The worker: the time that it gives a pass, and what its health says."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from core.domain.summary import Summary
+from core.passes import check_pass
+from core.passes.check_pass import PassOptions, trigger_checkout_session_check
+from core.store.store import Store
+from core.worker import Worker
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions, numbered, settings_for
+from tests.support import FakeBilling, Passes, database_of, until
+
+
+@pytest.fixture
+def pass_options(monkeypatch: pytest.MonkeyPatch) -> list[PassOptions]:
+    """The options of each pass; no pass is run."""
+    pass_options: list[PassOptions] = []
+
+    async def note(*args: object, **_: object) -> Summary:
+        pass_options.extend(options for options in args if isinstance(options, PassOptions))
+        return Summary(pass_options[-1].reason, NOON)
+
+    monkeypatch.setattr(check_pass, "check_open_checkout_sessions", note)
+    return pass_options
+
+
+def test_on_lambda_five_seconds_are_left_to_record_the_last_check(
+    sqlite_shop: Shop, pass_options: list[PassOptions]
+) -> None:
+    worker = Worker(settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10"))
+    worker.check_open_checkout_sessions(NOON, seconds=60)
+    worker.close()
+    assert [(options.start_seconds, options.total_seconds) for options in pass_options] == [
+        (45, 55)
+    ]
+
+
+async def test_the_last_check_of_a_manual_pass_has_its_full_timeout(
+    sqlite_shop: Shop, pass_options: list[PassOptions]
+) -> None:
+    settings = settings_for(sqlite_shop, REQUEST_TIMEOUT_SECONDS="10")
+    with ThreadPoolExecutor(1) as thread:
+        store = Store(database_of(sqlite_shop))
+        await trigger_checkout_session_check(store, None, settings, database_thread=thread)
+    assert [(options.start_seconds, options.total_seconds) for options in pass_options] == [
+        (12, 22)
+    ]
+
+
+async def test_a_long_pass_counts_as_a_heartbeat_from_its_start(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    add_sessions(passes.shop, numbered(1))
+    answered = billing.held["checkout_active_0"] = asyncio.Event()
+    api = Worker(settings_for(passes.shop), clock=clock)
+    clock.advance(60)  # no heartbeat since the monitor was installed
+    running = asyncio.create_task(passes.run())
+    await until(lambda: billing.in_flight == 1)
+    clock.advance(25)
+    assert api.health().ok
+    answered.set()
+    await running
+    await asyncio.to_thread(api.close)  # it has an event loop of its own
