@@ -4,7 +4,7 @@ from core.domain.model import Answer, Outcome
 from core.store.store import Store
 from testkit.clock import FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import census, database_of
+from tests.support import reconcile, database_of
 
 
 def add_due_sessions(shop: Shop, clock: FakeClock, count: int) -> None:
@@ -12,7 +12,7 @@ def add_due_sessions(shop: Shop, clock: FakeClock, count: int) -> None:
     add_sessions(shop, numbered(count))
     store = Store(database_of(shop, clock))
     store.prepare()
-    census(store, clock.now)
+    reconcile(store, clock.now)
     store.close()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core import log
 from core.domain.model import Answer, Claim, Outcome, Reason
 from core.domain.summary import Summary
-from core.log import LINES_PER_OUTCOME, PassLog, line, logger
+from core.log import LINES_PER_OUTCOME, PassLog, check_line, logger
 from testkit.clock import NOON
 
 STATUS_CODES = {
@@ -69,19 +69,19 @@ def claim(session_id: str = "cart-1", checkout_id: str | None = "checkout_1") ->
 def test_each_check_is_one_line(
     caplog: pytest.LogCaptureFixture, answer: Answer, text: str, level: int
 ) -> None:
-    PassLog().checked(claim(), answer)
+    PassLog().check(claim(), answer)
     assert [(record.levelno, record.message) for record in caplog.records] == [(level, text)]
 
 
 def test_a_missing_billing_id_is_shown_as_a_dash() -> None:
     answer = Answer(Outcome.INVALID_SESSION, detail="it has no billing_checkout_id")
-    assert line(claim(checkout_id=None), answer) == (
+    assert check_line(claim(checkout_id=None), answer) == (
         "❌ Error checking session cart-1 (-): it has no billing_checkout_id"
     )
 
 
 def test_on_lambda_a_line_is_a_json_record_with_fields(caplog: pytest.LogCaptureFixture) -> None:
-    PassLog().checked(claim("cart\n1", "a\x1b[31mb"), Answer(Outcome.NOT_FOUND, 404, 0.1))
+    PassLog().check(claim("cart\n1", "a\x1b[31mb"), Answer(Outcome.NOT_FOUND, 404, 0.1))
     written = logger.registered_handler.format(caplog.records[0])
     assert written.isprintable()
     record = json.loads(written)
@@ -114,7 +114,7 @@ def test_a_logged_summary_omits_zeros_and_what_its_line_says(
     """Every byte of a log is paid for."""
     outcomes = Counter({Outcome.ACTIVE: 3})
     summary = Summary(Reason.TICK, NOON, tick=NOON, open=3, outcomes=outcomes, latencies=[0.1])
-    PassLog().ends(summary)
+    PassLog().end(summary)
     record = json.loads(logger.registered_handler.format(caplog.records[0]))
     assert record["summary"] == {
         "reason": "tick",
@@ -137,7 +137,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_terminal_a_line_is_only_the_message(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    PassLog().checked(claim(), Answer(Outcome.ACTIVE, 200, 0.1))
+    PassLog().check(claim(), Answer(Outcome.ACTIVE, 200, 0.1))
     written = logger.registered_handler.format(caplog.records[0])
     assert written == "✅ Success: Checkout session cart-1 (checkout_1) is still active"
 
@@ -150,7 +150,7 @@ ANY_TEXT = st.text(st.characters()) | st.text("a\n\r\t\x00\x1b\x7f\x85\u2028\u20
 def test_neither_an_id_nor_a_detail_can_break_its_line(
     session_id: str, checkout_id: str, detail: str, outcome: Outcome
 ) -> None:
-    logged = line(claim(session_id, checkout_id), Answer(outcome, 200, detail=detail))
+    logged = check_line(claim(session_id, checkout_id), Answer(outcome, 200, detail=detail))
     assert logged.isprintable()
     assert logged.encode()
 
@@ -158,17 +158,17 @@ def test_neither_an_id_nor_a_detail_can_break_its_line(
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1))
 def test_a_printable_id_is_shown_unchanged(session_id: str) -> None:
-    assert f" {session_id} " in line(claim(session_id), Answer(Outcome.ACTIVE, 200))
+    assert f" {session_id} " in check_line(claim(session_id), Answer(Outcome.ACTIVE, 200))
 
 
 def test_a_pass_is_logged_from_beginning_to_end(caplog: pytest.LogCaptureFixture) -> None:
     log = PassLog()
-    log.begins(NOON, 3)
-    log.checked(claim("a"), Answer(Outcome.ACTIVE, 200, 0.1))
-    log.checked(claim("b"), Answer(Outcome.NOT_FOUND, 404, 0.1))
-    log.checked(claim("c"), Answer(Outcome.TIMEOUT, None, 10.0))
+    log.start(NOON, 3)
+    log.check(claim("a"), Answer(Outcome.ACTIVE, 200, 0.1))
+    log.check(claim("b"), Answer(Outcome.NOT_FOUND, 404, 0.1))
+    log.check(claim("c"), Answer(Outcome.TIMEOUT, None, 10.0))
     outcomes = Counter([Outcome.ACTIVE, Outcome.NOT_FOUND, Outcome.TIMEOUT])
-    log.ends(Summary(Reason.TICK, NOON, open=3, outcomes=outcomes, duration_seconds=10.25))
+    log.end(Summary(Reason.TICK, NOON, open=3, outcomes=outcomes, duration_seconds=10.25))
     assert caplog.messages == [
         "🔍 [2026-01-15T12:00:00.000Z] Checking 3 open checkout sessions...",
         "✅ Success: Checkout session a (checkout_1) is still active",
@@ -180,8 +180,8 @@ def test_a_pass_is_logged_from_beginning_to_end(caplog: pytest.LogCaptureFixture
 
 def test_a_pass_without_open_sessions_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     log = PassLog()
-    log.begins(NOON, 0)
-    log.ends(Summary(Reason.TICK, NOON))
+    log.start(NOON, 0)
+    log.end(Summary(Reason.TICK, NOON))
     assert caplog.messages == ["🔍 [2026-01-15T12:00:00.000Z] Checking 0 open checkout sessions..."]
 
 
@@ -192,10 +192,10 @@ def test_beyond_fifty_lines_an_outcome_is_only_counted(
     log = PassLog()
     for outcome, count in ((Outcome.ACTIVE, 1050), (Outcome.NOT_FOUND, 50), (Outcome.TIMEOUT, 51)):
         for n in range(count):
-            log.checked(claim(f"{outcome}-{n}"), Answer(outcome, 404))
+            log.check(claim(f"{outcome}-{n}"), Answer(outcome, 404))
     assert len(caplog.messages) == 150
     caplog.clear()
-    log.ends(Summary(Reason.TICK, NOON))
+    log.end(Summary(Reason.TICK, NOON))
     assert caplog.messages == ["… and 1000 more: active", "… and 1 more: timeout"]
 
 
@@ -213,19 +213,19 @@ def test_lines_of_active_sessions_have_their_own_limit(
     """With DEBUG=true there is no limit on them."""
     log = PassLog(max_active=max_active)
     for n in range(100):
-        log.checked(claim(f"cart-{n}"), Answer(Outcome.ACTIVE, 200))
+        log.check(claim(f"cart-{n}"), Answer(Outcome.ACTIVE, 200))
     assert len(caplog.messages) == lines
     for n in range(60):
-        log.checked(claim(f"cart-{n}"), Answer(Outcome.TIMEOUT))
+        log.check(claim(f"cart-{n}"), Answer(Outcome.TIMEOUT))
     assert len(caplog.messages) == lines + 50
     caplog.clear()
-    log.ends(Summary(Reason.TICK, NOON))
+    log.end(Summary(Reason.TICK, NOON))
     assert caplog.messages == rest
 
 
 def test_a_refused_api_key_is_logged_once_per_pass(caplog: pytest.LogCaptureFixture) -> None:
     outcomes = Counter({Outcome.UNAUTHORIZED: 3})
-    PassLog().ends(Summary(Reason.TICK, NOON, outcomes=outcomes))
+    PassLog().end(Summary(Reason.TICK, NOON, outcomes=outcomes))
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.ERROR, "⚠️ The billing service refuses the API key (status 401 or 403)")
     ]

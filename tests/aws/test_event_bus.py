@@ -18,14 +18,14 @@ from moto import mock_aws
 
 from core.aws import event_bus
 from core.aws.event_bus import EventBus, event_id
-from core.domain.model import SessionStatus, StatusChange
+from core.domain.model import SessionStatus, StatusChangedEvent
 from core.worker import Worker
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered, settings_for
 
 ROOT = Path(__file__).parents[2]
 CHANGES = [
-    StatusChange(f"s{n}", f"checkout_{n}", None, SessionStatus.SUCCESS, "paid", NOON, NOON)
+    StatusChangedEvent(f"s{n}", f"checkout_{n}", None, SessionStatus.SUCCESS, "paid", NOON, NOON)
     for n in range(10)
 ]
 

@@ -11,7 +11,7 @@ from core.database.mysql import ATTEMPTS, MySQLDatabase
 from core.errors import StoreError
 from core.store.store import Store
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
-from tests.support import census, database_of
+from tests.support import reconcile, database_of
 
 
 def address_of(shop: Shop) -> MySQLAddress:
@@ -35,7 +35,7 @@ def test_a_connection_killed_by_the_server_is_replaced(store: Store, mariadb_sho
         " AND id <> CONNECTION_ID()"
     ):
         mariadb_shop.run(f"KILL {number}")
-    assert census(store, store.now()).open == 0
+    assert reconcile(store, store.now()).open == 0
 
 
 def test_an_unreachable_database_is_one_clear_error(
@@ -107,7 +107,7 @@ def test_a_deadlock_is_retried_a_bounded_number_of_times(
 
 def test_both_sides_of_a_real_deadlock_finish_their_work(store: Store, mariadb_shop: Shop) -> None:
     add_sessions(mariadb_shop, numbered(2))
-    census(store, store.now())
+    reconcile(store, store.now())
     both_hold_one = threading.Barrier(2)
 
     def crossing(first: str, second: str) -> None:

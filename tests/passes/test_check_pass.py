@@ -13,7 +13,7 @@ from core.passes.check_pass import PassOptions
 from core.store.store import NO_STATUS_INDEX, Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, census, database_of, until
+from tests.support import FakeBilling, Passes, reconcile, database_of, until
 
 
 async def test_every_open_session_is_checked_once_per_tick(
@@ -210,7 +210,7 @@ async def test_two_simultaneous_passes_check_each_session_once(
     billing.held = dict.fromkeys(numbered(1000).values(), asyncio.Event())
 
     store = Store(database_of(mariadb_shop, passes.clock))
-    census(store, passes.clock.now)
+    reconcile(store, passes.clock.now)
     store.close()
 
     both = [asyncio.create_task(passes.run(MAX_CONCURRENCY="20")) for _ in range(2)]

@@ -79,7 +79,7 @@ async def test_requests_are_sent_before_reconcile_begins(
                 break
             threading.Event().wait(0.005)
         requests_before.append(billing.asked.total())
-        return next_piece(census)
+        return next_piece(reconcile)
 
     monkeypatch.setattr(Reconciliation, "reconcile_next_piece", after_the_requests)
     assert (await passes.run()).open == 3

@@ -15,7 +15,7 @@ from core.store.store import Store
 from handlers.routes import message
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, census, database_of, until
+from tests.support import FakeBilling, Passes, reconcile, database_of, until
 
 WITHOUT_RETRY_AFTER = Answer(Outcome.RATE_LIMITED, 429, 0.01)
 
@@ -80,7 +80,7 @@ async def test_a_pause_stops_a_pass_running_in_another_worker(
     while billing.in_flight < 4:  # noqa: ASYNC110 (there is nothing to wait for)
         await asyncio.sleep(0.002)
     other = Store(database_of(mariadb_shop, clock))
-    other.shared.pause(30)
+    other.state.pause(30)
     other.close()
     for checkout_id in list(billing.asked):
         held[checkout_id].set()
@@ -105,7 +105,7 @@ async def test_a_429_is_shared_at_once_not_with_the_next_results(
     other = Store(database_of(mariadb_shop, clock))
 
     running = asyncio.create_task(passes.run())
-    await until(lambda: other.shared.read_pause()[0].until == NOON + timedelta(seconds=30))
+    await until(lambda: other.state.read_pause()[0].until == NOON + timedelta(seconds=30))
     answered.set()
     await running
     other.close()
@@ -132,7 +132,7 @@ async def test_another_workers_pause_is_noticed_when_recording_results(
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
     await until(lambda: billing.in_flight == 4)
     other = Store(database_of(mariadb_shop, clock))
-    other.shared.pause(30)
+    other.state.pause(30)
     other.close()
     # One read may have begun before the pause; the second one must see it.
     before = reads
@@ -155,7 +155,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
     class Stalling(FakeBilling):
         async def check(self, billing_checkout_id: str | None) -> Answer:
             if self.asked.total() == 1:
-                other.shared.pause(30)
+                other.state.pause(30)
             if self.asked.total() == 2:
                 self.held[billing_checkout_id] = answered
             return await super().check(billing_checkout_id)
@@ -170,7 +170,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
     billing = Stalling()
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(20))
-    census(other, NOON)
+    reconcile(other, NOON)
     monkeypatch.setattr(Writer, "claim", note)
 
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))

@@ -19,7 +19,7 @@ from core.passes.writer import Writer
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, census, database_of, until
+from tests.support import FakeBilling, Passes, reconcile, database_of, until
 
 
 async def test_results_are_recorded_while_requests_are_in_flight(
@@ -71,7 +71,7 @@ async def recording(
     with ThreadPoolExecutor(1) as thread:
         database = DatabaseThread(thread)
         await database.run(store.prepare)
-        await database.run(census, store, clock.now)
+        await database.run(reconcile, store, clock.now)
         pause, _now = await database.run(store.state.read_pause)
         summary = Summary(Reason.TICK, clock.now)
         run_id = await database.run(store.history.begin, summary)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from core.domain.model import Answer, Outcome, SessionStatus, StatusChange
+from core.domain.model import Answer, Outcome, SessionStatus, StatusChangedEvent
 from core.store.status_changes import Publisher
 from testkit.clock import FakeClock
 from testkit.shops import Shop
@@ -17,7 +17,7 @@ class Bus:
     """Accepts every event except those of the sessions in `rejects`; keeps what it accepted."""
 
     def __init__(self) -> None:
-        self.published: list[StatusChange] = []
+        self.published: list[StatusChangedEvent] = []
         self.rejects: set[str] = set()
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -25,7 +25,7 @@ class Bus:
     def session_ids(self) -> list[str]:
         return [change.session_id for change in self.published]
 
-    def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+    def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
         assert 1 <= len(changes) <= 10
         self.meanwhile()
         accepted = [change for change in changes if change.session_id not in self.rejects]

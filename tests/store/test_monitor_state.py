@@ -40,7 +40,7 @@ def test_a_tick_is_led_once_and_never_after_a_later_one(shop: Shop, clock: FakeC
     databases = [database_of(shop, clock) for _ in range(2)]
     first, second = (Store(database) for database in databases)
     first.prepare()
-    first.shared.read_pause()  # inserts the row
+    first.state.read_pause()  # inserts the row
 
     def leads(store: Store, seconds: int) -> bool:
         tick, soon = (NOON + timedelta(seconds=s) for s in (seconds, 60))
@@ -59,10 +59,10 @@ def test_a_pause_is_never_shortened_and_only_the_newest_can_end(
     assert store.prepare() == []
     before, _now = store.state.read_pause()
     long = store.state.pause(30)
-    assert other.shared.pause(5) == other.shared.pause(None) == long
-    other.shared.end_pauses(before)
+    assert other.state.pause(5) == other.state.pause(None) == long
+    other.state.end_pauses(before)
     assert store.state.read_pause()[0] == long
-    other.shared.end_pauses(long)
+    other.state.end_pauses(long)
     assert store.state.read_pause()[0].in_a_row == 0
     store.close()
     other.close()

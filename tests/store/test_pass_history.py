@@ -48,7 +48,7 @@ def test_a_pass_is_one_row_if_the_answer_to_its_insert_is_lost(
 ) -> None:
     """The statement is sent again, and must not insert a second row."""
     executed = lose_an_answer()
-    server_store.runs.begin(Summary(Reason.TICK, NOON))
+    server_store.history.begin(Summary(Reason.TICK, NOON))
     assert len(executed) == 2
     assert server_shop.run("SELECT COUNT(*) FROM checkout_session_run WHERE reason = 'tick'") == [
         (1,)

@@ -11,7 +11,7 @@ from core.store.store import Store, View
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.store.claims import LEASE, claim_all, ids, results
-from tests.support import census
+from tests.support import reconcile
 
 
 def view(store: Store, tick: datetime | None = None) -> View:
@@ -20,7 +20,7 @@ def view(store: Store, tick: datetime | None = None) -> View:
 
 def test_a_session_closed_before_it_is_claimed_is_not_checked(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(2))
-    census(store, NOON)
+    reconcile(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
     assert ids(claim_all(store, NOON)) == ["s1"]
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s1",)]
@@ -31,10 +31,10 @@ def test_a_late_result_does_not_restore_a_dropped_session(
 ) -> None:
     """The session was closed and dropped while the check was in flight."""
     add_sessions(shop, numbered(1))
-    census(store, NOON)
+    reconcile(store, NOON)
     claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success'")
-    census(store, NOON)
+    reconcile(store, NOON)
     store.record(results(claims, NOON, Outcome.ACTIVE), store.now())
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
@@ -51,7 +51,7 @@ def test_the_longest_due_sessions_are_claimed_first(
     store: Store, shop: Shop, clock: FakeClock, reason: Reason
 ) -> None:
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     check_all(store, {"s0": 15, "s1": 5, "s2": 10})
     clock.advance(20)
     claim = partial(store.queue.claim_due, clock.now, tick=clock.now)
@@ -65,7 +65,7 @@ def test_closed_sessions_do_not_hide_due_ones_behind_them(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     check_all(store, {"s0": 5, "s1": 10, "s2": 15})
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id <> 's2'")
     clock.advance(20)
@@ -76,12 +76,12 @@ def test_a_session_is_not_claimed_again_before_its_lease_ends(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    census(store, NOON)
+    reconcile(store, NOON)
     assert len(claim_all(store, NOON)) == 1
     clock.advance(LEASE.total_seconds() - 0.001)
     assert claim_all(store, clock.now) == []
     assert store.queue.claim_unchecked(store.now(), since=clock.now, lease=LEASE, limit=10) == []
-    assert census(store, clock.now).in_flight == 1
+    assert reconcile(store, clock.now).in_flight == 1
     clock.advance(0.001)
     assert ids(claim_all(store, clock.now)) == ["s0"]
 
@@ -90,7 +90,7 @@ def test_recording_ends_the_claim_and_sets_the_next_check(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(2))
-    census(store, NOON)
+    reconcile(store, NOON)
     store.record(
         results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
     )
@@ -101,7 +101,7 @@ def test_recording_ends_the_claim_and_sets_the_next_check(
         )
         == [("active", 200, 1, 0, None)] * 2
     )
-    assert census(store, NOON).not_due == 2
+    assert reconcile(store, NOON).not_due == 2
     assert claim_all(store, NOON) == []
     clock.advance(5)
     assert len(claim_all(store, clock.now)) == 2
@@ -112,17 +112,17 @@ def test_due_at_the_tick_is_claimed_though_the_clock_is_behind(
 ) -> None:
     """The database's clock may be a little behind the tick's."""
     add_sessions(shop, numbered(1))
-    census(store, NOON)
+    reconcile(store, NOON)
     tick = NOON + timedelta(seconds=5)
     store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE), store.now())
     clock.advance(4.9)
-    assert census(store, tick).not_due == 0
+    assert reconcile(store, tick).not_due == 0
     assert ids(claim_all(store, tick)) == ["s0"]
 
 
 def test_consecutive_failures_are_counted_until_a_success(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(1))
-    census(store, NOON)
+    reconcile(store, NOON)
     for outcome, failures in (
         (Outcome.TIMEOUT, 1),
         (Outcome.NETWORK_ERROR, 2),
@@ -138,7 +138,7 @@ def test_consecutive_failures_are_counted_until_a_success(store: Store, shop: Sh
 
 def test_released_claims_are_as_due_as_before(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     before = claim_all(store, NOON)
     store.queue.release(before[:2])
     assert ids(claim_all(store, NOON)) == ids(before[:2])
@@ -149,7 +149,7 @@ def test_a_result_after_the_lease_leaves_the_new_claim_alone(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(1))
-    census(store, NOON)
+    reconcile(store, NOON)
     late = claim_all(store, NOON)
     clock.advance(LEASE.total_seconds())
     [current] = claim_all(store, clock.now)
@@ -165,7 +165,7 @@ def test_a_manual_pass_claims_sessions_that_are_not_due_once(
 ) -> None:
     """Not again after they were checked in the same pass."""
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     store.record(
         results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
     )
@@ -181,7 +181,7 @@ def test_a_manual_pass_with_ids_claims_and_counts_only_those(store: Store, shop:
     add_sessions(shop, {"a": "1", "b": "2", "\u65e5\u672c": "3"})
     add_sessions(shop, {"done": "4"}, status="success")
     given = ["a", "\u65e5\u672c", "done", "nobody", "\U0001f600", "\ud800", "x' OR '1'='1"]
-    assert census(store, NOON, given).open == 2
+    assert reconcile(store, NOON, given).open == 2
     claims = store.queue.claim_unchecked(
         store.now(), since=NOON, lease=LEASE, limit=10, session_ids=given
     )
@@ -198,7 +198,7 @@ def test_overdue_is_that_of_the_most_overdue_unclaimed_session(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     check_all(store, {"s0": 15, "s1": 5, "s2": 10})
     clock.advance(17.25)
     assert view(store).overdue_seconds == 12.25

@@ -13,7 +13,7 @@ from core.domain.model import Answer, Claim, Outcome, Result
 from core.store.store import Store
 from testkit.clock import FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import census, database_of
+from tests.support import reconcile, database_of
 
 INTERVAL = timedelta(seconds=5)
 LEASE = timedelta(seconds=20)
@@ -71,7 +71,7 @@ class Workers:
         view = store.view(tick, interval_seconds=5, may_lead=True)
         if view.leads:
             self.led.append(view.tick)
-            census(store, view.tick)
+            reconcile(store, view.tick)
         for claim in store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=2):
             other = self.held.get(claim.session_id)
             assert other is None or other.claimed_until <= self.clock.now, "claimed twice"
@@ -117,6 +117,6 @@ def test_no_order_of_events_loses_a_session_or_checks_one_twice(
     store = workers.stores["A"]
     view = store.view(None, interval_seconds=5, may_lead=True)
     assert view.leads
-    census(store, view.tick)
+    reconcile(store, view.tick)
     claims = store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=100)
     assert len(claims) == SESSIONS

@@ -9,7 +9,7 @@ from core.domain.model import Answer, Outcome, Result
 from core.store.store import Store
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
 from tests.store.claims import claim_due
-from tests.support import census
+from tests.support import reconcile
 
 
 def test_a_failure_counts_once_if_the_answer_to_its_update_is_lost(
@@ -17,7 +17,7 @@ def test_a_failure_counts_once_if_the_answer_to_its_update_is_lost(
 ) -> None:
     """The statement is sent again, and must not count a second time."""
     add_sessions(server_shop, numbered(3))
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     claims, now = claim_due(server_store), server_store.now()
     executed = lose_an_answer()
     server_store.record([Result(c, Answer(Outcome.TIMEOUT), now) for c in claims], now)
@@ -34,7 +34,7 @@ def test_rows_that_another_pass_is_claiming_are_skipped(
     mariadb_store: Store, mariadb_shop: MySQLShop
 ) -> None:
     add_sessions(mariadb_shop, numbered(3))
-    census(mariadb_store, mariadb_store.now())
+    reconcile(mariadb_store, mariadb_store.now())
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         other.begin()
         cursor.execute(
@@ -50,7 +50,7 @@ def test_the_shops_rows_are_never_locked(mariadb_store: Store, mariadb_shop: MyS
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         other.begin()
         cursor.execute("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
-        census(mariadb_store, mariadb_store.now())
+        reconcile(mariadb_store, mariadb_store.now())
         claims = claim_due(mariadb_store)
         other.rollback()
     assert len(claims) == 3
@@ -73,9 +73,9 @@ def test_an_idle_pass_reads_no_closed_sessions(server_store: Store, server_shop:
     )
     server_shop.run("ANALYZE TABLE checkout_session")
     add_sessions(server_shop, numbered(3))
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     before = rows_read(server_store)
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     claim_due(server_store)
     assert rows_read(server_store) - before < 100
 
@@ -86,7 +86,7 @@ def test_an_idle_pass_does_not_scan_the_shops_table(
     add_sessions(server_shop, {f"closed-{n}": "x" for n in range(3000)}, status="success")
     add_sessions(server_shop, numbered(3))
     server_shop.run("ANALYZE TABLE checkout_session")
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     claim_due(server_store)
     database = server_store._database
     query, access = database.query, {}
@@ -98,7 +98,7 @@ def test_an_idle_pass_does_not_scan_the_shops_table(
         return query(sql, parameters)
 
     monkeypatch.setattr(database, "query", explained)
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     assert claim_due(server_store) == []
     of_shop = {kind for (_sql, table), kind in access.items() if table in ("s", "checkout_session")}
     assert of_shop == {"ref", "eq_ref"}  # by the status index, by key; "ALL" would be a scan
@@ -112,7 +112,7 @@ def test_a_claim_does_not_read_every_open_session(
     add_sessions(server_shop, numbered(100))
     server_shop.run("ANALYZE TABLE checkout_session")
     add_sessions(server_shop, {f"later-{n}": "checkout_1" for n in range(4900)})
-    census(server_store, server_store.now())
+    reconcile(server_store, server_store.now())
     before = rows_read(server_store)
     claimed = claim_due(server_store)
     assert len(claimed) == 500

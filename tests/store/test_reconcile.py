@@ -12,13 +12,13 @@ from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.due_sessions import add_due_sessions
 from tests.store.claims import LEASE, claim_all, ids
-from tests.support import Passes, census, database_of
+from tests.support import Passes, reconcile, database_of
 
 
 def test_new_open_sessions_are_adopted_and_due_at_once(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
     add_sessions(shop, {"done": "checkout_done"}, status="success")
-    assert census(store, NOON) == OpenCounts(3, 0, 0, outcomes={"": 3}, ages={"10m": 3})
+    assert reconcile(store, NOON) == OpenCounts(3, 0, 0, outcomes={"": 3}, ages={"10m": 3})
     claims = claim_all(store, NOON)
     assert ids(claims) == ["s0", "s1", "s2"]
     assert {c.billing_checkout_id for c in claims} == {f"checkout_active_{n}" for n in range(3)}
@@ -28,16 +28,16 @@ def test_new_open_sessions_are_adopted_and_due_at_once(store: Store, shop: Shop)
 
 def test_a_thousand_new_sessions_are_adopted_at_once(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(1201))
-    assert census(store, NOON).open == 1201
+    assert reconcile(store, NOON).open == 1201
     assert len(claim_all(store, NOON)) == 1201
 
 
 def test_sessions_that_are_no_longer_open_are_dropped(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
-    census(store, NOON)
+    reconcile(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's1'")
     shop.run("DELETE FROM checkout_session WHERE id = 's2'")
-    assert census(store, NOON).open == 1
+    assert reconcile(store, NOON).open == 1
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s0",)]
 
 
@@ -52,7 +52,7 @@ def test_reconcile_in_pieces_gives_the_same_result_as_at_once(
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id IN ('s0', 's11', 's9')")
     add_sessions(shop, {"": "empty", "A": "new", "é": "new", "zz": "new"})
     clock.advance(1)
-    counted = census(store, NOON)
+    counted = reconcile(store, NOON)
     still_claimed = sum(claim.session_id not in ("s0", "s11", "s9") for claim in claims)
     assert (counted.open, counted.in_flight, counted.not_due) == (13, still_claimed, 0)
     known = shop.run("SELECT session_id FROM checkout_session_check ORDER BY session_id")
@@ -69,7 +69,7 @@ async def test_a_slow_reconcile_is_done_less_often(
 
     def slow(census: Reconciliation) -> bool:
         census.took += timedelta(seconds=2)
-        return next_piece(census)
+        return next_piece(reconcile)
 
     monkeypatch.setattr(Reconciliation, "reconcile_next_piece", slow)
     counted = []

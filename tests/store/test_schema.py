@@ -12,7 +12,7 @@ from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
 from tests.store.claims import LEASE, claim_all, claim_due, results
 from tests.store.fake_bus import PAID
-from tests.support import FakeBilling, Passes, census, database_of
+from tests.support import FakeBilling, Passes, reconcile, database_of
 
 
 def test_the_monitors_tables_are_created_once(shop: Shop, clock: FakeClock) -> None:
@@ -55,15 +55,15 @@ def test_a_missing_checkout_session_table_is_one_clear_error(shop: Shop, clock: 
 def test_dropped_tables_are_created_again_by_the_next_pass(store: Store, shop: Shop) -> None:
     shop.run("DROP TABLE checkout_session_check")
     with pytest.raises(StoreError, match="checkout_session_check"):
-        census(store, NOON)
+        reconcile(store, NOON)
     store.prepare()
-    assert census(store, NOON) == OpenCounts()
+    assert reconcile(store, NOON) == OpenCounts()
 
 
 def test_the_shops_table_is_not_changed(store: Store, shop: Shop, clock: FakeClock) -> None:
     add_sessions(shop, numbered(5))
     before = shop.run("SELECT * FROM checkout_session ORDER BY id")
-    census(store, NOON)
+    reconcile(store, NOON)
     claims = claim_all(store, NOON)
     store.record(results(claims[:3], NOON, Outcome.NOT_FOUND), store.now())
     store.queue.release(claims[3:])
@@ -94,7 +94,7 @@ def test_any_common_type_and_collation_of_the_shops_id_works(
         add_sessions(shop, {session_id: "checkout_1"})
         store = Store(database_of(shop, clock))
         assert store.prepare() == []
-        assert census(store, NOON, [session_id, "😀😀"]).open == 1
+        assert reconcile(store, NOON, [session_id, "😀😀"]).open == 1
         [claim] = store.queue.claim_unchecked(
             store.now(), since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
         )
@@ -158,7 +158,7 @@ def test_the_monitor_only_needs_to_read_the_shops_table(
     add_sessions(mariadb_shop, numbered(2))
     store = Store(database_of(shop))
     assert store.prepare() == []
-    assert census(store, store.now()).open == 2
+    assert reconcile(store, store.now()).open == 2
     claims = claim_due(store)
     store.record(
         [Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], store.now()
@@ -263,6 +263,6 @@ def test_sqlites_tables_of_the_first_version_are_created_again(
     add_sessions(sqlite_shop, numbered(1))
     store = Store(database_of(sqlite_shop, clock))
     assert store.prepare() == []
-    assert census(store, NOON).open == 1
+    assert reconcile(store, NOON).open == 1
     assert len(claim_all(store, NOON)) == 1
     store.close()

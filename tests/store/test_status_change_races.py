@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.aws.event_bus import event_id
-from core.domain.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChange
+from core.domain.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChangedEvent
 from core.domain.summary import Summary
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
 from tests.store.fake_bus import FAILED, OPEN, PAID, Bus, publishing_passes, statuses
-from tests.support import FakeBilling, Passes, census, database_of, until
+from tests.support import FakeBilling, Passes, reconcile, database_of, until
 
 
 async def pass_while(
@@ -75,7 +75,7 @@ def test_a_lapsed_claim_changes_nothing(shop: Shop, clock: FakeClock, bus: Bus) 
     add_sessions(shop, numbered(1))
     late, current = (Store(database_of(shop, clock), bus) for _ in range(2))
     late.prepare()
-    census(late, NOON)
+    reconcile(late, NOON)
     lease = timedelta(seconds=20)
     [lapsed] = late.queue.claim_due(late.now(), tick=NOON, lease=lease, limit=1)
     clock.advance(20)
@@ -98,7 +98,7 @@ def test_a_session_that_is_being_changed_is_not_claimed(
     """Even if its lease ends while its event is published."""
 
     class SlowBus(Bus):
-        def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+        def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
             clock.advance(lease.total_seconds())
             claims.extend(other.queue.claim_due(other.now(), tick=clock.now, lease=lease, limit=1))
             return super().publish(changes)
@@ -107,7 +107,7 @@ def test_a_session_that_is_being_changed_is_not_claimed(
     bus, claims, lease = SlowBus(), list[Claim](), timedelta(seconds=20)
     slow, other = (Store(database_of(server_shop, clock), bus) for _ in range(2))
     slow.prepare()
-    census(slow, NOON)
+    reconcile(slow, NOON)
     [claim] = slow.queue.claim_due(slow.now(), tick=NOON, lease=lease, limit=1)
     result = Result(claim, PAID, NOON, SessionStatus.SUCCESS, try_again_at=NOON)
     assert slow.record([result], slow.now()).changed == [result]
@@ -160,7 +160,7 @@ class DeadlyBus:
     def __init__(self, ids_file: Path) -> None:
         self._ids_file = ids_file
 
-    def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+    def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
         self._ids_file.write_text("\n".join(event_id(change) for change in changes))
         os.kill(os.getpid(), signal.SIGKILL)
         return ()
@@ -240,7 +240,7 @@ class Workers:
         match step:
             case ("claim", worker):
                 store = self.stores[worker]
-                census(store, self.clock.now)
+                reconcile(store, self.clock.now)
                 self.claims[worker] += store.queue.claim_due(
                     store.now(), tick=self.clock.now, lease=timedelta(seconds=20), limit=3
                 )

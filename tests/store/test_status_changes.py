@@ -6,7 +6,7 @@ from datetime import timedelta
 import httpx
 import pytest
 
-from core.domain.model import Outcome, StatusChange
+from core.domain.model import Outcome, StatusChangedEvent
 from core.worker import Worker
 from local.billing import running_billing
 from testkit.clock import FakeClock
@@ -111,7 +111,7 @@ async def test_an_unpublished_change_is_retried_in_the_next_slot(
     """It does not wait for the cadence, which is five minutes here."""
 
     class RejectingBus:
-        def publish(self, changes: Sequence[StatusChange]) -> Collection[str]:
+        def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
             return []
 
     add_sessions(shop, numbered(1))
