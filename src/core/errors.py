@@ -24,7 +24,14 @@ class StoreError(MonitorError):
 
 
 class RefusedError(StoreError):
-    """The database takes statements, but not these values: a CHECK, a key or a trigger says no."""
+    """The database can be used, but refuses a change: by a CHECK, a key, a trigger, a right.
+
+    `of_any_row`: it would refuse the same change of every other row.
+    """
+
+    def __init__(self, message: str, *, of_any_row: bool = False) -> None:
+        super().__init__(message)
+        self.of_any_row = of_any_row
 
 
 class StartWorkerError(MonitorError):

@@ -154,7 +154,7 @@ def check_line(claim: Claim, answer: Answer) -> str:
         case Outcome.NETWORK_ERROR:
             error = f"Network error: {detail}" if detail else "Network error"
             return f"❌ Error checking session {session} ({checkout}): {error}"
-        case Outcome.INVALID_SESSION:
+        case Outcome.INVALID_SESSION | Outcome.INTERNAL_ERROR:
             return f"❌ Error checking session {session} ({checkout}): {detail}"
         case _:
             return f"ℹ️ Checkout session {session} ({checkout}) returned status {answer.status_code}"

@@ -1,9 +1,11 @@
 """MySQL 8.0 and later, MariaDB 10.6 and later, through PyMySQL."""
 
+import math
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Protocol
 
@@ -26,9 +28,20 @@ _STALE = frozenset((0, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, ER.SERVER_SHU
 # A server that takes no writes, because another one does since a failover: read-only by option
 # (1290), by transaction (1792), by mode (1836), or a Galera node that is out of its cluster (1047).
 _STANDBY = frozenset((1290, 1792, 1836, 1047))
-_LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT))
-# A trigger's SIGNAL, and a CHECK that fails on MySQL and on MariaDB.
-_REFUSED = frozenset((1644, 3819, 4025))
+# Deadlocks, lock timeouts, and transactions that a cluster rolled back: MySQL's group replication
+# at the commit (3101), Galera's certification (1213 too), MariaDB's snapshot isolation (1020).
+_LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT, 3101, 1020))
+# A lock timeout is only tried again while this much time has not passed.
+RETRY_SECONDS = 5.0
+# The shop's table is not what it was: no such table or column, another collation, ids that are too
+# long or too large for our copy of them.
+_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264))
+# Some changes of the shop's table raise no error, so the tables are compared again this often.
+PREPARED_SECONDS = 60.0
+# Errors whose message does not say what to do.
+_ADVICE = {
+    1665: "The server logs in the format STATEMENT; set binlog_format to ROW or MIXED",
+}
 
 
 class Addresses(Protocol):
@@ -75,6 +88,10 @@ class MySQLConnection:
             return False
         return True
 
+    @property
+    def server_thread(self) -> int:
+        return int(self._connection.thread_id())  # type: ignore[no-untyped-call]
+
     def close(self) -> None:
         if self._connection.open:
             self._connection.close()
@@ -95,7 +112,8 @@ class MySQLDatabase:
     by_session = "FORCE INDEX (checkout_session_check_session)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
-    insert_or_ignore = "INSERT IGNORE"
+    join_in_order = "STRAIGHT_JOIN"
+    skip_duplicates = "ON DUPLICATE KEY UPDATE {key} = {key}"  # INSERT IGNORE would cut values, too
 
     def __init__(
         self,
@@ -103,32 +121,63 @@ class MySQLDatabase:
         *,
         clock: Callable[[], datetime] | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.prepared = False
+        self.is_transactional = True
         self._address = address
         self._clock = clock
         self._sleep = sleep
+        self._monotonic = monotonic
         self._connection: MySQLConnection | None = None
-        self._id_charset: str | None = None
+        self._abandoned_thread: int | None = None  # of the server, on a statement given up here
+        self._prepared_until = -math.inf
+        self._ids: mysql_schema.IdColumn | None = None  # None: not read yet
         self._where = ""
 
-    def prepare(self) -> bool:
-        self._id_charset = mysql_schema.prepare(self)
-        self.prepared = True
-        return self.run(mysql_schema.has_status_index)
-
     @property
-    def now_sql(self) -> str:
+    def prepared(self) -> bool:
+        return self._monotonic() < self._prepared_until
+
+    def prepare(self) -> Sequence[str]:
+        self._prepared_until = -math.inf
+        try:
+            shop = mysql_schema.prepare(self)
+        except pymysql.MySQLError as error:  # of an ALTER
+            raise StoreError(self._explained(error, error.args[0])) from error
+        self._ids = shop.ids
+        self.is_transactional = shop.is_transactional
+        self._prepared_until = self._monotonic() + PREPARED_SECONDS
+        return shop.warnings
+
+    def alter(self, statement: str) -> None:
+        """Run a statement that may take minutes, on a connection of its own without time limits.
+
+        Raises:
+            pymysql.MySQLError: the server cannot or may not run it.
+            StoreError: the server cannot be reached.
+        """
+        connection = connect(self._address(refresh=False), time_limit=False)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+        finally:
+            connection.close()
+
+    def now_sql(self, *, plus_seconds: int = 0) -> str:
         if self._clock is None:
-            return "UTC_TIMESTAMP(3)"
-        return f"CAST('{self._clock():%Y-%m-%d %H:%M:%S.%f}' AS DATETIME(3))"
+            now = "UTC_TIMESTAMP(3)"
+        else:
+            now = f"CAST('{self._clock():%Y-%m-%d %H:%M:%S.%f}' AS DATETIME(3))"
+        return f"({now} + INTERVAL {plus_seconds:d} SECOND)" if plus_seconds else now
 
     def comparable(self, session_id: str) -> bool:
-        if self._id_charset is None:  # a number; MySQL would take 'abc' for 0
-            return re.fullmatch("-?[0-9]+", session_id) is not None
+        if self._ids is None:
+            return True
+        charset = self._ids.charset
+        if charset is None:  # MySQL would take 'abc' for 0
+            return _is_in(self._ids.numbers, session_id)
         # The server refuses to compare a text with a column whose character set lacks one of its
         # characters (1267, illegal mix of collations). No id there can be equal to it anyway.
-        charset = self._id_charset
         if charset in ("utf8", "utf8mb3", "ucs2") and any(c > "\uffff" for c in session_id):
             return False
         try:
@@ -140,14 +189,14 @@ class MySQLDatabase:
             return session_id.isascii()
         return True
 
-    def transaction[T](self, work: Callable[[Transaction], T]) -> T:
+    def transaction[T](self, work: Callable[[Transaction], T], *, refusable: bool = False) -> T:
         def atomic(connection: MySQLConnection) -> T:
             connection.execute("BEGIN")
             result = work(connection)
             connection.execute("COMMIT")
             return result
 
-        return self._run(atomic)
+        return self._run(atomic, refusable=refusable)
 
     def run[T](self, work: Callable[[Connection], T]) -> T:
         return self._run(work)
@@ -157,7 +206,10 @@ class MySQLDatabase:
         if connection is not None:
             connection.close()
 
-    def _run[T](self, work: Callable[[MySQLConnection], T]) -> T:
+    def _run[T](  # noqa: C901 (a branch for each kind of error)
+        self, work: Callable[[MySQLConnection], T], *, refusable: bool = False
+    ) -> T:
+        began = self._monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             kept = self._connection is not None
             last = attempt == ATTEMPTS
@@ -165,22 +217,26 @@ class MySQLDatabase:
                 return work(self._connected())
             except pymysql.MySQLError as error:
                 code = error.args[0] if error.args else None
-                if code in _LOCKED and self._rolled_back() and not last:
-                    # Both sides of a deadlock try again at different times.
-                    self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
+                if code in _LOCKED and self._rolled_back():
+                    if not last and self._monotonic() - began < RETRY_SECONDS:
+                        # Both sides of a deadlock try again at different times.
+                        self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
+                        continue
+                elif code in _SCHEMA_CHANGED and self._rolled_back() and self._follow_schema():
                     continue
-                if _refuses_values(error, code) and self._rolled_back():
-                    raise RefusedError(f"{_server_message(error)} ({code})") from error
+                if refusable and code not in _STALE | _STANDBY and self._rolled_back():
+                    raise _refusal(error, code) from error
                 # The next connection may not have this problem: after a failover it leads to
                 # another server.
-                self.close()
+                # After a timeout here, the server may still work on the statement, or wait with it.
+                self._drop(gave_up=isinstance(error.__context__, TimeoutError))
                 if kept and not last and (code in _STALE or code in _STANDBY):
                     continue
-                if code in (ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR):
-                    self.prepared = False
-                raise StoreError(
-                    f"The database {self._where} cannot be used: {_server_message(error)} ({code})."
-                ) from error
+                raise StoreError(self._explained(error, code)) from error
+            except RefusedError:
+                if not self._rolled_back():
+                    self.close()
+                raise
             except SettingsError as error:  # the address is in a secret that cannot be read
                 raise StoreError(str(error)) from error
             except BaseException:
@@ -193,7 +249,33 @@ class MySQLDatabase:
             address = self._address(refresh=False)
             self._where = where(address)
             self._connection = MySQLConnection(self._connect(address), self._clock)
+            self._end_abandoned(self._connection)
         return self._connection
+
+    def _end_abandoned(self, connection: MySQLConnection) -> None:
+        """End a statement that the client gave up, which the server would finish or wait with."""
+        thread, self._abandoned_thread = self._abandoned_thread, None
+        if thread is not None:
+            with suppress(pymysql.MySQLError):  # it has ended by itself, or on another server
+                connection.execute(f"KILL {thread:d}")
+
+    def _drop(self, *, gave_up: bool) -> None:
+        if gave_up and self._connection is not None:
+            self._abandoned_thread = self._connection.server_thread
+        self.close()
+
+    def _follow_schema(self) -> bool:
+        """Make our tables fit the shop's again; returns whether they may have changed."""
+        if self._prepared_until == -math.inf:  # they have just been compared, or are being compared
+            return False
+        self.prepare()
+        self._prepared_until = -math.inf  # compared once for one error
+        return True
+
+    def _explained(self, error: pymysql.MySQLError, code: object) -> str:
+        message = _ADVICE.get(code) if isinstance(code, int) else None
+        message = message or _server_message(error)
+        return f"The database {self._where} cannot be used: {message} ({code})."
 
     def _connect(self, address: MySQLAddress) -> pymysql.Connection:
         try:
@@ -210,8 +292,17 @@ class MySQLDatabase:
         return self._connection is not None and self._connection.rolled_back()
 
 
-def _refuses_values(error: pymysql.MySQLError, code: object) -> bool:
-    return code in _REFUSED or isinstance(error, pymysql.IntegrityError | pymysql.DataError)
+def _is_in(numbers: range, text: str) -> bool:
+    # The longest number of the range has 20 digits; int() of thousands would take long.
+    return re.fullmatch("-?[0-9]{1,20}", text) is not None and int(text) in numbers
+
+
+def _refusal(error: pymysql.MySQLError, code: object) -> RefusedError:
+    message = f"{_server_message(error)} ({code})"
+    if code in (ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR):
+        message += "; run: GRANT SELECT, UPDATE (status) ON checkout_session TO the monitor's user"
+        return RefusedError(message, of_any_row=True)
+    return RefusedError(message)
 
 
 def _server_message(error: pymysql.MySQLError) -> str:

@@ -17,25 +17,29 @@ from core.database.address import MySQLAddress
 from core.errors import StoreError
 
 CONNECT_SECONDS = 5
+# The client waits a little longer than the server works, so that the server ends a statement first.
 STATEMENT_SECONDS = 10
-LOCK_WAIT_SECONDS = 5
+SERVER_STATEMENT_SECONDS = 8
+# For rows, and for tables that an ALTER or a LOCK TABLES holds (the default is a year).
+LOCK_WAIT_SECONDS = 3
 
 
-def connect(address: MySQLAddress) -> Connection:
-    """Open a connection.
+def connect(address: MySQLAddress, *, time_limit: bool = True) -> Connection:
+    """Open a connection; `time_limit=False` is for statements that may take minutes.
 
     Raises:
         pymysql.MySQLError: the server cannot be reached, or refuses us.
         StoreError: any other error, for example an address that cannot be used.
     """
     try:
-        return _connection(address)
+        return _connection(address, time_limit=time_limit)
     except pymysql.MySQLError:
         raise
-    except RuntimeError as error:  # PyMySQL misses the cryptography package
+    except RuntimeError as error:  # PyMySQL misses a package that is not part of ours
         raise StoreError(
-            f"The database {where(address)} wants the password encrypted, as "
-            "caching_sha2_password does, but offers no TLS to encrypt it; turn on TLS there."
+            f"The database {where(address)} asks for an authentication that is not supported here "
+            f"(PyMySQL: {error}). Use TLS, with which caching_sha2_password works, or another "
+            "authentication plugin, such as mysql_native_password."
         ) from error
     except UnicodeError as error:  # whose text may hold the password
         raise StoreError(
@@ -50,7 +54,7 @@ def where(address: MySQLAddress) -> str:
     return f"{address.host}:{address.port}/{address.database}"
 
 
-def _connection(address: MySQLAddress) -> Connection:
+def _connection(address: MySQLAddress, *, time_limit: bool) -> Connection:
     connection = pymysql.connect(
         host=address.host,
         port=address.port,
@@ -58,20 +62,48 @@ def _connection(address: MySQLAddress) -> Connection:
         password=address.password.encode(),  # PyMySQL encodes a text in Latin-1, servers in UTF-8
         database=address.database,
         charset="utf8mb4",
-        autocommit=True,
+        autocommit=None,  # _set_session sets it
         connect_timeout=CONNECT_SECONDS,
-        read_timeout=STATEMENT_SECONDS,
+        read_timeout=STATEMENT_SECONDS if time_limit else None,
         write_timeout=STATEMENT_SECONDS,
         conv=_CONVERSIONS,
-        # A statement sees what is committed, and locks rows, not the gaps between them. With the
-        # default level, two passes that claim and adopt at once block each other's gaps.
-        init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
         # Without it PyMySQL uses TLS where the server offers it, and verifies nothing.
         ssl=_verifying(address.ssl_ca) if address.ssl else None,
     )
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}")
+    try:
+        _set_session(connection, time_limit=time_limit)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _set_session(connection: Connection, *, time_limit: bool) -> None:
+    """Set everything that the monitor depends on, whatever the server's defaults are."""
+    is_mariadb = "MariaDB" in connection.server_version  # type: ignore[attr-defined]
+    seconds = SERVER_STATEMENT_SECONDS if time_limit else 0
+    variables = {
+        # Values that do not fit are refused, not cut; and no mode changes what '' or CHAR means.
+        "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'",
+        "autocommit": "1",
+        "completion_type": "'NO_CHAIN'",
+        # A statement sees what is committed, and locks rows, not the gaps between them. With the
+        # default level, two passes that claim and adopt at once block each other's gaps.
+        "tx_isolation" if is_mariadb else "transaction_isolation": "'READ-COMMITTED'",
+        "innodb_lock_wait_timeout": str(LOCK_WAIT_SECONDS),
+        "lock_wait_timeout": str(LOCK_WAIT_SECONDS),
+        # MySQL's limit is for SELECT only; what else runs too long is ended by a KILL.
+        **(
+            {"max_statement_time": str(seconds)}
+            if is_mariadb
+            else {"max_execution_time": str(seconds * 1000)}
+        ),
+        "sql_select_limit": str(2**64 - 1),
+        "sql_safe_updates": "0",
+    }
+    settings = ", ".join(f"SESSION {name} = {value}" for name, value in variables.items())
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET {settings}")
 
 
 def _verifying(ca_file: str | None) -> ssl.SSLContext:

@@ -1,16 +1,34 @@
 """The monitor's tables on MySQL and MariaDB: what they are, how they are made and upgraded."""
 
 import re
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import pymysql
 from pymysql.constants import ER
 
-from core.database.port import Connection, Database
+from core.database.port import NO_STATUS_INDEX, Connection, Value
 from core.errors import StoreError
 
 TEXT_ID_TYPES = ("char", "varchar")
-NUMBER_ID_TYPES = ("int", "bigint")
+NUMBER_ID_BITS = {"int": 32, "bigint": 64}
+# How ids of other types become text, in a column that MySQL and MariaDB keep up to date.
+_TEXT_OF_ID = {
+    "binary": "LOWER(HEX(id))",
+    "varbinary": "LOWER(HEX(id))",
+    "uuid": "CAST(id AS CHAR(36))",
+}
+# Our columns that hold the shop's ids.
+ID_COPIES = ("checkout_session_check", "checkout_session_change")
+
+NO_UNIQUE_ID = (
+    "checkout_session.id has no unique key, so each claim reads the whole table. Run: "
+    "ALTER TABLE checkout_session ADD UNIQUE KEY (id);"
+)
+NO_TRANSACTIONS = (
+    "checkout_session uses the engine {engine}, which has no transactions: with an event bus, no "
+    "status is changed. Run: ALTER TABLE checkout_session ENGINE=InnoDB;"
+)
 
 _MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR))
 # A column or a key that another worker has just added.
@@ -79,6 +97,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
   KEY checkout_session_change_changed (changed_at)
 ) ENGINE=InnoDB"""
 
+MODIFY_ID = "ALTER TABLE {table} MODIFY session_id {id_type} NOT NULL"
+
 # What upgrades a table of version 0.1.0, by the column it lacks (name, nullable).
 UPGRADES = {
     ("checkout_session_check", ("rowid", "NO")): (
@@ -102,55 +122,91 @@ UPGRADES = {
 }
 
 
-def prepare(database: Database) -> str | None:
-    """Make or upgrade the monitor's tables; returns the character set of the shop's ids.
+class IdColumn(NamedTuple):
+    """The type of the shop's id, or of our copy of it."""
 
-    None: the ids are numbers.
+    data_type: str  # e.g. varchar, bigint
+    column_type: str  # e.g. varchar(64), bigint unsigned
+    charset: str | None  # None: the ids are numbers
+    collation: str | None
+
+    @property
+    def definition(self) -> str:
+        """The type of our copies: exactly the shop's, or the tables cannot be joined."""
+        if self.charset is None:
+            return self.column_type
+        return f"{self.column_type} CHARACTER SET {self.charset} COLLATE {self.collation}"
+
+    @property
+    def numbers(self) -> range:
+        """The numbers that the column can hold."""
+        bits = NUMBER_ID_BITS[self.data_type]
+        if "unsigned" in self.column_type:
+            return range(2**bits)
+        return range(-(2 ** (bits - 1)), 2 ** (bits - 1))
+
+
+class ShopTable(NamedTuple):
+    """What `checkout_session` is like."""
+
+    ids: IdColumn
+    is_transactional: bool
+    warnings: Sequence[str]
+
+
+class _Database(Protocol):
+    def run[T](self, work: Callable[[Connection], T]) -> T: ...
+
+    def alter(self, statement: str) -> None: ...
+
+
+def prepare(database: _Database) -> ShopTable:
+    """Make, upgrade and change the monitor's tables so that they fit the shop's.
 
     Raises:
         StoreError: the shop's table cannot be used, or this user may not make the tables.
     """
-    id_type, id_charset = database.run(_id_type)
-    statements = [
-        CHECK_TABLE.format(id_type=id_type),
-        RUN_TABLE,
-        PAUSE_TABLE,
-        CHANGE_TABLE.format(id_type=id_type),
+    shop, copies = database.run(_read_shop)
+    definition = shop.ids.definition
+    refused = [
+        statement
+        for statement in (
+            CHECK_TABLE.format(id_type=definition),
+            RUN_TABLE,
+            PAUSE_TABLE,
+            CHANGE_TABLE.format(id_type=definition),
+        )
+        if not _create(database, statement)
     ]
-    refused = [s for s in statements if not database.run(partial(_create, statement=s))]
     refused += [
         statement
         for (table, column), statement in UPGRADES.items()
-        if not database.run(partial(_upgrade, table=table, column=column, statement=statement))
+        if not _upgrade(database, table, column, statement)
+    ]
+    refused += [
+        statement
+        for table, ids in copies.items()
+        if ids != shop.ids
+        if not _follow(database, statement := MODIFY_ID.format(table=table, id_type=definition))
     ]
     if refused:
         raise StoreError(
-            "Tables of the monitor are missing or older than this version, and this user may "
-            "not make or change them. Run: " + " ".join(f"{statement};" for statement in refused)
+            "Tables of the monitor are missing, older than this version or different from the "
+            "shop's, and this user may not make or change them. Run: "
+            + " ".join(f"{statement};" for statement in refused)
         )
-    return id_charset
+    return shop
 
 
-def has_status_index(connection: Connection) -> bool:
-    """Whether the shop's table has an index that begins with `status`."""
-    return bool(
-        connection.query(
-            "SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE()"
-            " AND table_name = 'checkout_session' AND column_name = 'status'"
-            " AND seq_in_index = 1 LIMIT 1"
-        )
-    )
-
-
-def _id_type(connection: Connection) -> tuple[str, str | None]:
-    """The type of our `session_id` (the shop's, or the two cannot be joined), and its charset."""
+def _read_shop(connection: Connection) -> tuple[ShopTable, dict[str, IdColumn]]:
+    """The shop's table, and the columns of our tables that hold its ids."""
     columns = {
-        str(table): (str(data_type), str(column_type), charset, collation)
-        for table, data_type, column_type, charset, collation in connection.query(
-            "SELECT table_name, data_type, column_type, character_set_name, collation_name"
+        str(table): _id_column(*values)
+        for table, *values in connection.query(
+            "SELECT table_name, column_type, character_set_name, collation_name, data_type"
             " FROM information_schema.columns WHERE table_schema = DATABASE() AND"
-            " (table_name, column_name) IN"
-            " (('checkout_session', 'id'), ('checkout_session_check', 'session_id'))"
+            " ((table_name = 'checkout_session' AND column_name = 'id') OR"
+            f" (table_name IN {ID_COPIES} AND column_name = 'session_id'))"
         )
     }
     if "checkout_session" not in columns:
@@ -158,55 +214,102 @@ def _id_type(connection: Connection) -> tuple[str, str | None]:
             "The database has no table checkout_session with a column id, or this user may "
             "not read it."
         )
-    shops = columns["checkout_session"]
-    data_type, column_type, charset, collation = shops
-    if data_type not in TEXT_ID_TYPES + NUMBER_ID_TYPES:
-        raise StoreError(
-            f"checkout_session.id is of type {data_type}; it must be one of "
-            f"{', '.join(TEXT_ID_TYPES + NUMBER_ID_TYPES)}."
-        )
-    if columns.get("checkout_session_check", shops) != shops:
-        raise StoreError(
-            "checkout_session_check.session_id has another type or collation than "
-            "checkout_session.id. Drop the table, and the monitor makes a new one: "
-            "DROP TABLE checkout_session_check;"
-        )
-    if charset is None:
-        return column_type, None
-    return f"{column_type} CHARACTER SET {charset} COLLATE {collation}", str(charset)
+    ids = columns.pop("checkout_session")
+    if ids.data_type not in (*TEXT_ID_TYPES, *NUMBER_ID_BITS):
+        raise StoreError(_unsupported_id(ids.data_type))
+    is_transactional, warnings = _look_at_shop(connection)
+    return ShopTable(ids, is_transactional, warnings), columns
 
 
-def _create(connection: Connection, *, statement: str) -> bool:
+def _id_column(column_type: Value, charset: Value, collation: Value, data_type: Value) -> IdColumn:
+    return IdColumn(
+        str(data_type),
+        str(column_type),
+        None if charset is None else str(charset),
+        None if collation is None else str(collation),
+    )
+
+
+def _unsupported_id(data_type: str) -> str:
+    allowed = ", ".join((*TEXT_ID_TYPES, *NUMBER_ID_BITS))
+    message = f"checkout_session.id is of type {data_type}; it must be one of {allowed}."
+    if text := _TEXT_OF_ID.get(data_type):
+        message += (
+            " Give the table a text of each id: ALTER TABLE checkout_session ADD COLUMN id_text "
+            f"CHAR(36) CHARACTER SET ascii AS ({text}) STORED, ADD UNIQUE KEY (id_text); then let "
+            "the monitor use a database of its own with a view: CREATE VIEW checkout_session AS "
+            "SELECT id_text AS id, billing_checkout_id, billing_order_id, status "
+            "FROM <shop>.checkout_session;"
+        )
+    return message
+
+
+def _look_at_shop(connection: Connection) -> tuple[bool, Sequence[str]]:
+    """Whether the shop's table has transactions, and warnings about it."""
+    [(engine,)] = connection.query(
+        "SELECT engine FROM information_schema.tables"
+        " WHERE table_schema = DATABASE() AND table_name = 'checkout_session'"
+    )
+    if engine is None:  # a view: its base table, of another name, cannot be looked at here
+        return True, ()
+    first_columns = {
+        str(column): bool(is_unique)
+        for column, is_unique in connection.query(
+            "SELECT column_name, MAX(non_unique = 0 AND columns = 1) FROM (SELECT column_name,"
+            " non_unique, seq_in_index, COUNT(*) OVER (PARTITION BY index_name) AS columns"
+            " FROM information_schema.statistics WHERE table_schema = DATABASE()"
+            " AND table_name = 'checkout_session') AS i WHERE seq_in_index = 1 GROUP BY column_name"
+        )
+    }
+    warnings = []
+    if "status" not in first_columns:
+        warnings.append(NO_STATUS_INDEX)
+    if not first_columns.get("id"):
+        warnings.append(NO_UNIQUE_ID)
+    is_transactional = engine == "InnoDB"
+    if not is_transactional:
+        warnings.append(NO_TRANSACTIONS.format(engine=engine))
+    return is_transactional, warnings
+
+
+def _create(database: _Database, statement: str) -> bool:
     """Whether the table exists, made just now if need be; False: this user may not make it."""
     [table] = re.findall(r"EXISTS (\w+)", statement)
-    if connection.query(
-        "SELECT 1 FROM information_schema.tables"
-        " WHERE table_schema = DATABASE() AND table_name = %s",
-        (table,),
-    ):
-        return True
-    try:
-        connection.execute(statement)
-    except pymysql.OperationalError as error:
-        if error.args[0] in _MAY_NOT:
-            return False
-        raise
-    return True
+
+    def create(connection: Connection) -> bool:
+        exists = connection.query(
+            "SELECT 1 FROM information_schema.tables"
+            " WHERE table_schema = DATABASE() AND table_name = %s",
+            (table,),
+        )
+        return bool(exists) or _allowed(lambda: connection.execute(statement))
+
+    return database.run(create)
 
 
-def _upgrade(
-    connection: Connection, *, table: str, column: tuple[str, str], statement: str
-) -> bool:
+def _upgrade(database: _Database, table: str, column: tuple[str, str], statement: str) -> bool:
     """Whether the table is of this version, upgraded just now if need be."""
-    columns = connection.query(
-        "SELECT column_name, is_nullable FROM information_schema.columns"
-        " WHERE table_schema = DATABASE() AND table_name = %s",
-        (table,),
+    columns = database.run(
+        lambda connection: connection.query(
+            "SELECT column_name, is_nullable FROM information_schema.columns"
+            " WHERE table_schema = DATABASE() AND table_name = %s",
+            (table,),
+        )
     )
     if not columns or column in columns:  # the table does not exist, or is of this version
         return True
+    return _allowed(lambda: database.alter(statement))
+
+
+def _follow(database: _Database, statement: str) -> bool:
+    """Whether our copy of the shop's id got the type that the shop's has now."""
+    return _allowed(lambda: database.alter(statement))
+
+
+def _allowed(work: Callable[[], object]) -> bool:
+    """Run `work`; returns whether this user may do that."""
     try:
-        connection.execute(statement)
+        work()
     except pymysql.OperationalError as error:
         if error.args[0] in _MAY_NOT:
             return False

@@ -5,8 +5,13 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Protocol
 
-type Value = str | int | float | Decimal | datetime | None
+type Value = str | bytes | int | float | Decimal | datetime | None
 type Row = tuple[Value, ...]
+
+NO_STATUS_INDEX = (
+    "checkout_session has no index on status, so every pass reads the whole table. Run: "
+    "CREATE INDEX checkout_session_status ON checkout_session (status);"
+)
 
 # Ids in one statement: about 20 KB of SQL. MariaDB turns an IN of 1,000 and more into a join with
 # a temporary table (in_predicate_conversion_threshold), which is slower here.
@@ -49,17 +54,21 @@ class Database(Protocol):
     by_session: str  # the same, by their session ids
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
-    insert_or_ignore: str  # INSERT that skips rows whose key exists
-    prepared: bool  # the tables exist, as far as this connection knows
+    join_in_order: str  # JOIN that reads the table on its left first
+    skip_duplicates: str  # after an INSERT: skip rows whose {key} exists
+    is_transactional: bool  # a change of the shop's table can be rolled back
 
     @property
-    def now_sql(self) -> str:
+    def prepared(self) -> bool:
+        """Whether the tables exist and fit the shop's, as far as this connection knows."""
+
+    def now_sql(self, *, plus_seconds: int = 0) -> str:
         """The database's clock, to the millisecond, as an expression within a statement."""
 
-    def prepare(self) -> bool:
-        """Make the monitor's tables, columns and keys where they are missing.
+    def prepare(self) -> Sequence[str]:
+        """Make the monitor's tables fit the shop's: create, upgrade and change them if need be.
 
-        Returns whether the shop's table has an index that begins with `status`.
+        Returns warnings about the shop's table, each with the way out.
         """
 
     def comparable(self, session_id: str) -> bool:
@@ -69,11 +78,17 @@ class Database(Protocol):
         """Run `work`, each of its statements by itself.
 
         It is run again from its start, a bounded number of times, after a deadlock, a lock timeout,
-        or on a connection that turned out to be stale; it must be safe to run twice.
+        on a connection that turned out to be stale, or after the shop's table was changed; it must
+        be safe to run twice.
         """
 
-    def transaction[T](self, work: Callable[[Transaction], T]) -> T:
-        """Run `work` in one transaction; like `run`, it may run it again."""
+    def transaction[T](self, work: Callable[[Transaction], T], *, refusable: bool = False) -> T:
+        """Run `work` in one transaction; like `run`, it may run it again.
+
+        Raises:
+            RefusedError: only if `refusable`: the database can be used, but not for these rows,
+                because of their values, a trigger, a constraint, a lock or this user's rights.
+        """
 
     def close(self) -> None: ...
 
@@ -92,6 +107,18 @@ def as_int(value: Value) -> int:
     if not isinstance(value, int | Decimal):
         raise TypeError(f"expected a whole number from the database, not {value!r}")
     return int(value)
+
+
+def as_text(value: Value) -> str:
+    """Text, also from a column of a binary type.
+
+    Bytes that are not UTF-8 become lone surrogates, which no URL and no event can carry.
+    """
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def as_text_or_none(value: Value) -> str | None:
+    return None if value is None else as_text(value)
 
 
 def as_datetime(value: Value) -> datetime:

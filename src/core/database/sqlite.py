@@ -2,14 +2,28 @@
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from core.database.port import Connection, Row, Transaction, Value
+from core.database.port import NO_STATUS_INDEX, Connection, Row, Transaction, Value
 from core.domain.model import iso
 from core.errors import RefusedError, StoreError
 
 BUSY_SECONDS = 5
+
+# Errors of the whole file, by their primary code; any other one is about the rows of a statement.
+_UNUSABLE = frozenset(
+    (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_NOTADB,
+    )
+)
 
 TABLES = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
@@ -122,8 +136,10 @@ class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
     in_due_order = by_rowid = by_session = ""
+    join_in_order = "JOIN"
+    is_transactional = True
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
-    insert_or_ignore = "INSERT OR IGNORE"
+    skip_duplicates = "ON CONFLICT DO NOTHING"
 
     def __init__(self, path: Path, *, clock: Callable[[], datetime] | None = None) -> None:
         self.prepared = False
@@ -131,14 +147,13 @@ class SQLiteDatabase:
         self._clock = clock or _wall_clock
         self._connection: SQLiteConnection | None = None
 
-    def prepare(self) -> bool:
-        indexed = self.run(self._make_tables)
+    def prepare(self) -> Sequence[str]:
+        warnings = self.run(self._make_tables)
         self.prepared = True
-        return indexed
+        return warnings
 
-    @property
-    def now_sql(self) -> str:
-        return f"'{iso(self._clock())}'"
+    def now_sql(self, *, plus_seconds: int = 0) -> str:
+        return f"'{iso(self._clock() + timedelta(seconds=plus_seconds))}'"
 
     def comparable(self, session_id: str) -> bool:
         try:
@@ -147,14 +162,14 @@ class SQLiteDatabase:
             return False
         return True
 
-    def transaction[T](self, work: Callable[[Transaction], T]) -> T:
+    def transaction[T](self, work: Callable[[Transaction], T], *, refusable: bool = False) -> T:
         def atomic(connection: SQLiteConnection) -> T:
             connection.execute("BEGIN IMMEDIATE")
             result = work(connection)
             connection.execute("COMMIT")
             return result
 
-        return self._run(atomic)
+        return self._run(atomic, refusable=refusable)
 
     def run[T](self, work: Callable[[Connection], T]) -> T:
         return self._run(work)
@@ -164,7 +179,7 @@ class SQLiteDatabase:
             self._connection.close()
             self._connection = None
 
-    def _run[T](self, work: Callable[[SQLiteConnection], T]) -> T:
+    def _run[T](self, work: Callable[[SQLiteConnection], T], *, refusable: bool = False) -> T:
         try:
             if self._connection is None:
                 self._connection = self._connect()
@@ -175,7 +190,7 @@ class SQLiteDatabase:
             if isinstance(error, sqlite3.Error):
                 if "no such" in str(error):  # table or column: SQLite has no code of its own for it
                     self.prepared = False
-                if isinstance(error, sqlite3.IntegrityError):
+                if refusable and error.sqlite_errorcode & 0xFF not in _UNUSABLE:
                     raise RefusedError(str(error)) from error
                 message = f"The database {self._path} cannot be used: {error}."
                 raise StoreError(message) from error
@@ -192,21 +207,19 @@ class SQLiteDatabase:
         connection.execute("PRAGMA synchronous = NORMAL")
         return SQLiteConnection(connection, self._clock)
 
-    def _make_tables(self, connection: Connection) -> bool:
-        """Make what is missing; returns whether the shop's table has an index on status."""
+    def _make_tables(self, connection: Connection) -> Sequence[str]:
+        """Make what is missing; returns warnings about the shop's table."""
         if not connection.query("SELECT 1 FROM sqlite_master WHERE name = 'checkout_session'"):
             raise StoreError(f"The database {self._path} has no table checkout_session.")
         for (outdated,) in connection.query(OUTDATED):
-            connection.execute(f"DROP TABLE {outdated}")
+            connection.execute(f"DROP TABLE {outdated!s}")
         for statement in TABLES.split(";"):
             connection.execute(statement)
-        return bool(
-            connection.query(
-                "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
-                " pragma_index_info(list.name) AS info WHERE info.seqno = 0"
-                " AND info.name = 'status'"
-            )
+        indexed = connection.query(
+            "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+            " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
         )
+        return [] if indexed else [NO_STATUS_INDEX]
 
 
 def _wall_clock() -> datetime:

@@ -1,8 +1,10 @@
 """What an answer means for its session: pure, from plain values, time included."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from core.domain.cadence import Cadence, next_check, slot_at
 from core.domain.model import Answer, Claim, Decision, Recheck, SessionStatus, StatusChange
@@ -16,6 +18,24 @@ class CheckRules:
     cadence: Cadence
     backoff_max_seconds: int
     expires_after_seconds: int | None  # None: a session never expires
+
+    def longest_waits(self) -> Iterator["LongestWait"]:
+        """How far ahead a session's next check can lie, for each step of the cadence."""
+        # A tick may be an interval ahead of the database's clock, and an answer may come late.
+        slack = timedelta(seconds=3 * self.interval_seconds)
+        for every, until in self.cadence.steps:
+            healthy = timedelta(seconds=max(every, self.interval_seconds)) + slack
+            backoff = timedelta(seconds=self.backoff_max_seconds) + slack
+            max_age = timedelta(seconds=until) if math.isfinite(until) else None
+            yield LongestWait(healthy, max(healthy, backoff), max_age)
+
+
+class LongestWait(NamedTuple):
+    """The longest wait for the next check of sessions up to an age."""
+
+    healthy: timedelta
+    failing: timedelta
+    max_age: timedelta | None  # None: no limit
 
 
 def decide(

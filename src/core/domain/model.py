@@ -35,6 +35,7 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"  # no complete answer within REQUEST_TIMEOUT_SECONDS
     NETWORK_ERROR = "network_error"  # refused, reset, no such host, TLS, not HTTP
     INVALID_SESSION = "invalid_session"  # no billing_checkout_id, or one that no URL can carry
+    INTERNAL_ERROR = "internal_error"  # an unexpected error of the monitor itself
 
     @property
     def is_error(self) -> bool:

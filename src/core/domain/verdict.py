@@ -26,6 +26,7 @@ BILLING_TROUBLE = {
     Outcome.UNKNOWN_STATUS: "Billing's answers have unknown words (see BILLING_STATUS_MAP)",
     Outcome.DEFERRED: "Sessions that billing has closed cannot be updated yet",
     Outcome.REFUSED: "The shop's database refuses what billing says",
+    Outcome.INTERNAL_ERROR: "The monitor has unexpected errors (see its log)",
     Outcome.INVALID_SESSION: "Most sessions have no checkout id to ask billing about",
 }
 

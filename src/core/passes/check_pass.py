@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol
 from core.database.thread import DatabaseThread
 from core.domain.cadence import slot_at
 from core.domain.decision import decide
-from core.domain.model import Answer, Claim, Reason, Recheck, Skip
+from core.domain.model import Answer, Claim, Outcome, Reason, Recheck, Skip
 from core.domain.summary import Summary
+from core.errors import StoreError
 from core.log import PassLog, logger
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
@@ -62,6 +63,7 @@ class PassOptions(NamedTuple):
 
     reason: Reason
     tick: datetime | None = None
+    helps: bool = False  # started by the tick's leader; it never leads, nor starts others
     session_ids: Sequence[str] | None = None  # manual passes only; None: all open sessions
     start_seconds: float = 30.0  # no check begins later than this after the pass did
     total_seconds: float = 50.0  # requests still in flight then are given up
@@ -112,7 +114,6 @@ async def check_open_checkout_sessions(
     Raises:
         StoreError: the database cannot be used. Requests in flight were given up; their sessions
             are checked again when their lease is over.
-        ExceptionGroup: bugs in the checks of single sessions; all others were checked.
     """
     database = DatabaseThread(database_thread)
     for warning in await database.run(store.prepare):
@@ -120,7 +121,8 @@ async def check_open_checkout_sessions(
     began = asyncio.get_running_loop().time()
     by_tick = options.reason is Reason.TICK
     view = await database.run(store.look, options.tick, interval_seconds=settings.interval_seconds)
-    leads = by_tick and not view.has_leader and await database.run(store.take_lead, view)
+    may_lead = by_tick and not options.helps
+    leads = may_lead and await database.run(store.take_lead, view)
     summary = Summary(
         options.reason,
         view.now,
@@ -158,12 +160,12 @@ class _Tally:
 
     open: int
     counted: bool = False
-    answers: int = 0
+    last_answer_at: float = 0.0  # by the event loop's clock
     latencies: list[float] = field(default_factory=list)  # seconds, one for each request
     elsewhere: Counter[Skip] = field(default_factory=Counter)  # not for this pass to check
     workers_started: int = 0
+    not_open: int = 0  # of those asked for by id
     out_of_time: bool = False
-    bugs: list[Exception] = field(default_factory=list)
 
 
 class _Pass:
@@ -190,7 +192,7 @@ class _Pass:
         self._loop = asyncio.get_running_loop()
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
-        self._reconciles = manual or (summary.led and view.may_reconcile)
+        self._reconciles = manual or (summary.led and view.state.may_reconcile)
         self._log = PassLog(max_active=settings.log_lines_active, waits=self._reconciles)
         self._pause = SharedPause(store.state, view.pause, until=view.paused_until)
         self._writer = Writer(store, database, self._pause, self._log)
@@ -205,28 +207,36 @@ class _Pass:
         """Make the pass, which began at that time of the event loop's clock."""
         self._began = began
         self._begin_until = began + self._options.start_seconds
+        self._first_request_at = began
         tally = self._tally
         pass_id = await self._database.run(self._store.history.begin, self._at_start)
         if self._at_start.led and not self._reconciles:
             self._log.start(self._view.now, tally.open)
         if billing is None:
             logger.warning("⚠️ APIKEY not found in environment variables")
+        ends = began + self._options.total_seconds
         try:
-            async with self._writer.running(pass_id, began):
-                await self._work(billing if may_check else None)
+            async with self._writer.running(pass_id, began, ends):
+                await self._work(billing if may_check else None, ends)
+        except BaseException:
+            await self._end_early(pass_id, has_api_key=billing is not None)
+            raise
         finally:
             if self._reconciles and not tally.counted:
                 self._log.start(self._view.now, tally.open)
         summary = self._summary(has_api_key=billing is not None)
         await self._database.run(self._store.history.end, pass_id, summary)
         self._log.end(summary)
-        if tally.bugs:
-            raise ExceptionGroup("unexpected errors while checking sessions", tally.bugs)
         return summary
 
-    async def _work(self, billing: Billing | None) -> None:
+    async def _end_early(self, pass_id: int, *, has_api_key: bool) -> None:
+        """Record the end of a pass that failed, so that it does not count as under way."""
+        summary = self._summary(has_api_key=has_api_key)
+        with suppress(StoreError):  # most likely the reason why it failed
+            await self._database.run(self._store.history.end, pass_id, summary)
+
+    async def _work(self, billing: Billing | None, ends: float) -> None:
         """Check what is due, unless `billing` is None, and reconcile meanwhile."""
-        ends = self._began + self._options.total_seconds
         try:
             async with asyncio.timeout_at(ends), self._tasks as tasks:
                 # In this order on the database's thread: claims do not wait for counting.
@@ -250,12 +260,12 @@ class _Pass:
         while True:
             batch = await next_batch
             if not batch.claims:
-                adopted, reconciling = reconciling is not None and await reconciling, None
-                if not adopted and not await self._is_needed_in_next_slot():
+                made_due, reconciling = reconciling is not None and await reconciling, None
+                if not made_due and not await self._is_needed_in_next_slot(batch.requested):
                     return
                 next_batch = self._tasks.create_task(self._claim_batch(size))
                 continue
-            answers, began = self._tally.answers, self._loop.time()
+            began = self._loop.time()
             await self._begin(billing, batch, remaining=int(share_ahead * len(batch.claims)))
             next_batch = self._tasks.create_task(self._claim_batch(size))
             await self._begin(billing, batch, remaining=0)
@@ -263,8 +273,9 @@ class _Pass:
             share_ahead = min(1.0, CLAIM_AHEAD * waited / lasted) if lasted else 1.0
             if batch.claims:
                 self._writer.give_back(batch.claims)
-                # If no answer came, all requests hang: the next pass has free permits.
-                hang = self._permits.locked() and self._tally.answers == answers
+                # If no answer comes, all requests hang: the next pass has free permits.
+                silent = self._loop.time() - max(self._tally.last_answer_at, self._first_request_at)
+                hang = self._permits.locked() and silent >= BEGIN_WITHIN_SECONDS
                 if hang or not self._may_begin(self._begin_until):
                     self._writer.give_back((await next_batch).claims)
                     self._tally.out_of_time = True
@@ -315,17 +326,18 @@ class _Pass:
     def _may_begin(self, until: float) -> bool:
         return self._loop.time() < until and not self._pause.in_force
 
-    async def _is_needed_in_next_slot(self) -> bool:
-        """Whether this pass has requests in flight until then anyway, and free permits.
+    async def _is_needed_in_next_slot(self, last_claim: float) -> bool:
+        """Whether a slot has begun since the last claim, and this pass has free permits in it.
 
-        A pass whose last requests hang would otherwise be a worker that does nothing but counts
-        towards MAX_WORKERS.
+        A pass whose last requests hang counts towards MAX_WORKERS, and may have kept that slot's
+        own worker from working. Its `last_claim` is a time by the event loop's clock.
         """
         if self._options.reason is Reason.MANUAL:
             return False
         interval = self._settings.interval_seconds
         now = self._view.now + timedelta(seconds=self._loop.time() - self._began)
-        next_slot = slot_at(now, interval) + timedelta(seconds=interval)
+        claimed = self._view.now + timedelta(seconds=last_claim - self._began)
+        next_slot = slot_at(claimed, interval) + timedelta(seconds=interval)
         free = 0
         try:
             async with asyncio.timeout((next_slot - now).total_seconds() + HELP_AFTER_SECONDS):
@@ -337,13 +349,14 @@ class _Pass:
         finally:
             for _ in range(free):
                 self._permits.release()
-        return False
+        waited = self._view.now + timedelta(seconds=self._loop.time() - self._began)
+        return waited >= next_slot and self._may_begin(self._begin_until)
 
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
         tally = self._tally
         try:
-            answer = await billing.check(claim.billing_checkout_id)
-            tally.answers += 1
+            answer = await self._ask(billing, claim)
+            tally.last_answer_at = self._loop.time()
             took = timedelta(seconds=self._loop.time() - requested)
             decision = decide(
                 claim,
@@ -360,14 +373,21 @@ class _Pass:
                 self._tasks.create_task(self._start_workers(self._scaling))
             if isinstance(decision, Recheck):  # a status change is logged when it has been made
                 self._log.check(claim, answer)
-        except Exception as bug:  # noqa: BLE001 (raised after all other sessions are done)
-            tally.bugs.append(bug)
         finally:
             self._permits.release()
 
+    async def _ask(self, billing: Billing, claim: Claim) -> Answer:
+        """Ask billing; an unexpected error concerns this session only, and is its outcome."""
+        try:
+            return await billing.check(claim.billing_checkout_id)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other sessions go on)
+            logger.debug("Unexpected error in a check", exc_info=error)
+            return Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+
     async def _reconcile(self) -> bool:
-        """Reconcile the queue, a piece at a time; returns whether new sessions were adopted."""
-        reconciliation = self._store.reconciliation(self._view.tick, self._options.session_ids)
+        """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
+        ids = self._options.session_ids
+        reconciliation = self._store.reconciliation(self._view.tick, self._rules, ids)
         more, progress = True, Progress()
         while more:
             more, progress = await self._database.run(self._reconcile_piece, reconciliation)
@@ -375,11 +395,12 @@ class _Pass:
         tally, counts = self._tally, reconciliation.counts
         tally.counted = True
         tally.open = counts.open + progress.closed
+        tally.not_open = reconciliation.not_open
         tally.elsewhere[Skip.IN_FLIGHT] = max(0, counts.in_flight - progress.held)
         if self._options.reason is Reason.TICK:
             tally.elsewhere[Skip.NOT_DUE] = max(0, counts.not_due - progress.rechecks)
         self._log.start(self._view.now, tally.open)
-        return reconciliation.adopted > 0
+        return reconciliation.made_due > 0
 
     def _reconcile_piece(self, reconciliation: Reconciliation) -> tuple[bool, Progress]:
         # One step on the database's thread, so that the counts and the progress fit together.
@@ -411,9 +432,7 @@ class _Pass:
         """Why the other open sessions were not checked, if this pass has counted them."""
         tally = self._tally
         skipped = Counter[Skip]()
-        if self._options.session_ids is not None:
-            asked_for = len(set(self._options.session_ids))
-            skipped[Skip.NOT_OPEN] = max(0, asked_for - tally.open)
+        skipped[Skip.NOT_OPEN] = tally.not_open
         if not has_api_key:
             skipped[Skip.NO_API_KEY] = tally.open
         elif tally.counted:

@@ -1,24 +1,28 @@
 """Writes what a pass decides, in the background, and holds every claim until then."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from core.database.port import STATEMENT_ROWS
 from core.database.thread import DatabaseThread
-from core.domain.model import Claim, Decision, Outcome, Recorded
+from core.domain.model import Claim, Decision, Outcome, Recheck, Recorded, StatusChange
 from core.domain.summary import count_errors
 from core.errors import StoreError
 from core.log import PassLog
 from core.passes.pause import SharedPause
+from core.store.status_changes import CHANGES_AT_ONCE
 from core.store.store import Store
 
 # Decisions are collected for this long, or until they fill a statement, so that one statement
 # records many of them and claims wait for few. A killed pass loses that much, and those sessions
 # are then checked once more.
 WRITE_EVERY_SECONDS = 0.25
+# Status changes that are not made this long after the pass had to end are given back: a slow event
+# bus must not keep a Lambda from ending in time.
+FINISH_CHANGES_SECONDS = 2.0
 # A pass records this often that it is under way.
 PROGRESS_EVERY_SECONDS = 1.0
 
@@ -46,12 +50,13 @@ class Writer:
         self._database = database
         self._pause = pause
         self._log = log
-        self._decided: list[Decision] = []
+        self._rechecks: list[Recheck] = []
+        self._changes = deque[StatusChange]()
         self._unwanted: list[Claim] = []
         self._wake = asyncio.Event()
         self._closing = False
         # Changed on the database's thread only:
-        self._held: dict[str, Claim] = {}  # claimed, and neither recorded nor given back
+        self._held: dict[int, Claim] = {}  # claimed, and neither recorded nor given back
         self.outcomes = Counter[Outcome]()  # of all that has been recorded
         self.status_changes = 0
         self.unpublished = 0
@@ -66,7 +71,7 @@ class Writer:
 
         A pass may be stopped before it receives the result of that step.
         """
-        self._held |= {claim.session_id: claim for claim in claims}
+        self._held |= {claim.rowid: claim for claim in claims}
 
     def progress(self) -> Progress:
         """What this pass holds and has written; call it on the database's thread."""
@@ -74,12 +79,15 @@ class Writer:
         return Progress(len(self._held), closed, self.outcomes.total() - closed)
 
     def write(self, decision: Decision) -> None:
-        """Take a decision; it is written within WRITE_EVERY_SECONDS."""
-        self._decided.append(decision)
+        """Take a decision; rechecks are written within WRITE_EVERY_SECONDS, changes in turn."""
+        if isinstance(decision, Recheck):
+            self._rechecks.append(decision)
+        else:
+            self._changes.append(decision)
         if decision.answer.outcome is Outcome.RATE_LIMITED:
             self._pause.rate_limited()
             self._wake.set()
-        elif len(self._decided) >= STATEMENT_ROWS:
+        elif len(self._rechecks) + len(self._changes) >= STATEMENT_ROWS:
             self._wake.set()
 
     def give_back(self, claims: Iterable[Claim]) -> None:
@@ -88,17 +96,17 @@ class Writer:
         self._wake.set()
 
     @asynccontextmanager
-    async def running(self, pass_id: int, began: float) -> AsyncIterator[None]:
+    async def running(self, pass_id: int, began: float, ends: float) -> AsyncIterator[None]:
         """Write until the block ends, and keep the pass's row of the history up to date.
 
-        `began` is when the pass did, by the event loop's clock.
+        `began` is when the pass did, `ends` when it has to end, by the event loop's clock.
 
         Raises:
             StoreError: the database cannot be used.
         """
         try:
             async with asyncio.TaskGroup() as background:
-                writing = background.create_task(self._write_until_closed(pass_id, began))
+                writing = background.create_task(self._write_until_closed(pass_id, began, ends))
                 try:
                     yield
                 finally:
@@ -111,10 +119,12 @@ class Writer:
                 raise
             raise _first(store_errors) from None
 
-    async def _write_until_closed(self, pass_id: int, began: float) -> None:
+    async def _write_until_closed(self, pass_id: int, began: float, ends: float) -> None:
         loop = asyncio.get_running_loop()
         progress_at = loop.time()
-        while not self._closing:
+        while not self._closing or self._changes:
+            if loop.time() > ends + FINISH_CHANGES_SECONDS:
+                break
             with suppress(TimeoutError):
                 async with asyncio.timeout(WRITE_EVERY_SECONDS):
                     await self._wake.wait()
@@ -133,24 +143,35 @@ class Writer:
         await self._database.run(self._give_back_rest)
 
     async def _write_collected(self) -> None:
-        decided, self._decided = self._decided, []
+        """Write all rechecks, and as many changes as one transaction takes.
+
+        A slow event bus delays the next changes, but neither rechecks nor claims nor the progress.
+        """
+        rechecks, self._rechecks = self._rechecks, []
+        count = min(len(self._changes), CHANGES_AT_ONCE)
+        changes = [self._changes.popleft() for _ in range(count)]
         unwanted, self._unwanted = self._unwanted, []
-        recorded = await self._database.run(self._record, decided, unwanted)
+        recorded = await self._database.run(self._record, rechecks, changes, unwanted)
+        if self._changes:
+            self._wake.set()
         self._log.status_changes(recorded.changed)
         self._log.refusals(recorded.refusals)
 
-    def _record(self, decided: list[Decision], unwanted: list[Claim]) -> Recorded:
+    def _record(
+        self, rechecks: list[Recheck], changes: list[StatusChange], unwanted: list[Claim]
+    ) -> Recorded:
+        decided: list[Decision] = [*rechecks, *changes]
         now = self._pause.agree(decision.answer for decision in decided)
         if not decided and not unwanted:
             return Recorded()
-        recorded = self._store.record(decided, now)
+        recorded = self._store.record(rechecks, changes, now)
         self._store.queue.release(unwanted)
         self.outcomes += recorded.outcomes
         self.status_changes += len(recorded.changed)
         self.unpublished += recorded.unpublished
-        for claim in (*(decision.claim for decision in decided), *unwanted):
-            if self._held.get(claim.session_id) is claim:
-                del self._held[claim.session_id]
+        for claim in [*(decision.claim for decision in decided), *unwanted]:
+            if self._held.get(claim.rowid) is claim:
+                del self._held[claim.rowid]
         return recorded
 
     def _give_back_rest(self) -> None:

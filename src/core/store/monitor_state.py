@@ -26,9 +26,13 @@ from core.domain.model import OpenCounts, Pause
 # Pauses in a row double, if billing does not say how long: 1, 2, 4 … seconds.
 MAX_BLIND_PAUSE = timedelta(seconds=60)
 
+# Longer ahead, a pause came from a clock that was wrong: billing's Retry-After is cut to 300 s.
+MAX_PAUSE = timedelta(seconds=330)
+
 # A leader spends at most a tenth of its time on reconciling: it rests nine times as long as the
 # last reconciliation took.
 REST_FACTOR = 9
+MAX_REST = timedelta(minutes=10)
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 _COLUMNS = "paused_until, pauses, last_tick, counts, count_again_at"
@@ -38,10 +42,17 @@ _SELECT = "SELECT {columns} FROM checkout_session_pause WHERE id = 1"
 class StateRow(NamedTuple):
     """The row as it was when it was read."""
 
+    now: datetime  # by the database's clock
     pause: Pause
     last_tick: datetime | None
     last_counts: OpenCounts  # zeros before the first reconciliation
     reconcile_after: datetime | None
+
+    @property
+    def may_reconcile(self) -> bool:
+        """Whether the last reconciliation is long enough ago for the time that it took."""
+        after = self.reconcile_after
+        return after is None or not self.now < after <= self.now + MAX_REST
 
 
 class MonitorState:
@@ -52,18 +63,21 @@ class MonitorState:
 
     def read_or_create(self, connection: Connection, *expressions: str) -> tuple[StateRow, Row]:
         """The row, and the values of further expressions from the same statement."""
-        select = _SELECT.format(columns=", ".join((_COLUMNS, *expressions)))
+        columns = ", ".join((_COLUMNS, self._database.now_sql(), *expressions))
+        select = _SELECT.format(columns=columns)
         rows = connection.query(select)
         if not rows:  # a new table, or somebody emptied it
             connection.execute(
-                f"{self._database.insert_or_ignore} INTO checkout_session_pause"
-                " (id, paused_until, pauses) VALUES (1, %s, 0)",
+                "INSERT INTO checkout_session_pause (id, paused_until, pauses) VALUES (1, %s, 0)"
+                f" {self._database.skip_duplicates.format(key='id')}",
                 (_LONG_AGO,),
             )
             rows = connection.query(select)
-        [(until, pauses, last_tick, counts, reconcile_after, *values)] = rows
+        [(until, pauses, last_tick, counts, reconcile_after, now_value, *values)] = rows
+        now, pause = as_datetime(now_value), Pause(as_datetime(until), as_int(pauses))
         row = StateRow(
-            Pause(as_datetime(until), as_int(pauses)),
+            now,
+            pause if pause.until <= now + MAX_PAUSE else Pause(_LONG_AGO, pause.in_a_row),
             as_datetime_or_none(last_tick),
             _open_counts(counts),
             as_datetime_or_none(reconcile_after),
@@ -97,7 +111,7 @@ class MonitorState:
             connection.execute(
                 "UPDATE checkout_session_pause SET counts = %s, counted_at = %s,"
                 " count_again_at = %s WHERE id = 1",
-                (json.dumps(asdict(counts)), now, now + REST_FACTOR * took),
+                (json.dumps(asdict(counts)), now, now + min(REST_FACTOR * took, MAX_REST)),
             )
 
         self._database.run(keep)
@@ -133,8 +147,8 @@ class MonitorState:
         return self._database.transaction(change_locked)
 
     def _pause_and_now(self, connection: Connection) -> tuple[Pause, datetime]:
-        row, (now,) = self.read_or_create(connection, self._database.now_sql)
-        return row.pause, as_datetime(now)
+        row, _ = self.read_or_create(connection)
+        return row.pause, row.now
 
 
 def _extended(current: Pause, now: datetime, *, seconds: float | None) -> Pause:

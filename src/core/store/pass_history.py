@@ -6,9 +6,10 @@ The newest row is the monitor's heartbeat, and rows without an end show which pa
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from core.database.port import Connection, Database, Value, as_datetime, as_int, placeholders
+from core.database.port import Connection, Database, Row, Value, as_datetime, as_int, placeholders
 from core.domain.model import Outcome, Reason, Skip
 from core.domain.summary import Summary
 
@@ -39,9 +40,11 @@ class PassHistory:
         The id is made here, from the time: a statement that is sent again after a broken connection
         does not add a second row.
         """
-        nanoseconds = round(summary.started_at.timestamp() * 1000) * 1_000_000
+        nanoseconds = _id_at(summary.started_at)
         pass_id = nanoseconds + random.randrange(1_000_000)  # noqa: S311 (no secret)
-        pass_id = self._last_id = max(pass_id, self._last_id + 1)
+        if nanoseconds <= self._last_id < nanoseconds + 1_000_000:  # in the same ms
+            pass_id = max(pass_id, self._last_id + 1)
+        self._last_id = pass_id
         row: dict[str, Value] = {
             "id": pass_id,
             "reason": summary.reason.value,
@@ -52,8 +55,8 @@ class PassHistory:
 
         def insert(connection: Connection) -> None:
             connection.execute(
-                f"{self._database.insert_or_ignore} INTO checkout_session_run ({', '.join(row)})"
-                f" VALUES {placeholders(row)}",
+                f"INSERT INTO checkout_session_run ({', '.join(row)}) VALUES {placeholders(row)}"
+                f" {self._database.skip_duplicates.format(key='id')}",
                 tuple(row.values()),
             )
 
@@ -87,14 +90,15 @@ class PassHistory:
         """Count the ticks' passes that have begun, not ended, and are alive."""
 
         def count(connection: Connection) -> int:
-            alive_since = connection.now() - timedelta(seconds=ALIVE_SECONDS)
+            now, alive = connection.now(), timedelta(seconds=ALIVE_SECONDS)
             rows = connection.query(
                 "SELECT started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
+            # A pass that is active in the future is of a clock that was ahead.
             return sum(
-                as_datetime(started_at) + timedelta(milliseconds=as_int(so_far)) >= alive_since
+                abs(now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))) <= alive
                 for started_at, so_far in rows
             )
 
@@ -102,11 +106,16 @@ class PassHistory:
 
     def last_start(self) -> datetime | None:
         """When the newest pass began, or the monitor was installed; None before both."""
-        rows = self._database.run(
-            lambda connection: connection.query(
-                "SELECT started_at FROM checkout_session_run ORDER BY id DESC LIMIT 1"
+
+        def newest(connection: Connection) -> Sequence[Row]:
+            # Ids are made from the time. A later one is of a clock that was ahead.
+            return connection.query(
+                "SELECT started_at FROM checkout_session_run WHERE id < %s"
+                " ORDER BY id DESC LIMIT 1",
+                (_id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
             )
-        )
+
+        rows = self._database.run(newest)
         return as_datetime(rows[0][0]) if rows else None
 
     def _update(self, pass_id: int, row: dict[str, Value]) -> None:
@@ -119,6 +128,11 @@ class PassHistory:
             )
 
         self._database.run(update)
+
+
+def _id_at(time: datetime) -> int:
+    """The first id of a millisecond: its nanoseconds since 1970."""
+    return round(time.timestamp() * 1000) * 1_000_000
 
 
 def _columns(summary: Summary) -> dict[str, Value]:

@@ -22,12 +22,18 @@ from core.database.port import (
     Value,
     as_datetime,
     as_int,
+    as_text,
     number_list,
     placeholders,
 )
 from core.domain.model import Claim, Outcome, Recheck
 
-UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s)"
+# A claim that is valid for longer came from a clock that was ahead. The settings allow requests of
+# up to 30 s, and a lease lasts ten more.
+MAX_LEASE_SECONDS = 60
+# Parameters: now, and now plus MAX_LEASE.
+UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s OR claimed_until > %s)"
+MAX_LEASE = timedelta(seconds=MAX_LEASE_SECONDS)
 
 # A session counts as checked at least this long after its claim. A manual pass that begins in the
 # very millisecond of a check can then tell earlier checks from its own.
@@ -50,7 +56,8 @@ def oldest_due(database: Database) -> str:
     """
     return (
         f"(SELECT next_check_at FROM checkout_session_check {database.in_due_order}"
-        f" WHERE claimed_until IS NULL OR claimed_until <= {database.now_sql}"
+        f" WHERE claimed_until IS NULL OR claimed_until <= {database.now_sql()}"
+        f" OR claimed_until > {database.now_sql(plus_seconds=MAX_LEASE_SECONDS)}"
         " ORDER BY next_check_at LIMIT 1)"
     )
 
@@ -77,14 +84,16 @@ class Queue:
         session_ids: Sequence[str] | None = None,
     ) -> list[Claim]:
         """Claim up to `limit` open sessions that were not checked after `since`, due or not."""
-        condition = "(last_checked_at IS NULL OR last_checked_at <= %s)"
+        # A check that was recorded in the future is of a clock that was ahead.
+        condition = "(last_checked_at IS NULL OR last_checked_at <= %s OR last_checked_at > %s)"
         wanted: Sequence[str] = ()
         if session_ids is not None:
             wanted = [i for i in session_ids if self._database.comparable(i)]
             if not wanted:
                 return []
             condition += f" AND session_id IN {placeholders(wanted)}"
-        return self._claim(condition, (since, *wanted), now, lease, limit)
+        parameters: Sequence[Value] = (since, now + MAX_LEASE, *wanted)
+        return self._claim(condition, parameters, now, lease, limit)
 
     def record(self, rechecks: Iterable[Recheck], now: datetime) -> None:
         """Keep what the checks found, free the claims, and set when each session is due again.
@@ -153,18 +162,26 @@ class Queue:
         for some in batched(session_ids, STATEMENT_ROWS, strict=False):
             values = [value for session_id in some for value in (session_id, now, now)]
             connection.execute(
-                f"{self._database.insert_or_ignore} INTO checkout_session_check"
-                " (session_id, next_check_at, first_seen_at) VALUES "
-                + ", ".join(["(%s, %s, %s)"] * len(some)),
+                "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at)"
+                f" VALUES {', '.join(['(%s, %s, %s)'] * len(some))}"
+                f" {self._database.skip_duplicates.format(key='session_id')}",
                 values,
             )
 
-    def drop(self, connection: Connection, session_ids: Iterable[Value]) -> None:
+    def drop(self, connection: Connection, rowids: Iterable[int]) -> None:
         """Take sessions that are not open any more off the queue."""
-        for some in batched(session_ids, STATEMENT_ROWS, strict=False):
+        for some in batched(rowids, STATEMENT_ROWS, strict=False):
             connection.execute(
-                f"DELETE FROM checkout_session_check WHERE session_id IN {placeholders(some)}",
-                some,
+                f"DELETE FROM checkout_session_check WHERE rowid IN {number_list(some)}"
+            )
+
+    def make_due(self, connection: Connection, rowids: Iterable[int], now: datetime) -> None:
+        """Make sessions due at once, unless they are being checked."""
+        for some in batched(rowids, STATEMENT_ROWS, strict=False):
+            connection.execute(
+                f"UPDATE checkout_session_check {self._database.by_rowid} SET next_check_at = %s"
+                f" WHERE {UNCLAIMED} AND rowid IN {number_list(some)}",
+                (now, now, now + MAX_LEASE),
             )
 
     def _claim(
@@ -175,11 +192,14 @@ class Queue:
         lease: timedelta,
         limit: int,
     ) -> list[Claim]:
+        until = _in_milliseconds(now + lease)
+
         def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
-            rows = self._lock_rows(transaction, condition, (*parameters, now), limit)
-            claims = [_claim_on(row, now, now + lease) for row in rows if _is_open(row)]
-            self._mark_claimed(transaction, claims, now + lease)
-            self.drop(transaction, (row[_SESSION_ID] for row in rows if not _is_open(row)))
+            unclaimed = (now, now + MAX_LEASE)
+            rows = self._lock_rows(transaction, condition, (*parameters, *unclaimed), limit)
+            claims = [_claim_on(row, now, until) for row in rows if _is_open(row)]
+            self._mark_claimed(transaction, claims, until)
+            self.drop(transaction, (as_int(row[_ROWID]) for row in rows if not _is_open(row)))
             return len(rows), claims
 
         found, claims = limit, list[Claim]()
@@ -202,7 +222,7 @@ class Queue:
         return transaction.query(
             "SELECT c.rowid, c.session_id, c.first_seen_at, c.consecutive_failures,"
             " (SELECT CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END"
-            " FROM checkout_session s WHERE s.id = c.session_id)"
+            " FROM checkout_session s WHERE s.id = c.session_id LIMIT 1)"
             f" FROM checkout_session_check c {self._database.in_due_order}"
             f" WHERE {condition} AND {UNCLAIMED}"
             f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
@@ -231,7 +251,12 @@ class Queue:
 
 
 # Columns of the rows that a claim locks.
-_SESSION_ID, _CHECKOUT_ID = 1, 4
+_ROWID, _CHECKOUT_ID = 0, 4
+
+
+def _in_milliseconds(time: datetime) -> datetime:
+    """The time as the database keeps it, rounded up: it identifies the claim."""
+    return time + timedelta(microseconds=-time.microsecond % 1000)
 
 
 def _is_open(row: Row) -> bool:
@@ -242,8 +267,8 @@ def _claim_on(row: Row, claimed_at: datetime, claimed_until: datetime) -> Claim:
     rowid, session_id, first_seen_at, consecutive_failures, checkout_id = row
     return Claim(
         rowid=as_int(rowid),
-        session_id=str(session_id),
-        billing_checkout_id=str(checkout_id) or None,
+        session_id=as_text(session_id),
+        billing_checkout_id=as_text(checkout_id) or None,
         first_seen_at=as_datetime(first_seen_at),
         consecutive_failures=as_int(consecutive_failures),
         claimed_at=claimed_at,

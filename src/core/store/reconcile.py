@@ -1,4 +1,7 @@
-"""The leader's walk over the open sessions: adopt the new ones, drop the closed, count all.
+"""The leader's walk over the open sessions: adopt new ones, drop closed ones, count all.
+
+It also makes sessions due that are due later than the settings allow: a database's clock was ahead,
+or the cadence or the interval was made shorter.
 
 It goes through the shop's open sessions in the order of their ids, a piece at a time. So it takes
 the same memory for ten sessions as for a million, and holds up a claim or a record as briefly.
@@ -6,12 +9,13 @@ the same memory for ten sessions as for a million, and holds up a claim or a rec
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from core.database.port import Connection, Database, Value, as_int, placeholders
+from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
-from core.store.queue import Queue
+from core.store.queue import MAX_LEASE, UNCLAIMED, Queue
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
@@ -28,19 +32,23 @@ class Reconciliation:
         database: Database,
         queue: Queue,
         tick: datetime,
+        rules: CheckRules,
         session_ids: Sequence[str] | None = None,
     ) -> None:
         self._database = database
         self._queue = queue
         self._tick = tick
+        self._rules = rules
         self._only = None
+        self.not_open = 0  # of those asked for by id
         if session_ids is not None:
             self._only = [i for i in session_ids if database.comparable(i)]
+            self.not_open = len(set(session_ids)) - len(set(self._only))
         self._after: Value = None  # the last id of the previous piece
         self._counts: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._ages: Counter[str] = Counter()
-        self.adopted = 0
+        self.made_due = 0  # new sessions, and those that were due too late
         self.took = timedelta(0)  # of the database's time
 
     @property
@@ -71,6 +79,7 @@ class Reconciliation:
         now = connection.now()
         if self._only is not None:
             if self._only:
+                self.not_open += self._count_not_open(connection, self._only)
                 self._count_and_adopt(connection, now, None)
             return False
         last_id = self._last_id_of_piece(connection)
@@ -79,6 +88,17 @@ class Reconciliation:
             self._drop_closed(connection, last_id)
         self._after = last_id
         return last_id is not None
+
+    def _count_not_open(self, connection: Connection, session_ids: Iterable[str]) -> int:
+        """How many of the ids have no open session; several spellings may be one session's."""
+        unique = list(set(session_ids))
+        ids = " UNION ALL SELECT ".join(["%s AS id"] * len(unique))
+        [(not_open,)] = connection.query(
+            f"SELECT COUNT(*) FROM (SELECT {ids}) AS asked WHERE NOT EXISTS (SELECT 1"
+            " FROM checkout_session s WHERE s.id = asked.id AND s.status = 'open')",
+            unique,
+        )
+        return as_int(not_open)
 
     def _last_id_of_piece(self, connection: Connection) -> Value:
         """None: the piece has no upper bound, because it is the last one."""
@@ -94,21 +114,24 @@ class Reconciliation:
         """Count the open sessions of the piece, adopt the new; returns how many are queued now."""
         condition, bounds = self._range("s.id", up_to)
         ages = " ".join(f"WHEN c.first_seen_at > %s THEN '{name}'" for name in list(AGES)[:-1])
+        claimed = (now, now + MAX_LEASE)
+        too_late, late_parameters = self._due_too_late(now)
         young = [now - timedelta(seconds=seconds) for seconds in list(AGES.values())[:-1]]
         rows = connection.query(
             "SELECT COALESCE(c.last_outcome, ''),"
             f" CASE WHEN c.session_id IS NULL THEN '' {ages} ELSE '{list(AGES)[-1]}' END AS age,"
             " COUNT(*),"
-            " SUM(CASE WHEN c.claimed_until > %s THEN 1 ELSE 0 END),"
-            " SUM(CASE WHEN (c.claimed_until IS NULL OR c.claimed_until <= %s)"
-            " AND c.next_check_at > %s THEN 1 ELSE 0 END)"
+            " SUM(CASE WHEN c.claimed_until > %s AND c.claimed_until <= %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {too_late} THEN 1 ELSE 0 END)"
             " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
-            (*young, now, now, max(now, self._tick), *bounds),
+            (*young, *claimed, *claimed, max(now, self._tick), *late_parameters, *bounds),
         )
-        new = queued = 0
+        new = queued = late = 0
         for outcome, age, *numbers in rows:
-            sessions, in_flight, not_due = map(as_int, numbers)
+            sessions, in_flight, not_due, due_too_late = map(as_int, numbers)
+            late += due_too_late
             if age == "":
                 new = sessions
             else:
@@ -116,7 +139,31 @@ class Reconciliation:
             self._counts += Counter(open=sessions, in_flight=in_flight, not_due=not_due)
             self._outcomes[str(outcome)] += sessions
             self._ages[str(age) or next(iter(AGES))] += sessions
+        if late:
+            self._make_due(connection, now, up_to)
         return queued + self._adopt_new(connection, now, up_to) if new else queued
+
+    def _due_too_late(self, now: datetime) -> tuple[str, Sequence[Value]]:
+        """The condition for sessions that are due later than the settings allow at their age."""
+        steps, parameters = [], list[Value]()
+        for wait in self._rules.longest_waits():
+            step = "c.next_check_at > %s AND (c.consecutive_failures = 0 OR c.next_check_at > %s)"
+            parameters += [now + wait.healthy, now + wait.failing]
+            if wait.max_age is not None:
+                step += " AND c.first_seen_at > %s"
+                parameters.append(now - wait.max_age)
+            steps.append(f"({step})")
+        return f"({' OR '.join(steps)})", parameters
+
+    def _make_due(self, connection: Connection, now: datetime, up_to: Value) -> None:
+        condition, bounds = self._range("c.session_id", up_to)
+        too_late, parameters = self._due_too_late(now)
+        rows = connection.query(
+            f"SELECT c.rowid FROM checkout_session_check c WHERE {too_late}{condition}",
+            (*parameters, *bounds),
+        )
+        self._queue.make_due(connection, (as_int(rowid) for (rowid,) in rows), now)
+        self.made_due += len(rows)
 
     def _adopt_new(self, connection: Connection, now: datetime, up_to: Value) -> int:
         """Queue the open sessions of the piece that are not in the queue; returns how many."""
@@ -129,7 +176,7 @@ class Reconciliation:
             bounds,
         )
         self._queue.adopt(connection, (session_id for (session_id,) in ids), now)
-        self.adopted += len(ids)
+        self.made_due += len(ids)
         return len(ids)
 
     def _rows_in_queue(self, connection: Connection, up_to: Value) -> int:
@@ -144,12 +191,12 @@ class Reconciliation:
     def _drop_closed(self, connection: Connection, up_to: Value) -> None:
         condition, bounds = self._range("c.session_id", up_to)
         closed = connection.query(
-            f"SELECT c.session_id FROM checkout_session_check c {self._database.by_session}"
+            f"SELECT c.rowid FROM checkout_session_check c {self._database.by_session}"
             " LEFT JOIN checkout_session s ON s.id = c.session_id AND s.status = 'open'"
             f" WHERE s.id IS NULL{condition}",
             bounds,
         )
-        self._queue.drop(connection, (session_id for (session_id,) in closed))
+        self._queue.drop(connection, (as_int(rowid) for (rowid,) in closed))
 
     def _range(self, column: str, up_to: Value = None) -> tuple[str, Sequence[Value]]:
         """The condition that selects this piece's ids, and its parameters."""

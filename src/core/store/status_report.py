@@ -23,6 +23,7 @@ from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.verdict import Facts, judge
 from core.settings import Settings
+from core.store.monitor_state import MAX_PAUSE
 from core.store.pass_history import ALIVE_SECONDS
 from core.store.queue import oldest_due
 
@@ -85,7 +86,7 @@ class _StatusReport:
             open=counts["open"] if counts else None,
             outcomes=counts["outcomes"] if counts else {},
             overdue_seconds=self._overdue_seconds(now),
-            paused_until=paused_until if paused_until and paused_until > now else None,
+            paused_until=_in_force(paused_until, now),
             has_api_key=has_api_key,
             expected_ticks=slots,
             missed_ticks=len(missed),
@@ -354,6 +355,11 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
     }
+
+
+def _in_force(paused_until: datetime | None, now: datetime) -> datetime | None:
+    """The end of the pause; None if it is over, or so far ahead that a clock was wrong."""
+    return paused_until if paused_until and now < paused_until <= now + MAX_PAUSE else None
 
 
 def _iso(at: datetime | None) -> str | None:

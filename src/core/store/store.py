@@ -9,29 +9,29 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from core.database.port import Connection, Database, as_datetime, as_datetime_or_none
+from core.database.port import Connection, Database, as_datetime_or_none
 from core.domain.cadence import slot_at
-from core.domain.model import Decision, OpenCounts, Pause, Recheck, Recorded, StatusChange
+from core.domain.decision import CheckRules
+from core.domain.model import OpenCounts, Pause, Recheck, Recorded, StatusChange
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.pass_history import PassHistory
 from core.store.queue import Queue, oldest_due
 from core.store.reconcile import Reconciliation
 from core.store.status_changes import Publisher, StatusChanges
 
-NO_STATUS_INDEX = (
-    "checkout_session has no index on status, so every pass reads the whole table. Run: "
-    "CREATE INDEX checkout_session_status ON checkout_session (status);"
-)
-
 
 class View(NamedTuple):
     """What a pass finds when it begins."""
 
-    now: datetime  # by the database's clock
     tick: datetime
     interval: timedelta
     state: StateRow
     oldest_due: datetime | None  # of the sessions that nobody is checking; None: there is none
+
+    @property
+    def now(self) -> datetime:
+        """By the database's clock."""
+        return self.state.now
 
     @property
     def pause(self) -> Pause:
@@ -45,12 +45,6 @@ class View(NamedTuple):
     @property
     def last_counts(self) -> OpenCounts:
         return self.state.last_counts
-
-    @property
-    def may_reconcile(self) -> bool:
-        """Whether the last reconciliation is long enough ago for the time that it took."""
-        after = self.state.reconcile_after
-        return after is None or after <= self.now
 
     @property
     def has_due(self) -> bool:
@@ -83,14 +77,17 @@ class Store:
         self.status_changes = StatusChanges(database, self.queue, publisher)
         self.state = MonitorState(database)
         self.history = PassHistory(database)
+        self._warned: set[str] = set()
 
     def prepare(self) -> list[str]:
         """Make the monitor's tables if need be; returns warnings for the operator."""
         if self._database.prepared:
             return []
-        indexed = self._database.prepare()
+        warnings = self._database.prepare()
         self.history.prepare()
-        return [] if indexed else [NO_STATUS_INDEX]
+        new = [warning for warning in warnings if warning not in self._warned]
+        self._warned.update(new)
+        return new
 
     def now(self) -> datetime:
         return self._database.run(lambda connection: connection.now())
@@ -106,13 +103,10 @@ class Store:
         interval = timedelta(seconds=interval_seconds)
 
         def read(connection: Connection) -> View:
-            state, (now_value, due) = self.state.read_or_create(
-                connection, self._database.now_sql, oldest_due(self._database)
-            )
-            now = as_datetime(now_value)
-            plausible = tick is not None and abs(now - tick) <= interval
-            slot = tick if tick is not None and plausible else slot_at(now, interval_seconds)
-            return View(now, slot, interval, state, as_datetime_or_none(due))
+            state, (due,) = self.state.read_or_create(connection, oldest_due(self._database))
+            plausible = tick is not None and abs(state.now - tick) <= interval
+            slot = tick if tick is not None and plausible else slot_at(state.now, interval_seconds)
+            return View(slot, interval, state, as_datetime_or_none(due))
 
         return self._database.run(read)
 
@@ -123,9 +117,9 @@ class Store:
         return self.state.take_lead(view.tick, not_after=view.last_plausible_tick)
 
     def reconciliation(
-        self, tick: datetime, session_ids: Sequence[str] | None = None
+        self, tick: datetime, rules: CheckRules, session_ids: Sequence[str] | None = None
     ) -> Reconciliation:
-        return Reconciliation(self._database, self.queue, tick, session_ids)
+        return Reconciliation(self._database, self.queue, tick, rules, session_ids)
 
     def finish(self, reconciliation: Reconciliation) -> None:
         """Keep the counts of a complete reconciliation, and delete rows that are over a day old."""
@@ -134,12 +128,12 @@ class Store:
             self.history.forget_old()
             self.status_changes.forget_old()
 
-    def record(self, decisions: Sequence[Decision], now: datetime) -> Recorded:
-        """Write what was decided: rechecks and status changes."""
-        rechecks = [decision for decision in decisions if isinstance(decision, Recheck)]
+    def record(
+        self, rechecks: Sequence[Recheck], changes: Sequence[StatusChange], now: datetime
+    ) -> Recorded:
+        """Write what was decided: rechecks, and up to CHANGES_AT_ONCE status changes."""
         self.queue.record(rechecks, now)
         outcomes = Counter(recheck.answer.outcome for recheck in rechecks)
-        changes = [decision for decision in decisions if isinstance(decision, StatusChange)]
         return Recorded(outcomes=outcomes) + self.status_changes.make(changes)
 
     def close(self) -> None:
