@@ -53,8 +53,8 @@ simulate: .venv/ready ## A million open sessions on a virtual clock: how late, h
 soak: .venv/ready ## Ten minutes of faults drawn at random, with a report, e.g. ARGS="--minutes 3"
 	@exec python -m tests.chaos.soak $(ARGS)
 
-mutants: .venv/ready ## Break each guard of the core by hand, one at a time: does the suite notice?
-	@exec python -m tests.chaos.mutants $(ARGS)
+mutants: .venv/mutation ## Break each guard of the core, one at a time: does a test notice? e.g. ARGS="store/queue --jobs 2"
+	@exec python -m tests.mutation $(ARGS)
 
 check: .venv/ready ## Lint, format, types, template, workflow, scripts
 	ruff check
@@ -75,9 +75,9 @@ requirements: .venv/ready ## Write src/requirements.txt, what goes into the Lamb
 	$(UV) sync --frozen --quiet
 	@touch $@
 
-# SAM, beside the rest; it takes what `uv sync` of another target removes.
-.venv/e2e: .venv/ready
-	$(UV) sync --frozen --quiet --group e2e
+# SAM, and the mutation tester, beside the rest; `--inexact` keeps what the other one has installed.
+.venv/e2e .venv/mutation: .venv/ready
+	$(UV) sync --frozen --quiet --inexact --group $(@F)
 	@touch $@
 
 .emulator/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
