@@ -22,10 +22,11 @@ _CUTS = (
     (re.compile(r" SKIP LOCKED"), ""),
     (re.compile(r" (?:OR )?IGNORE"), ""),
     (re.compile(r"SET SESSION .+"), "DO 0"),
-    (re.compile(r"\{\w+(?:\.\w+)+\}"), ""),  # what an engine adds: a lock, an index hint
     (re.compile(r"\{\w+\} AND "), ""),  # a condition that has a name
     (re.compile(r" AND \{\w+\}"), ""),
 )
+# At a statement's end, what an engine adds is a lock; within, a hint, which is about speed alone.
+_LOCK = re.compile(r" \{\w+(?:\.\w+)+\}$")
 
 
 def rewrites(before: str, text: str, after: str = "") -> Iterator[str]:
@@ -50,7 +51,7 @@ def rewrites(before: str, text: str, after: str = "") -> Iterator[str]:
             name = found[1]
             kept = f"CASE WHEN %s IS NULL THEN {name} ELSE {name} END"
             yield _replaced(text, found, f"{name} = {kept if '%s' in found[0] else name}")
-    for pattern, instead in _CUTS:
+    for pattern, instead in (*_CUTS, (_LOCK, "")) if not after else _CUTS:
         for found in pattern.finditer(text):
             yield _replaced(text, found, instead)
 

@@ -36,11 +36,11 @@ from tests.mutation.sql import rewrites
             },
         ),
         (
-            "SELECT 1 FROM t ORDER BY id DESC LIMIT {limit:d} {database.lock_rows}",
+            "SELECT 1 FROM t {database.hint} ORDER BY id DESC LIMIT {limit:d} {database.lock_rows}",
             {
-                "SELECT 1 FROM t LIMIT {limit:d} {database.lock_rows}",
-                "SELECT 1 FROM t ORDER BY id DESC {database.lock_rows}",
-                "SELECT 1 FROM t ORDER BY id DESC LIMIT {limit:d} ",
+                "SELECT 1 FROM t {database.hint} LIMIT {limit:d} {database.lock_rows}",
+                "SELECT 1 FROM t {database.hint} ORDER BY id DESC {database.lock_rows}",
+                "SELECT 1 FROM t {database.hint} ORDER BY id DESC LIMIT {limit:d}",
             },
         ),
         ("FOR UPDATE SKIP LOCKED", {"", "FOR UPDATE"}),
