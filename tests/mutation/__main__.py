@@ -1,8 +1,8 @@
-"""`make mutants`: break one guard at a time in a copy of the tree; the suite has to notice each.
+"""`make mutants`: break one guard at a time in a copy of the tree; a test has to notice each.
 
-Cosmic Ray breaks them; `tests.mutation.operators` has those of its operators that are used, and
-more for SQL. A line that ends in `# pragma: no mutate (reason)` is left alone: there, breaking it
-changes nothing. Not part of CI: all modules take hours.
+Cosmic Ray makes the mutants and runs the tests; `tests.mutation.operators` says how it breaks code.
+Where a mutant changes nothing, end its line in `# pragma: no mutate (reason)`: the line is left
+alone. Not part of CI, because all modules take hours.
 """
 
 import argparse
@@ -38,7 +38,7 @@ GUARDED = {
     "billing/[!_]*.py": "tests/billing tests/passes",
     "database/[!_]*.py": "tests/database tests/store",
 }
-# Where the rooms of tests do not exist yet.
+# While the tests have no rooms: files in tests/core.
 TODAY = {
     "domain": "cadence paper_month interleavings status_changes monitor",
     "store": "store changes status_changes leader pause overview interleavings monitor outage",
@@ -51,17 +51,17 @@ PRAGMA = re.compile(r"# pragma: no mutate \(.+\)")
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", ".uv", "node_modules", "__pycache__", ".*_cache", ".hypothesis"
 )
-# Without the installed plug-ins that these tests do not use: to load them takes as long as the rest
-# of a short run. A test that hangs ends it, even when this program is gone.
+# Loading the plug-ins that these tests do not use takes half of a short run. A test that hangs ends
+# the run, even when this program is gone.
 PYTEST = (
     "-m pytest -q -x -p no:cacheprovider -p anyio"
     " -o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true"
 )
-SLACK_SECONDS = 60  # beside several times what the tests take where nothing is broken
+SLACK_SECONDS = 60  # more than four times what the tests take on unbroken code
 
 
 def modules(wanted: str) -> dict[Path, str]:
-    """The guarded modules whose path holds `wanted`, and the tests of each."""
+    """The guarded modules whose path contains `wanted`, and the tests of each."""
     return {
         module.relative_to(ROOT): " ".join(t for t in tests.split() if (ROOT / t).exists())
         or " ".join(f"tests/core/test_{name}.py" for name in TODAY[module.parent.name].split())
@@ -72,7 +72,7 @@ def modules(wanted: str) -> dict[Path, str]:
 
 
 def mutants(module: Path) -> Iterator[MutationSpec]:
-    """Every way to break the module that is valid Python and no other one's twin."""
+    """Every mutant of the module that is valid Python, each once."""
     source = (ROOT / module).read_text(encoding="utf-8")
     lines, seen = source.splitlines(), {source}
     nodes = list(ast_nodes(get_ast(source)))
@@ -95,7 +95,7 @@ def _compiles(code: str) -> bool:
 
 
 def enter_copy(tree: Path, parent: Path) -> None:
-    """Work in a copy of one's own from here on; the tests that are started do, too."""
+    """Change to a new copy of the tree, for this process and the tests that it starts."""
     copy = Path(tempfile.mkdtemp(dir=parent)) / "tree"
     shutil.copytree(tree, copy, ignore=NOT_COPIED if tree == ROOT else None)
     os.chdir(copy)
@@ -117,7 +117,9 @@ def survives(mutant: MutationSpec, tests: str, timeout: float) -> tuple[Mutation
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.split("\n")[0])
-    parser.add_argument("module", nargs="?", default="", help="those whose path holds this")
+    parser.add_argument(
+        "module", nargs="?", default="", help="only modules whose path contains this"
+    )
     parser.add_argument("--list", action="store_true", help="count the mutants, run none")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     options = parser.parse_args()
@@ -139,7 +141,7 @@ def main() -> int:
         for tests in takes:
             start = time.monotonic()
             if subprocess.run(command(tests), check=False).returncode:
-                print("These tests have to pass before anything is broken.")
+                print("These tests fail on unbroken code.")
                 return 2
             takes[tests] = time.monotonic() - start
         pool = stack.enter_context(

@@ -1,7 +1,7 @@
-"""What can be left out of a piece of SQL: one condition, one order, one lock at a time.
+"""Leaves one guard out of a piece of SQL: a condition, an assignment, an order, a limit, a lock.
 
-It looks at the text of one string literal, and needs no parser: a rewrite that is not valid SQL
-fails every test, so it costs a second and nothing else.
+It reads the text of one string literal and needs no parser. A rewrite that is not valid SQL fails
+the first test that runs it, so it only costs a few seconds.
 """
 
 import re
@@ -25,14 +25,14 @@ _CUTS = (
     (re.compile(r"\{\w+\} AND "), ""),  # a condition that has a name
     (re.compile(r" AND \{\w+\}"), ""),
 )
-# At a statement's end, what an engine adds is a lock; within, a hint, which is about speed alone.
+# What an engine adds at a statement's end is a lock. Elsewhere it is an index hint: speed only.
 _LOCK = re.compile(r" \{\w+(?:\.\w+)+\}$")
 
 
 def rewrites(before: str, text: str, after: str = "") -> Iterator[str]:
     """The text without one of its guards; `before` and `after` are the literals beside it.
 
-    A statement keeps its parameters: a condition on one becomes true whatever it is.
+    The statement keeps its parameters: a condition on one becomes true for every value.
     """
     if not _SQL.search(before + text + after):
         return
@@ -43,7 +43,7 @@ def rewrites(before: str, text: str, after: str = "") -> Iterator[str]:
         is_parameter = "%s" in found[0]
         yield _replaced(text, found, "%s IS NOT NULL" if is_parameter else "TRUE")
         beside = (before + text[: found.start()])[-3:] + (text[found.end() :] + after)[:4]
-        if "OR " in beside:  # one of two ways to pass; without it, the other one is left
+        if "OR " in beside:  # an alternative: leave only the other one
             yield _replaced(text, found, "%s IS NULL" if is_parameter else "FALSE")
     for found in _ASSIGNMENT.finditer(text):
         clauses = _CLAUSE.findall(before + text[: found.start()])
