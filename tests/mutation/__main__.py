@@ -147,6 +147,7 @@ def main() -> int:
         pool = stack.enter_context(
             ProcessPoolExecutor(options.jobs, initializer=enter_copy, initargs=(Path.cwd(), parent))
         )
+        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C, wait only for a few
         runs = [
             pool.submit(survives, mutant, tests, 4 * takes[tests] + SLACK_SECONDS)
             for module, tests in chosen.items()
