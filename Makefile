@@ -57,8 +57,8 @@ simulate: .venv/ready ## Simulate a million open sessions on a virtual clock: ho
 soak: .venv/ready ## Inject random faults for ten minutes and print a report, e.g. ARGS="--minutes 3"
 	@exec python -m tests.chaos.soak $(ARGS)
 
-mutants: .venv/ready ## Break each guard of the core, one at a time, and see whether a test fails
-	@exec python -m tests.chaos.mutants $(ARGS)
+mutants: .venv/mutation ## Break each guard of the core, one at a time: does a test notice? e.g. ARGS="store/queue --jobs 2"
+	@exec python -m tests.mutation $(ARGS)
 
 # Without checkov. Of its twelve findings here one is wrong (the queue is encrypted, with SQS's own key);
 # the others ask for KMS keys for data that is not secret, a second dead-letter queue, and a cache for health.
@@ -82,9 +82,9 @@ requirements: .venv/ready ## Write src/requirements.txt, the Lambda package's de
 	$(UV) sync --frozen --quiet
 	@touch $@
 
-# Adds SAM; the plain `uv sync` of .venv/ready removes it again.
-.venv/e2e: .venv/ready
-	$(UV) sync --frozen --quiet --group e2e
+# SAM, and the mutation tester, beside the rest; `--inexact` keeps what the other one has installed.
+.venv/e2e .venv/mutation: .venv/ready
+	$(UV) sync --frozen --quiet --inexact --group $(@F)
 	@touch $@
 
 .emulator/ready: pyproject.toml uv.lock $(if $(filter .uv/%,$(UV)),.uv/bin/uv)
