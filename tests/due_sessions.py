@@ -4,7 +4,7 @@ from core.domain.model import Answer, Outcome
 from core.store.store import Store
 from testkit.clock import FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import reconcile, database_of
+from tests.support import database_of, reconcile
 
 
 def add_due_sessions(shop: Shop, clock: FakeClock, count: int) -> None:

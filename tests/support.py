@@ -10,7 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.database.port import Database
+import pytest
+
+from core.database.mysql import MySQLConnection
+from core.database.port import Database, Value
+from core.database.sqlite import SQLiteConnection
 from core.domain.model import Answer, OpenCounts, Outcome, Reason
 from core.domain.summary import Summary
 from core.passes.check_pass import (
@@ -21,7 +25,7 @@ from core.passes.check_pass import (
 from core.store.store import Store
 from core.worker import open_database
 from testkit.clock import FakeClock
-from testkit.shops import Shop, settings_for
+from testkit.shops import Shop, SQLiteShop, settings_for
 
 if TYPE_CHECKING:
     from core.passes.scaling import StartWorker
@@ -133,3 +137,22 @@ class Passes:
                 yield store, thread
             finally:
                 thread.submit(store.close).result()
+
+
+def note_statements(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The statements that connections to this shop's engine execute from now on."""
+    statements: list[str] = []
+    connection = SQLiteConnection if isinstance(shop, SQLiteShop) else MySQLConnection
+    for method in ("query", "execute"):
+
+        def note(
+            self: Any,  # noqa: ANN401 (of either engine)
+            sql: str,
+            parameters: Sequence[Value] = (),
+            run: Callable[..., Any] = getattr(connection, method),
+        ) -> Any:  # noqa: ANN401 (what the method returns)
+            statements.append(sql)
+            return run(self, sql, parameters)
+
+        monkeypatch.setattr(connection, method, note)
+    return statements

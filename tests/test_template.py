@@ -24,7 +24,7 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 from core.metrics import METRICS, NAMESPACE
 from core.settings import Settings
 from core.worker import FINISH_SECONDS
-from handlers import api
+from handlers import routes
 
 ROOT = Path(__file__).parents[1]
 EVENTS = ROOT / "events"
@@ -496,12 +496,12 @@ class TestApi:
         assert validator["validateRequestBody"] is True
         assert trigger["requestBody"]["required"] is False
         assert (model["additionalProperties"], "required" in model) == (False, False)
-        assert (ids["minItems"], ids["maxItems"]) == (1, api.MAX_IDS)
-        assert ids["items"] == {"type": "string", "minLength": 1, "maxLength": api.MAX_ID_LENGTH}
+        assert (ids["minItems"], ids["maxItems"]) == (1, routes.MAX_IDS)
+        assert ids["items"] == {"type": "string", "minLength": 1, "maxLength": routes.MAX_ID_LENGTH}
         assert refusal["statusCode"] == "400"
         assert json.loads(refusal["responseTemplates"]["application/json"]) == {
             "success": False,
-            "message": f"{api.BODY_FORM}.",
+            "message": f"{routes.BODY_FORM}.",
         }
 
     def test_access_logs_are_json_without_the_key(self, resources: dict[str, Resource]) -> None:

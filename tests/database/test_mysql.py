@@ -8,10 +8,11 @@ import pytest
 
 from core.database.address import MySQLAddress
 from core.database.mysql import ATTEMPTS, MySQLDatabase
+from core.database.port import Transaction
 from core.errors import StoreError
 from core.store.store import Store
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
-from tests.support import reconcile, database_of
+from tests.support import database_of, reconcile
 
 
 def address_of(shop: Shop) -> MySQLAddress:
@@ -88,7 +89,7 @@ def test_a_deadlock_is_retried_a_bounded_number_of_times(
     database = MySQLDatabase(lambda *, refresh: address, sleep=slept.append)
     tried = 0
 
-    def work() -> str:
+    def work(_transaction: Transaction) -> str:
         nonlocal tried
         tried += 1
         if tried <= locked_times:
@@ -114,14 +115,14 @@ def test_both_sides_of_a_real_deadlock_finish_their_work(store: Store, mariadb_s
         database = database_of(mariadb_shop)
         crossed = False
 
-        def work() -> None:
+        def work(transaction: Transaction) -> None:
             nonlocal crossed
             sql = "UPDATE checkout_session_check SET attempts = attempts + 1 WHERE session_id = %s"
-            database.execute(sql, (first,))
+            transaction.execute(sql, (first,))
             if not crossed:
                 crossed = True
                 both_hold_one.wait(10)
-            database.execute(sql, (second,))
+            transaction.execute(sql, (second,))
 
         database.transaction(work)
         database.close()

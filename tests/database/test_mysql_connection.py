@@ -13,6 +13,7 @@ import trustme
 
 from core.database.address import MySQLAddress
 from core.database.mysql import ATTEMPTS, MySQLDatabase
+from core.database.port import Transaction
 from core.errors import StoreError
 from core.worker import Worker
 from local.mariadb import mariadb_server
@@ -58,8 +59,8 @@ def test_a_read_only_server_makes_a_write_reconnect(
 def test_after_a_failover_one_fresh_connection_is_tried(database: MySQLDatabase, code: int) -> None:
     ids: list[object] = []
 
-    def work() -> None:
-        ids.append(database.query("SELECT CONNECTION_ID()"))
+    def work(transaction: Transaction) -> None:
+        ids.append(transaction.query("SELECT CONNECTION_ID()"))
         raise pymysql.OperationalError(code, "as after a failover")
 
     kept = connection_id(database)
@@ -81,8 +82,8 @@ def test_a_connection_is_not_reused_after_an_error(database: MySQLDatabase) -> N
 def test_a_deadlock_is_retried_on_the_same_connection(database: MySQLDatabase) -> None:
     ids: list[object] = []
 
-    def work() -> None:
-        ids.append(database.query("SELECT CONNECTION_ID()"))
+    def work(transaction: Transaction) -> None:
+        ids.append(transaction.query("SELECT CONNECTION_ID()"))
         raise pymysql.OperationalError(1213, "Deadlock found")
 
     with pytest.raises(StoreError, match="Deadlock"):
@@ -95,7 +96,7 @@ def test_connections_are_read_committed_with_a_lock_wait_of_5_s(
     database: MySQLDatabase,
 ) -> None:
     isolation, wait = (
-        database.run(lambda name=name: database.query(f"SELECT @@SESSION.{name}"))  # type: ignore[misc]
+        database.run(lambda connection, n=name: connection.query(f"SELECT @@SESSION.{n}"))  # type: ignore[misc]
         for name in ("tx_isolation", "innodb_lock_wait_timeout")
     )
     assert (isolation, wait) == ((("READ-COMMITTED",),), ((5,),))

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from core.domain.decision import decide
-from core.domain.model import Answer, Claim, Outcome
+from core.domain.model import Answer, Claim, Outcome, Recheck
 from core.settings import Settings
 from testkit.clock import NOON
 
@@ -18,7 +18,8 @@ def test_a_slow_answer_is_next_due_in_the_slot_after_it() -> None:
             Answer(Outcome.ACTIVE, 200, took),
             answered_at=NOON + timedelta(seconds=took),
             tick=NOON,
-            settings=settings,
+            rules=settings.check_rules(),
             choose=lambda _low, high: high,
         )
+        assert isinstance(result, Recheck)
         assert result.next_check_at == NOON + timedelta(seconds=due)

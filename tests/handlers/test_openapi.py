@@ -10,14 +10,14 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core.store.status_report import read_status
 from core.worker import open_database
-from handlers import api, check
+from handlers import api, check, routes
 from local.loop import TEMPLATE
 from testkit.clock import FakeClock
 from testkit.history import SECOND, History
 from testkit.shops import Shop, add_sessions
 from tests.support import event
 
-DOCUMENT: dict[str, Any] = json.loads(api.OPENAPI.read_text(encoding="utf-8"))
+DOCUMENT: dict[str, Any] = json.loads(routes.OPENAPI.read_text(encoding="utf-8"))
 OPERATIONS = {
     (method.upper(), path): operation
     for path, methods in DOCUMENT["paths"].items()

@@ -13,7 +13,7 @@ from core.passes.check_pass import PassOptions
 from core.store.store import NO_STATUS_INDEX, Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, reconcile, database_of, until
+from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 
 async def test_every_open_session_is_checked_once_per_tick(

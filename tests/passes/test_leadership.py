@@ -2,12 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from core.database.port import Value
 from core.domain.model import Reason
 from core.domain.summary import Summary
 from core.passes import check_pass
@@ -17,7 +15,7 @@ from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered, settings_for
 from tests.due_sessions import add_due_sessions
-from tests.support import FakeBilling, Passes, database_of
+from tests.support import FakeBilling, Passes, database_of, note_statements
 
 
 async def test_a_manual_pass_leads_no_tick(passes: Passes) -> None:
@@ -30,19 +28,10 @@ async def test_a_duplicate_tick_costs_one_statement(
 ) -> None:
     add_sessions(shop, numbered(3))
     await Passes(shop, clock, billing).run()
-    database = database_of(shop, clock)
-    store = Store(database)
-    statements: list[str] = []
-    query = database.query
-
-    def note(sql: str, parameters: Sequence[Value] = ()) -> Sequence[tuple[Value, ...]]:
-        statements.append(sql)
-        return query(sql, parameters)
-
+    store = Store(database_of(shop, clock))
     with ThreadPoolExecutor(1) as thread:
         thread.submit(store.prepare).result()
-        monkeypatch.setattr(database, "query", note)
-        monkeypatch.setattr(database, "execute", note)
+        statements = note_statements(shop, monkeypatch)
         summary = await check_open_checkout_sessions(
             store,
             billing,
@@ -60,7 +49,7 @@ async def test_a_duplicate_tick_helps_with_sessions_that_are_still_due(
 ) -> None:
     add_due_sessions(sqlite_shop, clock, 3)
     store = Store(database_of(sqlite_shop, clock))
-    assert store.view(NOON, interval_seconds=5, may_lead=True).leads
+    assert store.take_lead(store.look(NOON, interval_seconds=5))
     store.close()
     summary = await Passes(sqlite_shop, clock, billing).run()
     assert (summary.led, summary.counted, summary.checked) == (False, False, 3)

@@ -15,7 +15,7 @@ from core.store.store import Store
 from handlers.routes import message
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, reconcile, database_of, until
+from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 WITHOUT_RETRY_AFTER = Answer(Outcome.RATE_LIMITED, 429, 0.01)
 

@@ -62,7 +62,7 @@ async def test_a_tick_that_one_worker_can_serve_starts_no_helper(
 async def test_a_helper_starts_no_helper(sqlite_shop: Shop, clock: FakeClock) -> None:
     add_due_sessions(sqlite_shop, clock, 510)
     leader = Store(database_of(sqlite_shop, clock))
-    assert leader.view(NOON, interval_seconds=5, may_lead=True).leads
+    assert leader.take_lead(leader.look(NOON, interval_seconds=5))
     leader.close()
     ticks, helper = await run_leader(
         sqlite_shop, clock, FakeBilling(healthy_answers(510)), MAX_CONCURRENCY="10"
@@ -76,8 +76,8 @@ async def test_a_leader_starts_no_more_than_max_workers(
     ticks: list[datetime] = []
     settings = settings_for(sqlite_shop, MAX_CONCURRENCY="1", MAX_WORKERS="3")
     leader = Scaling(ticks.append, settings, under_way=1)
-    assert leader.hears(Answer(Outcome.ACTIVE, 200, 0.1))
-    assert await leader.start(10_000, NOON) == 2
+    assert leader.record_latency(Answer(Outcome.ACTIVE, 200, 0.1))
+    assert await leader.start_missing(10_000, NOON) == 2
     assert ticks == [NOON] * 2
 
 
@@ -186,5 +186,5 @@ def test_the_latency_is_known_after_a_round_of_healthy_answers(
         lambda _tick: None, settings_for(sqlite_shop, MAX_CONCURRENCY="3"), under_way=1
     )
     answers = [Answer(Outcome.ACTIVE, 200, 0.1), HANG] * 4
-    known = [leader.hears(answer) for answer in answers]
+    known = [leader.record_latency(answer) for answer in answers]
     assert known == [False, False, False, False, True, False, False, False]

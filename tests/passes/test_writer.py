@@ -19,7 +19,7 @@ from core.passes.writer import Writer
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import FakeBilling, Passes, reconcile, database_of, until
+from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 
 async def test_results_are_recorded_while_requests_are_in_flight(

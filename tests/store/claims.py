@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from core.domain.model import Answer, Claim, Outcome, Result
+from core.domain.model import Answer, Claim, Outcome, Recheck
 from core.store.store import Store
 
 LEASE = timedelta(seconds=20)
@@ -19,8 +19,8 @@ def claim_due(store: Store) -> list[Claim]:
     return store.queue.claim_due(now, tick=now, lease=LEASE, limit=500)
 
 
-def results(claims: Sequence[Claim], next_check_at: datetime, outcome: Outcome) -> list[Result]:
-    return [Result(claim, Answer(outcome, 200), next_check_at) for claim in claims]
+def rechecks(claims: Sequence[Claim], next_check_at: datetime, outcome: Outcome) -> list[Recheck]:
+    return [Recheck(claim, Answer(outcome, 200), next_check_at) for claim in claims]
 
 
 def ids(claims: Sequence[Claim]) -> list[str]:

@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pymysql
 import pytest
 
+from core.database.mysql import MySQLConnection
 from core.database.port import Value
 from core.store.store import Store
 from testkit.clock import FakeClock
@@ -39,21 +40,22 @@ def mariadb_store(mariadb_shop: Shop) -> Iterator[Store]:
 
 
 @pytest.fixture
-def lose_an_answer(server_store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+def lose_an_answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Once called, the answer to the next statement is lost; returns the statements executed."""
 
     def begin() -> list[str]:
-        database, executed = server_store._database, list[str]()
-        execute = database.execute
+        executed, execute = list[str](), MySQLConnection.execute
 
-        def lose_first(sql: str, parameters: Sequence[Value] = ()) -> int:
-            changed = execute(sql, parameters)
+        def lose_first(
+            connection: MySQLConnection, sql: str, parameters: Sequence[Value] = ()
+        ) -> int:
+            changed = execute(connection, sql, parameters)
             executed.append(sql)
             if len(executed) == 1:
                 raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
             return changed
 
-        monkeypatch.setattr(database, "execute", lose_first)
+        monkeypatch.setattr(MySQLConnection, "execute", lose_first)
         return executed
 
     return begin

@@ -8,6 +8,7 @@ from datetime import timedelta
 import httpx
 import pytest
 
+from core.database.mysql import MySQLConnection
 from core.database.port import Value
 from core.store.store import Store
 from core.worker import Worker
@@ -27,7 +28,7 @@ def test_only_one_of_many_workers_leads_a_tick(shop: Shop, clock: FakeClock) -> 
         for second in range(0, 100, 5):
             together.wait()
             tick = NOON + timedelta(seconds=second)
-            led.append(store.view(tick, interval_seconds=100, may_lead=True).leads)
+            led.append(store.take_lead(store.look(tick, interval_seconds=100)))
         store.close()
         return led
 
@@ -44,7 +45,7 @@ def test_a_tick_is_led_once_and_never_after_a_later_one(shop: Shop, clock: FakeC
 
     def leads(store: Store, seconds: int) -> bool:
         tick, soon = (NOON + timedelta(seconds=s) for s in (seconds, 60))
-        return store._database.run(lambda: store.state.lead(tick, not_after=soon))
+        return store.state.take_lead(tick, not_after=soon)
 
     assert [leads(first, 5), leads(second, 5), leads(second, 0)] == [True, False, False]
     assert [leads(second, 10), leads(first, 10), leads(first, 5)] == [True, False, False]
@@ -75,14 +76,14 @@ def test_the_longer_of_two_simultaneous_pauses_wins(
     store.prepare()
     store.state.read_pause()  # inserts the row
     longer = NOON + timedelta(seconds=30)
-    execute, writing = store._database.execute, threading.Event()
+    execute, writing = MySQLConnection.execute, threading.Event()
 
-    def note(sql: str, parameters: Sequence[Value] = ()) -> int:
+    def note(connection: MySQLConnection, sql: str, parameters: Sequence[Value] = ()) -> int:
         if sql.startswith("UPDATE"):
             writing.set()
-        return execute(sql, parameters)
+        return execute(connection, sql, parameters)
 
-    monkeypatch.setattr(store._database, "execute", note)
+    monkeypatch.setattr(MySQLConnection, "execute", note)
     with (
         connect(server_shop.server, server_shop.database) as other,
         other.cursor() as cursor,

@@ -10,12 +10,12 @@ from core.domain.model import Outcome, Reason
 from core.store.store import Store, View
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.store.claims import LEASE, claim_all, ids, results
+from tests.store.claims import LEASE, claim_all, ids, rechecks
 from tests.support import reconcile
 
 
 def view(store: Store, tick: datetime | None = None) -> View:
-    return store.view(tick, interval_seconds=5, may_lead=True)
+    return store.look(tick, interval_seconds=5)
 
 
 def test_a_session_closed_before_it_is_claimed_is_not_checked(store: Store, shop: Shop) -> None:
@@ -35,7 +35,7 @@ def test_a_late_result_does_not_restore_a_dropped_session(
     claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success'")
     reconcile(store, NOON)
-    store.record(results(claims, NOON, Outcome.ACTIVE), store.now())
+    store.record(rechecks(claims, NOON, Outcome.ACTIVE), [], store.now())
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
@@ -43,7 +43,7 @@ def check_all(store: Store, due_after: Mapping[str, int]) -> None:
     """Check every session; each is due again at NOON plus its number of seconds."""
     for claim in claim_all(store, NOON):
         due = NOON + timedelta(seconds=due_after[claim.session_id])
-        store.record(results([claim], due, Outcome.ACTIVE), store.now())
+        store.record(rechecks([claim], due, Outcome.ACTIVE), [], store.now())
 
 
 @pytest.mark.parametrize("reason", [Reason.TICK, Reason.MANUAL])
@@ -92,7 +92,7 @@ def test_recording_ends_the_claim_and_sets_the_next_check(
     add_sessions(shop, numbered(2))
     reconcile(store, NOON)
     store.record(
-        results(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
+        rechecks(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
     )
     assert (
         shop.run(
@@ -114,7 +114,7 @@ def test_due_at_the_tick_is_claimed_though_the_clock_is_behind(
     add_sessions(shop, numbered(1))
     reconcile(store, NOON)
     tick = NOON + timedelta(seconds=5)
-    store.record(results(claim_all(store, NOON), tick, Outcome.ACTIVE), store.now())
+    store.record(rechecks(claim_all(store, NOON), tick, Outcome.ACTIVE), [], store.now())
     clock.advance(4.9)
     assert reconcile(store, tick).not_due == 0
     assert ids(claim_all(store, tick)) == ["s0"]
@@ -129,7 +129,7 @@ def test_consecutive_failures_are_counted_until_a_success(store: Store, shop: Sh
         (Outcome.NOT_FOUND, 0),
         (Outcome.TIMEOUT, 1),
     ):
-        store.record(results(claim_all(store, NOON), NOON, outcome), store.now())
+        store.record(rechecks(claim_all(store, NOON), NOON, outcome), [], store.now())
         assert shop.run(
             "SELECT consecutive_failures, last_outcome FROM checkout_session_check"
         ) == [(failures, outcome.value)]
@@ -153,10 +153,10 @@ def test_a_result_after_the_lease_leaves_the_new_claim_alone(
     late = claim_all(store, NOON)
     clock.advance(LEASE.total_seconds())
     [current] = claim_all(store, clock.now)
-    store.record(results(late, NOON, Outcome.TIMEOUT), store.now())
+    store.record(rechecks(late, NOON, Outcome.TIMEOUT), [], store.now())
     store.queue.release(late)
     assert claim_all(store, clock.now) == []
-    store.record(results([current], clock.now, Outcome.ACTIVE), store.now())
+    store.record(rechecks([current], clock.now, Outcome.ACTIVE), [], store.now())
     assert shop.run("SELECT attempts, last_outcome FROM checkout_session_check") == [(1, "active")]
 
 
@@ -167,13 +167,13 @@ def test_a_manual_pass_claims_sessions_that_are_not_due_once(
     add_sessions(shop, numbered(3))
     reconcile(store, NOON)
     store.record(
-        results(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
+        rechecks(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
     )
     clock.advance(1)
     since = clock.now
     claims = store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10)
     assert len(claims) == 3
-    store.record(results(claims, NOON + timedelta(hours=1), Outcome.ACTIVE), store.now())
+    store.record(rechecks(claims, NOON + timedelta(hours=1), Outcome.ACTIVE), [], store.now())
     assert store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10) == []
 
 

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.domain.cadence import slot_at
-from core.domain.model import Answer, Claim, Outcome, Result
+from core.domain.model import Answer, Claim, Outcome, Recheck
 from core.store.store import Store
 from testkit.clock import FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.support import reconcile, database_of
+from tests.support import database_of, reconcile
 
 INTERVAL = timedelta(seconds=5)
 LEASE = timedelta(seconds=20)
@@ -68,8 +68,8 @@ class Workers:
 
     def tick(self, worker: str, tick: datetime) -> None:
         store = self.stores[worker]
-        view = store.view(tick, interval_seconds=5, may_lead=True)
-        if view.leads:
+        view = store.look(tick, interval_seconds=5)
+        if store.take_lead(view):
             self.led.append(view.tick)
             reconcile(store, view.tick)
         for claim in store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=2):
@@ -83,13 +83,13 @@ class Workers:
 
     def is_answered(self, worker: str) -> None:
         now = self.clock.now
-        results = []
+        rechecks = []
         for claim in self.claims[worker]:
             if self.held.get(claim.session_id) is claim and claim.claimed_until > now:
                 self.checked[claim.session_id] = now
                 del self.held[claim.session_id]
-            results.append(Result(claim, Answer(Outcome.ACTIVE, 200), slot_at(now, 5) + INTERVAL))
-        self.stores[worker].record(results, self.stores[worker].now())
+            rechecks.append(Recheck(claim, Answer(Outcome.ACTIVE, 200), slot_at(now, 5) + INTERVAL))
+        self.stores[worker].record(rechecks, [], self.stores[worker].now())
         self.claims[worker] = []
 
 
@@ -115,8 +115,8 @@ def test_no_order_of_events_loses_a_session_or_checks_one_twice(
     assert len(set(workers.led)) == len(workers.led), "two leaders of one tick"
     workers.clock.advance((LEASE + INTERVAL).total_seconds())
     store = workers.stores["A"]
-    view = store.view(None, interval_seconds=5, may_lead=True)
-    assert view.leads
+    view = store.look(None, interval_seconds=5)
+    assert store.take_lead(view)
     reconcile(store, view.tick)
     claims = store.queue.claim_due(store.now(), tick=view.tick, lease=LEASE, limit=100)
     assert len(claims) == SESSIONS

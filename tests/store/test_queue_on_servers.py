@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from core.database.mysql import MySQLConnection
 from core.database.port import Row, Value
-from core.domain.model import Answer, Outcome, Result
+from core.domain.model import Answer, Outcome, Recheck
 from core.store.store import Store
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
 from tests.store.claims import claim_due
@@ -20,7 +21,7 @@ def test_a_failure_counts_once_if_the_answer_to_its_update_is_lost(
     reconcile(server_store, server_store.now())
     claims, now = claim_due(server_store), server_store.now()
     executed = lose_an_answer()
-    server_store.record([Result(c, Answer(Outcome.TIMEOUT), now) for c in claims], now)
+    server_store.record([Recheck(c, Answer(Outcome.TIMEOUT), now) for c in claims], [], now)
     assert len(executed) == 2
     assert (
         server_shop.run(
@@ -88,16 +89,17 @@ def test_an_idle_pass_does_not_scan_the_shops_table(
     server_shop.run("ANALYZE TABLE checkout_session")
     reconcile(server_store, server_store.now())
     claim_due(server_store)
-    database = server_store._database
-    query, access = database.query, {}
+    query, access = MySQLConnection.query, {}
 
-    def explained(sql: str, parameters: Sequence[Value] = ()) -> Sequence[Row]:
-        for row in query(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters):
+    def explained(
+        connection: MySQLConnection, sql: str, parameters: Sequence[Value] = ()
+    ) -> Sequence[Row]:
+        for row in query(connection, f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters):
             # MySQL has one more column, for partitions.
             access[sql, row[2]] = row[3] if len(row) == 10 else row[4]
-        return query(sql, parameters)
+        return query(connection, sql, parameters)
 
-    monkeypatch.setattr(database, "query", explained)
+    monkeypatch.setattr(MySQLConnection, "query", explained)
     reconcile(server_store, server_store.now())
     assert claim_due(server_store) == []
     of_shop = {kind for (_sql, table), kind in access.items() if table in ("s", "checkout_session")}

@@ -12,7 +12,7 @@ from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.due_sessions import add_due_sessions
 from tests.store.claims import LEASE, claim_all, ids
-from tests.support import Passes, reconcile, database_of
+from tests.support import Passes, database_of, reconcile
 
 
 def test_new_open_sessions_are_adopted_and_due_at_once(store: Store, shop: Shop) -> None:

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from core.database import mysql
-from core.domain.model import Answer, OpenCounts, Outcome, Result
+from core.database import mysql_schema
+from core.domain.model import Answer, OpenCounts, Outcome, Recheck
 from core.errors import StoreError
 from core.store.store import NO_STATUS_INDEX, Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
-from tests.store.claims import LEASE, claim_all, claim_due, results
+from tests.store.claims import LEASE, claim_all, claim_due, rechecks
 from tests.store.fake_bus import PAID
-from tests.support import FakeBilling, Passes, reconcile, database_of
+from tests.support import FakeBilling, Passes, database_of, reconcile
 
 
 def test_the_monitors_tables_are_created_once(shop: Shop, clock: FakeClock) -> None:
@@ -65,7 +65,7 @@ def test_the_shops_table_is_not_changed(store: Store, shop: Shop, clock: FakeClo
     before = shop.run("SELECT * FROM checkout_session ORDER BY id")
     reconcile(store, NOON)
     claims = claim_all(store, NOON)
-    store.record(results(claims[:3], NOON, Outcome.NOT_FOUND), store.now())
+    store.record(rechecks(claims[:3], NOON, Outcome.NOT_FOUND), [], store.now())
     store.queue.release(claims[3:])
     assert shop.run("SELECT * FROM checkout_session ORDER BY id") == before
 
@@ -99,7 +99,7 @@ def test_any_common_type_and_collation_of_the_shops_id_works(
             store.now(), since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
         )
         assert claim.session_id == session_id
-        store.record([Result(claim, Answer(Outcome.ACTIVE, 200), NOON)], store.now())
+        store.record([Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON)], [], store.now())
         assert len(store.queue.claim_due(store.now(), tick=NOON, lease=LEASE, limit=5)) == 1
         types = shop.run(
             "SELECT column_type, collation_name FROM information_schema.columns"
@@ -161,7 +161,7 @@ def test_the_monitor_only_needs_to_read_the_shops_table(
     assert reconcile(store, store.now()).open == 2
     claims = claim_due(store)
     store.record(
-        [Result(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], store.now()
+        [Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], [], store.now()
     )
     assert len(claims) == 2
     store.close()
@@ -230,7 +230,7 @@ def test_without_the_right_to_upgrade_tables_the_error_lists_the_sql(
     with pytest.raises(StoreError, match="older than this version") as refused:
         store.prepare()
     statements = str(refused.value).partition("Run: ")[2].split(";")[:-1]
-    assert [s.strip() for s in statements] == list(mysql.UPGRADES.values())
+    assert [s.strip() for s in statements] == list(mysql_schema.UPGRADES.values())
     for statement in statements:
         mariadb_shop.run(statement)
     assert store.prepare() == []

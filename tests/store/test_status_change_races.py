@@ -20,7 +20,7 @@ from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
 from tests.store.fake_bus import FAILED, OPEN, PAID, Bus, publishing_passes, statuses
-from tests.support import FakeBilling, Passes, reconcile, database_of, until
+from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 
 async def pass_while(
