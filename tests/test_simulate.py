@@ -6,7 +6,8 @@ from contextlib import closing
 
 import pytest
 
-from bench.simulate import Meter, not_later_than, simulated
+from bench.simulate import not_later_than, simulated
+from bench.virtual_time import Meter
 
 
 @pytest.fixture
