@@ -10,6 +10,12 @@ import re
 from collections.abc import Collection
 
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))
+_FOREIGN_HOST = (
+    "The request's Host header does not name this machine; use localhost, 127.0.0.1 or [::1]."
+)
+_FOREIGN_ORIGIN = (
+    "The request's Origin header names another site, which may not change anything here."
+)
 _READS = frozenset(("GET", "HEAD", "OPTIONS"))
 _HOST = r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::[0-9]*)?"
 _HOST_HEADER = re.compile(_HOST, re.ASCII)
@@ -26,9 +32,9 @@ def refusal(
     """
     hosts = LOCAL_HOSTS.union(other_hosts)
     if not _names(_HOST_HEADER, host, hosts):
-        return "The request's Host header does not name this machine; use localhost, 127.0.0.1 or [::1]."
+        return _FOREIGN_HOST
     if method not in _READS and origin is not None and not _names(_ORIGIN_HEADER, origin, hosts):
-        return "The request's Origin header names another site, which may not change anything here."
+        return _FOREIGN_ORIGIN
     return None
 
 
