@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
 from bench.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
-from core.domain.model import Answer, Decision, Outcome, Reason, Recheck, Recorded
+from core.domain.model import Answer, Outcome, Reason, Recheck, Recorded, StatusChange
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
@@ -258,11 +258,11 @@ class _WatchedStore(Store):
         self._due = due
 
     @override
-    def record(self, decisions: Sequence[Decision], now: datetime) -> Recorded:
-        for decision in decisions:
-            if isinstance(decision, Recheck):
-                self._due[decision.claim.session_id] = decision.next_check_at
-        return super().record(decisions, now)
+    def record(
+        self, rechecks: Sequence[Recheck], changes: Sequence[StatusChange], now: datetime
+    ) -> Recorded:
+        self._due |= {recheck.claim.session_id: recheck.next_check_at for recheck in rechecks}
+        return super().record(rechecks, changes, now)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:

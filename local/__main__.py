@@ -2,7 +2,7 @@
 
 The loop of template.yaml starts the ticks, workers check the sessions, and uvicorn serves the API
 on port 3001. Unless .env names others, billing is simulated on port 4000 and the database is an
-SQLite file with sample sessions. Ctrl-C stops it.
+SQLite file with sample sessions. Ctrl-C stops it, and so does the end of a pipe's reader.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from core import log
 from core.database.address import SQLitePath
 from core.errors import SettingsError
 from core.settings import Settings
-from local import billing, loop, terminal
+from local import billing, loop, output, terminal
 from local.api import running_api
 from local.samples import SAMPLES, create_samples
 from local.workers import Workers
@@ -51,6 +51,7 @@ def main() -> int:
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
+    output.stop_without_reader(stopping)
     dotenv = {name: value or "" for name, value in dotenv_values(".env").items()}
     try:
         with contextlib.ExitStack() as stack:
@@ -61,6 +62,7 @@ def main() -> int:
                 port = stack.enter_context(
                     running_api(arguments.api_port, lambda: workers, setup.simulated)
                 )
+            stack.callback(workers.stop)  # before the API, which waits for its requests to end
             print(f"The monitor's page: http://localhost:{port}/")
             print(*setup.lines, f"API: http://localhost:{port}/api/health", sep="\n", flush=True)
             loop.run(workers.start_check, setup.settings.interval_seconds, stopping)
@@ -69,6 +71,8 @@ def main() -> int:
     except (StartError, SettingsError) as error:
         print(f"❌ {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of a print
+        output.discard()
     return 0
 
 

@@ -1,14 +1,17 @@
 """The API on this machine: the routes of the Lambda function, served by uvicorn.
 
 With the simulated billing service there is one more route, `/simulate`, for the page's buttons.
+Requests from other sites are refused with 403.
 """
 
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -16,9 +19,11 @@ from typing import Any
 import uvicorn
 from aws_lambda_powertools.event_handler import HttpResolverLocal, Response, content_types
 
+from core.domain.model import iso
 from handlers.page import operators_page
 from handlers.routes import Monitor, add_routes
 from local.billing import BY_ID, MODES, SimulatedBilling
+from local.other_sites import refusal
 
 type Message = MutableMapping[str, Any]
 type Receive = Callable[[], Awaitable[Message]]
@@ -42,7 +47,7 @@ def running_api(
     with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
-                run_in_threads(resolver),
+                refuse_other_sites(run_in_threads(resolver)),
                 lifespan="off",
                 log_level="warning",
                 timeout_graceful_shutdown=1,
@@ -55,6 +60,8 @@ def running_api(
         try:
             yield listening.getsockname()[1]
         finally:
+            # A client that is still sending its request is cut off; that is not an error.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             server.should_exit = True
             thread.join()
 
@@ -74,6 +81,28 @@ def add_simulate_route(app: HttpResolverLocal, billing: SimulatedBilling) -> Non
         except ValueError as error:
             return Response(HTTPStatus.BAD_REQUEST.value, content_types.TEXT_PLAIN, str(error))
         return current_mode()
+
+
+def refuse_other_sites(application: Application) -> Application:
+    """Answer requests that come from other sites with 403; pass all others to `application`."""
+
+    async def asgi(scope: Message, receive: Receive, send: Send) -> None:
+        def header(name: bytes) -> str | None:
+            values = [value for field, value in scope["headers"] if field == name]
+            return b", ".join(values).decode("latin-1") if values else None
+
+        why = refusal(scope["method"], header(b"host") or "", header(b"origin"))
+        if why is None:
+            await application(scope, receive, send)
+            return
+        answer = {"success": False, "message": why, "timestamp": iso(datetime.now(UTC))}
+        body = json.dumps(answer).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        status = HTTPStatus.FORBIDDEN.value
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return asgi
 
 
 def run_in_threads(application: Application) -> Application:

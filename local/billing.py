@@ -26,7 +26,7 @@ A missing or wrong key gets 401, another path 404, another method 405, and inval
 `curl -d failing http://localhost:4000/simulate`. The modes are `by id` (as above), `healthy`,
 `slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
 `paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` returns the
-mode.
+mode. `/simulate` refuses requests from other sites with 403.
 """  # noqa: E501 - a row of a table is one line
 
 import argparse
@@ -45,6 +45,8 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import NamedTuple, Self, cast
 from urllib.parse import unquote
+
+from local.other_sites import refusal
 
 HOST = "127.0.0.1"
 PORT = 4000
@@ -88,6 +90,8 @@ class _Request(NamedTuple):
     api_key: str
     keep_alive: bool
     body: str
+    host: str
+    origin: str | None
 
 
 class _Answer(NamedTuple):
@@ -126,6 +130,7 @@ class SimulatedBilling:
         self._api_key = api_key
         self._first_asked: dict[str, float] = {}
         self._server: asyncio.Server | None = None
+        self._host = HOST
         self._port: int | None = None
 
     @property
@@ -145,6 +150,7 @@ class SimulatedBilling:
         self._server = await loop.create_server(
             lambda: _Connection(self), host, port, family=socket.AF_INET, backlog=_BACKLOG
         )
+        self._host = host
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -184,10 +190,13 @@ class SimulatedBilling:
         """The words of an id; the first one selects the behaviour."""
         return MODES.get(self.mode, checkout_id.removeprefix("checkout_")).split("_")
 
-    def count(self, request: _Request) -> _Answer | None:
-        """Count a request; returns its answer unless the checkout id decides it."""
+    def count(self, request: _Request, address: str) -> _Answer | None:
+        """Count a request; returns its answer unless the checkout id decides it.
+
+        `address` is this machine's address at which the request arrived.
+        """
         if request.path == _SIMULATE:
-            return self._control(request)
+            return self._control(request, address)
         if request.path == _REDIRECTED:
             self.redirects_followed += 1
             return _session("redirected")
@@ -223,7 +232,11 @@ class SimulatedBilling:
                 answer = _error(int(code))
         return answer
 
-    def _control(self, request: _Request) -> _Answer:
+    def _control(self, request: _Request, address: str) -> _Answer:
+        names = (self._host.lower(), address)
+        why = refusal(request.method, request.host, request.origin, other_hosts=names)
+        if why is not None:
+            return _Answer(403, json.dumps({"error": why}).encode())
         if request.method not in ("GET", "POST"):
             return _error(405, "Allow: GET, POST")
         try:
@@ -245,6 +258,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        sockname = transport.get_extra_info("sockname")  # None if the client has left already
+        self._address = sockname[0] if sockname else ""
         self._billing.connections += 1
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's name
@@ -269,7 +284,7 @@ class _Connection(asyncio.Protocol):
                 return
             self._billing.in_flight += 1
             self._billing.max_in_flight = max(self._billing.max_in_flight, self._billing.in_flight)
-            answer = self._billing.count(self._request)
+            answer = self._billing.count(self._request, self._address)
             if answer is None:
                 self._behave(self._request.checkout_id)
             else:
@@ -366,6 +381,8 @@ def _parse(received: bytearray) -> _Request | None:
         headers.get("x-api-key", ""),
         minor == "1" and "close" not in headers.get("connection", "").lower(),
         body,
+        headers["host"],
+        headers.get("origin"),
     )
 
 

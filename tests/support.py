@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from core.passes.check_pass import (
     check_open_checkout_sessions,
     trigger_checkout_session_check,
 )
+from core.settings import Settings
 from core.store.store import Store
 from core.worker import open_database
 from testkit.clock import FakeClock
@@ -40,13 +42,16 @@ def event(name: str) -> dict[str, Any]:
     return loaded
 
 
+RULES = Settings.from_env({"DATABASE_URL": "sqlite:///unused"}).check_rules()
+
+
 def database_of(shop: Shop, clock: FakeClock | None = None) -> Database:
     return open_database(settings_for(shop), clock=clock)
 
 
 def reconcile(store: Store, tick: datetime, session_ids: Sequence[str] | None = None) -> OpenCounts:
     """Adopt the new sessions, drop the closed ones, and count all, or those named."""
-    reconciliation = store.reconciliation(tick, session_ids)
+    reconciliation = store.reconciliation(tick, RULES, session_ids)
     while reconciliation.reconcile_next_piece():
         pass
     return reconciliation.counts
@@ -149,10 +154,12 @@ def note_statements(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             self: Any,  # noqa: ANN401 (of either engine)
             sql: str,
             parameters: Sequence[Value] = (),
-            run: Callable[..., Any] = getattr(connection, method),
+            *,
+            run: Callable[..., Any],
         ) -> Any:  # noqa: ANN401 (what the method returns)
             statements.append(sql)
             return run(self, sql, parameters)
 
-        monkeypatch.setattr(connection, method, note)
+        noting = partialmethod(note, run=getattr(connection, method))
+        monkeypatch.setattr(connection, method, noting)
     return statements

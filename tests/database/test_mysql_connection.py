@@ -92,14 +92,14 @@ def test_a_deadlock_is_retried_on_the_same_connection(database: MySQLDatabase) -
     assert ids == [ids[0]] * ATTEMPTS
 
 
-def test_connections_are_read_committed_with_a_lock_wait_of_5_s(
+def test_connections_are_read_committed_with_a_lock_wait_of_3_s(
     database: MySQLDatabase,
 ) -> None:
     isolation, wait = (
         database.run(lambda connection, n=name: connection.query(f"SELECT @@SESSION.{n}"))  # type: ignore[misc]
         for name in ("tx_isolation", "innodb_lock_wait_timeout")
     )
-    assert (isolation, wait) == ((("READ-COMMITTED",),), ((5,),))
+    assert (isolation, wait) == ((("READ-COMMITTED",),), ((3,),))
 
 
 def failure(address: MySQLAddress) -> str:

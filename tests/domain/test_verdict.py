@@ -107,7 +107,7 @@ def test_other_findings_are_notes() -> None:
         "Checks are up to 1 h 1 min late.",
         "5 of 128 failed their last check: 3 network error, 2 timeout.",
         "718 of 719 ticks of the last hour were missed, the last at 11:59:55 UTC.",
-        "The pass of 11:00:00 UTC was killed; what it had claimed comes back by itself.",
+        "The pass of 11:00:00 UTC was killed; its claims expire on their own.",
     )
 
 

@@ -26,6 +26,10 @@ class Monitor:
         self._process = process
         self.printed: list[str] = []
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def until(self, pattern: str) -> re.Match[str]:
         """Read up to the first line that matches."""
         assert self._process.stdout is not None

@@ -2,15 +2,16 @@
 
 import asyncio
 import json
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 
 import pytest
 
-from core.domain.model import Answer, Outcome, Reason, Result, SessionStatus, Skip
+from core.database.port import NO_STATUS_INDEX
+from core.domain.model import Answer, Outcome, Reason, SessionStatus, Skip
 from core.errors import StoreError
 from core.passes.check_pass import PassOptions
-from core.store.store import NO_STATUS_INDEX, Store
+from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
@@ -243,7 +244,7 @@ async def test_a_lost_database_ends_the_pass_and_the_next_one_recovers(
     add_sessions(sqlite_shop, numbered(3))
     passes = Passes(sqlite_shop, clock, billing)
 
-    def fail(_store: Store, _results: list[Result], _now: datetime) -> None:
+    def fail(*_: object) -> None:
         raise StoreError("The database is away.")
 
     with monkeypatch.context() as patch:

@@ -62,13 +62,13 @@ async def test_requests_are_sent_before_reconcile_begins(
     requests_before: list[int] = []
     next_piece = Reconciliation.reconcile_next_piece
 
-    def after_the_requests(census: Reconciliation) -> bool:
+    def after_the_requests(reconciliation: Reconciliation) -> bool:
         for _ in range(2000):  # ten seconds at most
             if billing.asked:
                 break
             threading.Event().wait(0.005)
         requests_before.append(billing.asked.total())
-        return next_piece(reconcile)
+        return next_piece(reconciliation)
 
     monkeypatch.setattr(Reconciliation, "reconcile_next_piece", after_the_requests)
     assert (await passes.run()).open == 3

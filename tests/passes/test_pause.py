@@ -1,15 +1,14 @@
 """One 429 pauses the checks of every worker, for as long as billing asks."""
 
 import asyncio
-from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from core.domain.model import Answer, Claim, Outcome, Pause, Reason, Skip
-from core.passes import writer
+from core.passes import check_pass, writer
 from core.passes.check_pass import PassOptions
-from core.passes.writer import Writer
 from core.store.monitor_state import MonitorState
 from core.store.store import Store
 from handlers.routes import message
@@ -160,10 +159,10 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
                 self.held[billing_checkout_id] = answered
             return await super().check(billing_checkout_id)
 
-    claim, claimed = Writer.claim, list[int]()
+    claim, claimed = check_pass._Pass._claim, list[int]()
 
-    async def note(recorder: Writer, select: Callable[[datetime], list[Claim]]) -> list[Claim]:
-        claims = await claim(recorder, select)
+    def note(one_pass: Any, limit: int) -> list[Claim]:  # noqa: ANN401 (private)
+        claims = claim(one_pass, limit)
         claimed.append(len(claims))
         return claims
 
@@ -171,7 +170,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(20))
     reconcile(other, NOON)
-    monkeypatch.setattr(Writer, "claim", note)
+    monkeypatch.setattr(check_pass._Pass, "_claim", note)
 
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
     await until(lambda: len(claimed) == 2)

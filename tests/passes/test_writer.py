@@ -1,20 +1,21 @@
 """Results are recorded in batches while the pass goes on."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 
 import pytest
 
 from core.database.port import STATEMENT_ROWS
 from core.database.thread import DatabaseThread
-from core.domain.model import Answer, Claim, Outcome, Reason, Result
+from core.domain.model import Answer, Claim, Outcome, Reason, Recheck
 from core.domain.summary import Summary
 from core.log import PassLog
 from core.passes import writer
+from core.passes.pause import SharedPause
 from core.passes.writer import Writer
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
@@ -64,8 +65,8 @@ async def test_a_running_pass_records_its_progress(
 @asynccontextmanager
 async def recording(
     shop: Shop, clock: FakeClock, *, sessions: int = 1
-) -> AsyncIterator[tuple[Writer, Store]]:
-    """A pass's recorder, with sessions that are due and the store that it writes to."""
+) -> AsyncIterator[tuple[Writer, Callable[[], Awaitable[Claim]]]]:
+    """A pass's writer, and a function that claims one of the due sessions for it."""
     add_sessions(shop, numbered(sessions))
     store = Store(database_of(shop, clock))
     with ThreadPoolExecutor(1) as thread:
@@ -73,26 +74,34 @@ async def recording(
         await database.run(store.prepare)
         await database.run(reconcile, store, clock.now)
         pause, _now = await database.run(store.state.read_pause)
-        summary = Summary(Reason.TICK, clock.now)
-        run_id = await database.run(store.history.begin, summary)
-        recorder = Writer(store, database, summary, PassLog(), pause)
-        async with recorder.running(run_id, asyncio.get_running_loop().time()):
-            yield recorder, store
-        assert await recorder.claim(partial(claim_one, store, clock)) == []
+        pass_id = await database.run(store.history.begin, Summary(Reason.TICK, clock.now))
+        shared = SharedPause(store.state, pause, until=None)
+        writer = Writer(store, database, shared, PassLog())
+        began = asyncio.get_running_loop().time()
+
+        async def claim_one() -> Claim:
+            [claim] = await database.run(
+                store.queue.claim_due, clock.now, tick=clock.now, lease=LEASE, limit=1
+            )
+            await database.run(writer.hold, [claim])
+            return claim
+
+        async with writer.running(pass_id, began, began + 60):
+            yield writer, claim_one
         await database.run(store.close)
 
 
-def claim_one(store: Store, clock: FakeClock, now: datetime) -> list[Claim]:
-    return store.queue.claim_due(now, tick=clock.now, lease=timedelta(seconds=20), limit=1)
-
-
+LEASE = timedelta(seconds=20)
 CLAIMED = "SELECT COUNT(claimed_until) FROM checkout_session_check"
 
 
-async def test_a_closed_recorder_claims_nothing(sqlite_shop: Shop, clock: FakeClock) -> None:
-    """Nobody would release it."""
-    async with recording(sqlite_shop, clock):
-        pass
+async def test_a_closed_writer_has_given_back_its_claims(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    async with recording(sqlite_shop, clock) as (writer, claim_one):
+        await claim_one()
+        assert sqlite_shop.run(CLAIMED) == [(1,)]
+    assert writer.closing
     assert sqlite_shop.run(CLAIMED) == [(0,)]
 
 
@@ -100,23 +109,21 @@ async def test_the_result_of_a_lapsed_claim_does_not_end_the_next_claim(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:
     """In a pass that was frozen and then claimed the same session again."""
-    async with recording(sqlite_shop, clock) as (recorder, store):
-        [lapsed] = await recorder.claim(partial(claim_one, store, clock))
+    async with recording(sqlite_shop, clock) as (writer, claim_one):
+        lapsed = await claim_one()
         clock.advance(20)
-        assert len(await recorder.claim(partial(claim_one, store, clock))) == 1
-        recorder.settle(Result(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
+        await claim_one()
+        writer.write(Recheck(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
     assert sqlite_shop.run(CLAIMED) == [(0,)]
 
 
 async def test_the_longest_pause_of_a_batch_counts(sqlite_shop: Shop, clock: FakeClock) -> None:
-    limited: list[Result] = []
-    async with recording(sqlite_shop, clock, sessions=3) as (recorder, store):
+    limited: list[Recheck] = []
+    async with recording(sqlite_shop, clock, sessions=3) as (writer, claim_one):
         for seconds in (5, 30, 10):
-            [claim] = await recorder.claim(partial(claim_one, store, clock))
-            limited.append(
-                Result(claim, Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds), NOON)
-            )
-        for result in limited:
-            recorder.settle(result)
+            answer = Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds)
+            limited.append(Recheck(await claim_one(), answer, NOON))
+        for recheck in limited:
+            writer.write(recheck)
     paused = sqlite_shop.run("SELECT paused_until FROM checkout_session_pause")
     assert paused == [("2026-01-15T12:00:30.000Z",)]

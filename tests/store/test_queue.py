@@ -92,7 +92,9 @@ def test_recording_ends_the_claim_and_sets_the_next_check(
     add_sessions(shop, numbered(2))
     reconcile(store, NOON)
     store.record(
-        rechecks(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE), store.now()
+        rechecks(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE),
+        [],
+        store.now(),
     )
     assert (
         shop.run(
@@ -167,7 +169,7 @@ def test_a_manual_pass_claims_sessions_that_are_not_due_once(
     add_sessions(shop, numbered(3))
     reconcile(store, NOON)
     store.record(
-        rechecks(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), store.now()
+        rechecks(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), [], store.now()
     )
     clock.advance(1)
     since = clock.now

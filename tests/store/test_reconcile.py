@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from core.domain.model import OpenCounts
-from core.store import reconcile
+from core.store import reconcile as reconcile_module
 from core.store.reconcile import Reconciliation
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
@@ -45,7 +45,7 @@ def test_sessions_that_are_no_longer_open_are_dropped(store: Store, shop: Shop) 
 def test_reconcile_in_pieces_gives_the_same_result_as_at_once(
     shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(reconcile, "PIECE_SESSIONS", piece)
+    monkeypatch.setattr(reconcile_module, "PIECE_SESSIONS", piece)
     add_due_sessions(shop, clock, 12)
     store = Store(database_of(shop, clock))
     claims = store.queue.claim_due(store.now(), tick=NOON, lease=timedelta(seconds=20), limit=4)
@@ -67,9 +67,9 @@ async def test_a_slow_reconcile_is_done_less_often(
     add_sessions(passes.shop, numbered(2))
     next_piece = Reconciliation.reconcile_next_piece
 
-    def slow(census: Reconciliation) -> bool:
-        census.took += timedelta(seconds=2)
-        return next_piece(reconcile)
+    def slow(reconciliation: Reconciliation) -> bool:
+        reconciliation.took += timedelta(seconds=2)
+        return next_piece(reconciliation)
 
     monkeypatch.setattr(Reconciliation, "reconcile_next_piece", slow)
     counted = []

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from core.database import mysql_schema
+from core.database.port import NO_STATUS_INDEX
 from core.domain.model import Answer, OpenCounts, Outcome, Recheck
 from core.errors import StoreError
-from core.store.store import NO_STATUS_INDEX, Store
+from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
 from tests.store.claims import LEASE, claim_all, claim_due, rechecks

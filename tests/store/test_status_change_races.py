@@ -14,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.aws.event_bus import event_id
-from core.domain.model import Answer, Claim, Outcome, Result, SessionStatus, StatusChangedEvent
+from core.domain.model import (
+    Answer,
+    Claim,
+    Outcome,
+    Recheck,
+    SessionStatus,
+    StatusChange,
+    StatusChangedEvent,
+)
 from core.domain.summary import Summary
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
@@ -80,13 +88,13 @@ def test_a_lapsed_claim_changes_nothing(shop: Shop, clock: FakeClock, bus: Bus) 
     [lapsed] = late.queue.claim_due(late.now(), tick=NOON, lease=lease, limit=1)
     clock.advance(20)
     [valid] = current.queue.claim_due(current.now(), tick=clock.now, lease=lease, limit=1)
-    result = Result(lapsed, FAILED, clock.now, SessionStatus.FAILURE, try_again_at=clock.now)
-    recorded = late.record([result], late.now())
+    change = StatusChange(lapsed, FAILED, SessionStatus.FAILURE, clock.now, clock.now)
+    recorded = late.record([], [change], late.now())
     assert (statuses(shop), bus.session_ids, recorded.changed) == ({"s0": "open"}, [], [])
     valid_until = "SELECT COUNT(claimed_until) FROM checkout_session_check"
     assert shop.run(valid_until) == [(1,)]
-    result = Result(valid, PAID, clock.now, SessionStatus.SUCCESS, try_again_at=clock.now)
-    assert current.record([result], current.now()).changed == [result]
+    change = StatusChange(valid, PAID, SessionStatus.SUCCESS, clock.now, clock.now)
+    assert current.record([], [change], current.now()).changed == [change]
     assert (statuses(shop), bus.session_ids) == ({"s0": "success"}, ["s0"])
     late.close()
     current.close()
@@ -109,8 +117,8 @@ def test_a_session_that_is_being_changed_is_not_claimed(
     slow.prepare()
     reconcile(slow, NOON)
     [claim] = slow.queue.claim_due(slow.now(), tick=NOON, lease=lease, limit=1)
-    result = Result(claim, PAID, NOON, SessionStatus.SUCCESS, try_again_at=NOON)
-    assert slow.record([result], slow.now()).changed == [result]
+    change = StatusChange(claim, PAID, SessionStatus.SUCCESS, NOON, NOON)
+    assert slow.record([], [change], slow.now()).changed == [change]
     assert (claims, bus.session_ids) == ([], ["s0"])
     slow.close()
     other.close()
@@ -265,11 +273,13 @@ class Workers:
 
     def record(self, worker: str, answer: Answer) -> None:
         claims, self.claims[worker] = self.claims[worker], []
-        status = None if answer.status is SessionStatus.OPEN else answer.status
-        results = [Result(claim, answer, NOON, status, try_again_at=NOON) for claim in claims]
-        for result in self.stores[worker].record(results, self.stores[worker].now()).changed:
-            assert result.new_status is not None
-            self.changed.append((result.claim.session_id, result.new_status.value))
+        store, rechecks, changes = self.stores[worker], list[Recheck](), list[StatusChange]()
+        if answer.status is None or answer.status is SessionStatus.OPEN:
+            rechecks = [Recheck(claim, answer, NOON) for claim in claims]
+        else:
+            changes = [StatusChange(claim, answer, answer.status, NOON, NOON) for claim in claims]
+        for change in store.record(rechecks, changes, store.now()).changed:
+            self.changed.append((change.claim.session_id, change.new_status.value))
 
     def webhook(self, session_id: str) -> None:
         before = statuses(self.shop)[session_id]

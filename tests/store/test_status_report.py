@@ -92,7 +92,7 @@ def test_a_running_pass_is_distinguished_from_a_killed_one(history: History) -> 
     assert [p["state"] for p in status["passes"]] == ["complete", "running", "killed", "complete"]
     assert status["passes"][1]["duration_ms"] == 7000
     assert status["verdict"]["notes"] == [
-        "The pass of 11:59:50 UTC was killed; what it had claimed comes back by itself."
+        "The pass of 11:59:50 UTC was killed; its claims expire on their own."
     ]
 
 

@@ -92,13 +92,13 @@ class Reconciliation:
     def _count_not_open(self, connection: Connection, session_ids: Iterable[str]) -> int:
         """How many of the ids have no open session; several spellings may be one session's."""
         unique = list(set(session_ids))
-        ids = " UNION ALL SELECT ".join(["%s AS id"] * len(unique))
-        [(not_open,)] = connection.query(
-            f"SELECT COUNT(*) FROM (SELECT {ids}) AS asked WHERE NOT EXISTS (SELECT 1"
-            " FROM checkout_session s WHERE s.id = asked.id AND s.status = 'open')",
-            unique,
+        is_open = (
+            "SELECT EXISTS (SELECT 1 FROM checkout_session WHERE id = %s AND status = 'open') AS o"
         )
-        return as_int(not_open)
+        [(count,)] = connection.query(
+            f"SELECT SUM(o) FROM ({' UNION ALL '.join([is_open] * len(unique))}) AS asked", unique
+        )
+        return len(unique) - as_int(count)
 
     def _last_id_of_piece(self, connection: Connection) -> Value:
         """None: the piece has no upper bound, because it is the last one."""
