@@ -166,7 +166,7 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         ("BILLING_STATUS_PATH", "[", "it must be a JMESPath expression"),
         ("BILLING_STATUS_MAP", "paid", "it must be a JSON object from billing's words"),
         ("BILLING_STATUS_MAP", "{}", '"success", "unpaid": "open"}.'),
-        ("BILLING_STATUS_MAP", '{"paid": "verified"}', "which the table does not know; it must be"),
+        ("BILLING_STATUS_MAP", '{"paid": "verified"}', "which is not a status; it must be"),
         ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
         ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),
         ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
@@ -206,17 +206,17 @@ def test_an_api_key_that_is_not_ascii_is_refused_without_showing_it(key: str) ->
 )
 def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) -> None:
     assert refusal(BILLING_API_URL=url) == (
-        f"BILLING_API_URL holds a user or a password (not shown here); {URL}"
+        f"BILLING_API_URL contains a user or a password (not shown here); {URL}"
     )
 
 
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("hidden", "(a text without '://') has another scheme than mysql or sqlite"),
+        ("hidden", "(a text without '://') has an unsupported scheme"),
         ("mysql:u:hidden@h/d", "(a text without '://') must name a user, a host and one database"),
-        ("postgres://u:hidden@h/d", "(postgres://…) has another scheme than mysql or sqlite"),
-        ("mysqls://u:hidden@h/d", "(mysqls://…) has another scheme than mysql or sqlite"),
+        ("postgres://u:hidden@h/d", "(postgres://…) has an unsupported scheme"),
+        ("mysqls://u:hidden@h/d", "(mysqls://…) has an unsupported scheme"),
         ("mysql://u:hidden@h", "(mysql://…) must name a user, a host and one database"),
         ("mysql://u:hidden@h/", "(mysql://…) must name a user, a host and one database"),
         ("mysql://u:hidden@h/d/e", "(mysql://…) must name a user, a host and one database"),
@@ -236,15 +236,15 @@ def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) 
         ("mysql://u:hidden@h/d?ssl_ca=", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h:0/d", "(mysql://…) must name a user, a host and one database"),
-        ("mysql://u:hidden@h/d#x", "(mysql://…) holds a '#', which must be written %23"),
+        ("mysql://u:hidden@h/d#x", "(mysql://…) contains a '#'; encode it as %23"),
         ("mysql://u:hidden@h/d?ssl_ca=/&ssl=false", "(mysql://…) has an option other than"),
-        ("root:hidden@mysql://h/d", "(…://…) has another scheme than mysql or sqlite"),
-        ("sqlite:///hidden#.db", "(sqlite://…) holds a '#', which must be written %23"),
-        ("sqlite:///hidden?.db", "(sqlite://…) names no file"),
-        ("sqlite://", "(sqlite://…) names no file"),
-        ("sqlite:///", "(sqlite://…) names no file"),
-        ("sqlite://hidden.db", "(sqlite://…) names no file"),
-        ("sqlite://hidden/shop.db", "(sqlite://…) names no file"),
+        ("root:hidden@mysql://h/d", "(…://…) has an unsupported scheme"),
+        ("sqlite:///hidden#.db", "(sqlite://…) contains a '#'; encode it as %23"),
+        ("sqlite:///hidden?.db", "(sqlite://…) does not name a file"),
+        ("sqlite://", "(sqlite://…) does not name a file"),
+        ("sqlite:///", "(sqlite://…) does not name a file"),
+        ("sqlite://hidden.db", "(sqlite://…) does not name a file"),
+        ("sqlite://hidden/shop.db", "(sqlite://…) does not name a file"),
     ],
 )
 def test_an_invalid_database_url_is_refused_showing_only_its_scheme(url: str, why: str) -> None:

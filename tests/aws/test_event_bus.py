@@ -134,7 +134,7 @@ def test_one_rejected_entry_affects_only_its_session(
         stub.add_response("put_events", {"FailedEntryCount": 1, "Entries": entries})
         taken = EventBus("shop").publish(CHANGES)
     assert sorted({change.session_id for change in CHANGES} - set(taken)) == ["s4"]
-    assert "The event for session 's4' was not taken by shop: InternalFailure" in caplog.text
+    assert "shop rejected the event for session 's4': InternalFailure" in caplog.text
 
 
 @pytest.mark.usefixtures("aws")

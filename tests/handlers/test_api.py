@@ -177,5 +177,5 @@ def test_the_trigger_with_an_invalid_setting_is_500_with_the_reason(
     environment.setenv("DATABASE_URL", "postgres://x:hidden-pass@y/z")
     status, body = call("trigger", context)
     assert status == 500
-    assert body["message"].startswith("DATABASE_URL (postgres://…) has another scheme")
+    assert body["message"].startswith("DATABASE_URL (postgres://…) has an unsupported scheme")
     assert "hidden-pass" not in json.dumps(body)

@@ -41,8 +41,8 @@ def test_sessions_change_to_the_status_that_billing_reports(
         caplog.messages
     )
     assert next(m for m in caplog.messages if "that BILLING_STATUS_MAP knows" in m).endswith(
-        "1 answers say nothing that BILLING_STATUS_MAP knows, and their sessions stay open: "
-        "a body that is no JSON (1)"
+        "1 answers had a status that is not in BILLING_STATUS_MAP; their sessions stay open: "
+        "a body that is not valid JSON (1)"
     )
 
 
