@@ -166,7 +166,11 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         ("BILLING_STATUS_PATH", "[", "it must be a JMESPath expression"),
         ("BILLING_STATUS_MAP", "paid", "it must be a JSON object from billing's words"),
         ("BILLING_STATUS_MAP", "{}", '"success", "unpaid": "open"}.'),
-        ("BILLING_STATUS_MAP", '{"paid": "verified"}', "which is not a status; it must be"),
+        (
+            "BILLING_STATUS_MAP",
+            '{"paid": "verified"}',
+            "which is not a status of the table; it must be",
+        ),
         ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
         ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),
         ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
@@ -224,13 +228,13 @@ def test_credentials_in_billings_url_are_refused_without_showing_them(url: str) 
         ("mysql://u:hidden@/d", "(mysql://…) must name a user, a host and one database"),
         ("mysql://:hidden@h/d", "(mysql://…) must name a user, a host and one database"),
         ("mysql://h/hidden", "(mysql://…) must name a user, a host and one database"),
-        ("mysql://u:hidden@h:port/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden@h:65536/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden@[h/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden/@h/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden#@h/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden℀@h/d", "(mysql://…) cannot be read as a URL"),
-        ("mysql://u:hidden?@h/d", "(mysql://…) cannot be read as a URL"),
+        ("mysql://u:hidden@h:port/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden@h:65536/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden@[h/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden/@h/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden#@h/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden℀@h/d", "(mysql://…) is not a valid URL"),
+        ("mysql://u:hidden?@h/d", "(mysql://…) is not a valid URL"),
         ("mysql://u:hidden@h/d?tls=true", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl=1", "(mysql://…) has an option other than ssl_ca=<file> or"),
         ("mysql://u:hidden@h/d?ssl_ca=", "(mysql://…) has an option other than ssl_ca=<file> or"),
@@ -267,7 +271,7 @@ def test_a_password_that_is_not_percent_encoded_is_not_shown(password: str) -> N
 def test_a_missing_ca_file_is_refused(tmp_path: Path) -> None:
     path = f"{tmp_path}/ca.pem"
     assert refusal(DATABASE_URL=f"mysql://u:hidden@h/d?ssl_ca={path}") == (
-        f"DATABASE_URL names the CA file {path!r} in ssl_ca, which is not there; "
+        f"DATABASE_URL names the CA file {path!r} in ssl_ca, which does not exist; "
         "it must be the path of a file in PEM format."
     )
 

@@ -117,7 +117,10 @@ def test_a_database_secret_can_name_a_private_ca(manager: Manager, tmp_path: Pat
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"ssl_ca": "/nowhere/ca.pem"}, "has the ssl_ca '/nowhere/ca.pem', which is not a file here"),
+        (
+            {"ssl_ca": "/nowhere/ca.pem"},
+            "has the ssl_ca '/nowhere/ca.pem', which is not a file here",
+        ),
         ({"ssl_ca": ["a"]}, "has the ssl_ca"),
         ({"ssl": "perhaps"}, "has 'perhaps' for ssl"),
         ({"port": 0}, "has the port '0'"),

@@ -103,7 +103,7 @@ def test_without_an_api_key_the_pass_sends_nothing_and_succeeds(
 def test_a_bug_counts_as_a_failed_pass(
     context: LambdaContext, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("core.worker.check_pass.Store.view", lambda *_args, **_kwargs: 1 / 0)
+    monkeypatch.setattr("core.worker.check_pass.Store.look", lambda *_args, **_kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check.handler({}, context)
     assert '"PassesFailed":1' in capsys.readouterr().out

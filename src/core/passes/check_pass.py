@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from core.database.thread import DatabaseThread
 from core.domain.cadence import slot_at
 from core.domain.decision import decide
-from core.domain.model import Answer, Claim, Outcome, Reason, Recheck, Skip
+from core.domain.model import Answer, Claim, Decision, Outcome, Reason, Recheck, Skip
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger
@@ -355,34 +355,40 @@ class _Pass:
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
         tally = self._tally
         try:
-            answer = await self._ask(billing, claim)
-            tally.last_answer_at = self._loop.time()
-            took = timedelta(seconds=self._loop.time() - requested)
-            decision = decide(
-                claim,
-                answer,
-                tick=self._view.tick,
-                answered_at=claim.claimed_at + took,
-                rules=self._rules,
-                choose=self._choose,
-            )
+            answer, decision = await self._ask_and_decide(billing, claim, requested)
             self._writer.write(decision)
             if answer.seconds is not None:
                 tally.latencies.append(answer.seconds)
             if self._scaling is not None and self._scaling.record_latency(answer):
                 self._tasks.create_task(self._start_workers(self._scaling))
-            if isinstance(decision, Recheck):  # a status change is logged when it has been made
-                self._log.check(claim, answer)
         finally:
             self._permits.release()
 
-    async def _ask(self, billing: Billing, claim: Claim) -> Answer:
-        """Ask billing; an unexpected error concerns this session only, and is its outcome."""
+    async def _ask_and_decide(
+        self, billing: Billing, claim: Claim, requested: float
+    ) -> tuple[Answer, Decision]:
+        """Ask billing and decide; an unexpected error is this session's outcome, and logged."""
         try:
-            return await billing.check(claim.billing_checkout_id)
+            answer = await billing.check(claim.billing_checkout_id)
+            self._tally.last_answer_at = self._loop.time()
+            decision = decide(
+                claim,
+                answer,
+                tick=self._view.tick,
+                answered_at=claim.claimed_at + timedelta(seconds=self._loop.time() - requested),
+                rules=self._rules,
+                choose=self._choose,
+            )
+            if isinstance(decision, Recheck):  # a status change is logged when it has been made
+                self._log.check(claim, answer)
         except Exception as error:  # noqa: BLE001 (whatever it is, the other sessions go on)
             logger.debug("Unexpected error in a check", exc_info=error)
-            return Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+            answer = Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+            with suppress(Exception):
+                self._log.check(claim, answer)
+            backoff = max(self._settings.interval_seconds, self._settings.backoff_max_seconds)
+            decision = Recheck(claim, answer, claim.claimed_at + timedelta(seconds=backoff))
+        return answer, decision
 
     async def _reconcile(self) -> bool:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
