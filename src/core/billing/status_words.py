@@ -90,9 +90,7 @@ def parse_words(text: str) -> Mapping[str, SessionStatus]:
     words: dict[str, SessionStatus] = {}
     for word, status in given.items():
         if status not in list(SessionStatus):
-            raise ValueError(
-                f"{word!r} is mapped to {status!r}, which is not a status of the table"
-            )
+            raise ValueError(f"{word!r} is mapped to {status!r}, which is not a status")
         if word.lower() in words:
             raise ValueError(f"{word!r} is mapped twice")
         words[word.lower()] = SessionStatus(status)
