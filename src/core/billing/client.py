@@ -188,9 +188,9 @@ def parse_retry_after(text: str, now: datetime) -> float | None:
     else:
         try:
             date = parsedate_to_datetime(text)
-        except (ValueError, OverflowError):  # e.g. of the year 99999999999
+            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+        except Exception:  # noqa: BLE001 (its text is the service's, e.g. the year 99999999999)
             return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
     return min(max(0.0, seconds), MAX_RETRY_AFTER_SECONDS)
 
 
