@@ -203,18 +203,16 @@ async def test_connections_that_are_never_idle_are_replaced_within_a_minute(
 ) -> None:
     service, clock = Service(), Clock()
     async with serving(service, tls if http2 else None) as url, client_of(url, clock) as client:
-        assert await outcomes(client, 10) == {Outcome.ACTIVE}
-        before = service.connections
-        old = set(service.open)
-        clock.now = MIN_AGE_SECONDS - 1
-        assert await outcomes(client, 10) == {Outcome.ACTIVE}
+        assert await outcomes(client, 1) == {Outcome.ACTIVE}
+        before, old = service.connections, set(service.open)
+        for clock.now in range(int(MIN_AGE_SECONDS)):
+            assert await outcomes(client, 1) == {Outcome.ACTIVE}
         assert service.connections == before
         clock.now = MAX_AGE_SECONDS
-        assert await outcomes(client, 10) == {Outcome.ACTIVE}
-        assert service.connections == before + (1 if http2 else 10)
-        used = service.open - old
-        await until(lambda: used >= service.open or http2)
-        assert len(used) == (1 if http2 else 10)
+        assert await outcomes(client, 1) == {Outcome.ACTIVE}
+        assert service.connections == before + 1
+        # The client that learned of HTTP/2 is not asked any more, so its connection becomes idle.
+        await until(lambda: len(service.open & old) == (1 if http2 else 0))
 
 
 @BOTH
@@ -301,8 +299,8 @@ async def test_clients_that_were_made_together_do_not_age_together() -> None:
             clock.now = second
             assert await outcomes(client, 400) == {Outcome.ACTIVE}
             made.append(service.connections - before)
-        assert 400 <= sum(made) <= 440
-        assert max(made) <= 110  # one client's at a time
+        assert 350 <= sum(made) <= 450
+        assert max(made) <= 150  # one client's at a time
 
 
 async def test_where_no_client_can_be_built_the_old_one_is_kept(
