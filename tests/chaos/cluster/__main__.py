@@ -27,10 +27,14 @@ from tests.chaos.cluster.trial import Trial
 REPORT = Path(__file__).parents[3] / "docs" / "reliability.md"
 WORKERS_PER_NODE = 3
 IDLE_SECONDS = 2.0  # after which HAProxy cuts a connection
-HEAD = "| tried | workers | rounds | checks | closed | deadlocks retried | passes in error | |"
+HEAD = "| tried | workers | rounds | checks | closed | deadlocks retried | passes in error | invariants |"
 
 # The columns that a schema change widens and adds.
-ALTERATIONS = "MODIFY billing_checkout_id VARCHAR(400) NULL, ADD COLUMN amount DECIMAL(12, 2) FIRST"
+ALTERATIONS = (
+    "MODIFY id VARCHAR(300) NOT NULL, MODIFY billing_checkout_id VARCHAR(400) NULL,"
+    " ADD COLUMN amount DECIMAL(12, 2) FIRST"
+)
+WIDE_ID = 290  # the shop's ids had up to 255 characters
 COLUMNS = "id, billing_checkout_id, billing_order_id, status"
 NEW_VALUES = ", ".join(f"NEW.{column}" for column in COLUMNS.split(", "))
 REPLACE = f"REPLACE INTO _checkout_session_new ({COLUMNS}) VALUES ({NEW_VALUES})"
@@ -166,6 +170,9 @@ def schema_change(
             trial.round()
         for failure in failures:
             raise failure
+        trial.id_length = WIDE_ID
+        for _ in range(3):
+            trial.round()
         trial.add_worker(trial.addresses[0])  # a cold one
         for _ in range(3):
             trial.round()

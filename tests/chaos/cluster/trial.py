@@ -31,7 +31,9 @@ OPENED, PAID, CLOSED_BY_SHOP = 10, 6, 2
 # So that every worker claims a part of the sessions, and all claim at once.
 CONCURRENCY = 10
 BILLING_SECONDS = 0.01
-DEADLOCKS = (1205, 1213)
+DEADLOCKS = (1020, 1205, 1213, 3101)
+# A Galera node then reads what the other one has committed before.
+SYNCHRONISED = "SET STATEMENT wsrep_sync_wait = 1 FOR "
 
 # What servers answer to any statement of this process, by error code.
 server_errors = Counter[int]()
@@ -63,6 +65,7 @@ class Trial:
     broken: list[str] = field(default_factory=list)
     rounds: int = 0
     made: int = 0
+    id_length: int = 0  # of the sessions that the shop opens from now on, at least
 
     def __post_init__(self) -> None:
         self._deadlocks_before = self._deadlocks()
@@ -105,6 +108,7 @@ class Trial:
         open_before = self._open()
         if shop:
             waiting = [i for i in open_before if i not in self.paid]
+            waiting.sort(key=lambda session_id: len(self.asked[session_id]))  # the newest first
             self.paid.update(waiting[:PAID])
             for session_id in waiting[PAID : PAID + CLOSED_BY_SHOP]:
                 self.closed_by_shop.add(session_id)
@@ -133,8 +137,7 @@ class Trial:
         self.broken += self._broken()
 
     def _broken(self) -> Iterator[str]:
-        shop = self.shops[0]
-        statuses = dict(shop.run("SELECT id, status FROM checkout_session"))
+        statuses = dict(self._read("SELECT id, status FROM checkout_session"))
         if len(statuses) != self.made:
             yield f"{self.made} sessions were opened, and the table has {len(statuses)}"
         for session_id, status in statuses.items():
@@ -142,10 +145,10 @@ class Trial:
             if status != ("success" if session_id in self.paid else right):
                 yield f"{session_id} is {status}"
         still_open = {i for i, status in statuses.items() if status == "open"}
-        queue = {i for (i,) in shop.run("SELECT session_id FROM checkout_session_check")}
+        queue = {i for (i,) in self._read("SELECT session_id FROM checkout_session_check")}
         if queue != still_open:
             yield f"the queue and the open sessions differ by {len(queue ^ still_open)}"
-        logged = Counter(i for (i,) in shop.run("SELECT session_id FROM checkout_session_change"))
+        logged = Counter(i for (i,) in self._read("SELECT session_id FROM checkout_session_change"))
         if logged != Counter(self.paid):
             yield f"{logged.total()} changes are logged, and {len(self.paid)} sessions were paid"
         events = {(e["session_id"], e["event_id"]) for e in self._events()}
@@ -175,14 +178,18 @@ class Trial:
         return [e for e in self.bus.events if e["session_id"].startswith(f"{self.name}-")]
 
     def _id(self, number: int) -> str:
-        return f"{self.name}-{number}"
+        return f"{self.name}-{number}-".ljust(self.id_length, "x")
 
     def _open(self) -> list[str]:
         try:
-            rows = self.shops[0].run("SELECT id FROM checkout_session WHERE status = 'open'")
+            rows = self._read("SELECT id FROM checkout_session WHERE status = 'open'")
         except pymysql.MySQLError:  # the shop's node is out of its cluster, as the monitor's is
             return []
         return [i for (i,) in rows]
+
+    def _read(self, sql: str) -> list[tuple[Any, ...]]:
+        clustered = len(set(self.addresses)) > 1
+        return self.shops[0].run(f"{SYNCHRONISED if clustered else ''}{sql}")
 
     def _worker(self, url: str) -> Worker:
         env = {
