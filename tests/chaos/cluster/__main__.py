@@ -16,18 +16,19 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-import pymysql
-
 from local.mariadb import mariadb_server
 from testkit.shops import MySQLShop, connect, mysql_shop
 from tests.chaos.bus import Bus, running_bus
 from tests.chaos.cluster.servers import Cluster, galera, haproxy, install
-from tests.chaos.cluster.trial import Trial
+from tests.chaos.cluster.trial import Trial, retried
 
 REPORT = Path(__file__).parents[3] / "docs" / "reliability.md"
 WORKERS_PER_NODE = 3
 IDLE_SECONDS = 2.0  # after which HAProxy cuts a connection
-HEAD = "| tried | workers | rounds | checks | closed | deadlocks retried | passes in error | invariants |"
+HEAD = (
+    "| tried | workers | rounds | checks | closed | deadlocks retried | passes in error |"
+    " invariants |"
+)
 
 # The columns that a schema change widens and adds.
 ALTERATIONS = (
@@ -159,7 +160,7 @@ def schema_change(
             try:
                 copy_table(trial.shops[0])
                 cut_over(trial.shops[0])
-                trial.shops[0].run("DROP TABLE _checkout_session_old")
+                retried(partial(trial.shops[0].run, "DROP TABLE _checkout_session_old"))
             except BaseException as error:  # noqa: BLE001 (raised below)
                 failures.append(error)
 
@@ -190,7 +191,7 @@ def copy_table(shop: MySQLShop) -> None:
     shop.run("CREATE TABLE _checkout_session_new LIKE checkout_session")
     shop.run(f"ALTER TABLE _checkout_session_new {ALTERATIONS}")
     for name, definition in TRIGGERS.items():
-        shop.run(f"CREATE TRIGGER copy_{name} {definition}")
+        retried(partial(shop.run, f"CREATE TRIGGER copy_{name} {definition}"))
     ids = [i for (i,) in shop.run("SELECT id FROM checkout_session ORDER BY id")]
     for start in range(0, len(ids), CHUNK):
         some = ids[start : start + CHUNK]
@@ -208,7 +209,7 @@ def copy_table(shop: MySQLShop) -> None:
 
 def rename(shop: MySQLShop) -> None:
     """As pt-online-schema-change does: one statement swaps the tables."""
-    shop.run(RENAME)
+    retried(partial(shop.run, RENAME))
 
 
 def rename_under_lock(shop: MySQLShop) -> None:
@@ -222,18 +223,6 @@ def rename_under_lock(shop: MySQLShop) -> None:
         cursor.execute("DROP TABLE _checkout_session_old")
         cursor.execute("UNLOCK TABLES")
     renaming.join()
-
-
-def retried(work: Callable[[], object]) -> None:
-    """The tools, too, begin again after a deadlock."""
-    for _ in range(10):
-        try:
-            work()
-        except pymysql.OperationalError:
-            time.sleep(STEP_SECONDS)
-        else:
-            return
-    work()
 
 
 def no_errors(trial: Trial) -> None:

@@ -6,11 +6,13 @@ bus are real; billing answers inside the process.
 
 import asyncio
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import cycle, pairwise
 from typing import Any, Never
 
@@ -35,17 +37,32 @@ DEADLOCKS = (1020, 1205, 1213, 3101)
 # A Galera node then reads what the other one has committed before.
 SYNCHRONISED = "SET STATEMENT wsrep_sync_wait = 1 FOR "
 
-# What servers answer to any statement of this process, by error code.
+# What servers answer to statements of the monitor's database threads, by error code.
 server_errors = Counter[int]()
 _raise = pymysql.err.raise_mysql_exception
 
 
 def _counting(data: bytes | bytearray) -> Never:
-    server_errors[int.from_bytes(data[1:3], "little")] += 1
+    if threading.current_thread().name.startswith("database"):
+        server_errors[int.from_bytes(data[1:3], "little")] += 1
     _raise(data)
 
 
 pymysql.err.raise_mysql_exception = _counting
+
+
+def retried(work: Callable[[], object]) -> None:
+    """Do what the shop does; it, too, begins again after a deadlock."""
+    for _ in range(20):
+        try:
+            work()
+        except pymysql.OperationalError as error:
+            if error.args[0] not in DEADLOCKS:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+    work()
 
 
 @dataclass
@@ -97,7 +114,8 @@ class Trial:
 
     def open_sessions(self, count: int) -> None:
         numbers = range(self.made, self.made + count)
-        add_sessions(next(self._shops), {self._id(n): f"c-{self._id(n)}" for n in numbers})
+        sessions = {self._id(n): f"c-{self._id(n)}" for n in numbers}
+        retried(partial(add_sessions, next(self._shops), sessions))
         self.made += count
 
     def round(self, *, exact: bool = True, shop: bool = True) -> None:
@@ -112,9 +130,8 @@ class Trial:
             self.paid.update(waiting[:PAID])
             for session_id in waiting[PAID : PAID + CLOSED_BY_SHOP]:
                 self.closed_by_shop.add(session_id)
-                next(self._shops).run(
-                    "UPDATE checkout_session SET status = 'failure' WHERE id = %s", (session_id,)
-                )
+                sql = "UPDATE checkout_session SET status = 'failure' WHERE id = %s"
+                retried(partial(next(self._shops).run, sql, (session_id,)))
             self.open_sessions(OPENED)
         ticks = [thread.submit(self._tick, worker) for thread, worker in self._workers]
         for tick in ticks:
