@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from core.domain.model import Reason
 from core.domain.other_monitors import Monitor
 from core.domain.summary import Summary
+from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.other_monitors import MAX_VALUE_LENGTH, monitor_of
 from core.store.status_report import read_status
@@ -19,7 +21,8 @@ from core.worker import Worker
 from testkit.clock import FakeClock
 from testkit.history import SECOND, History
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
-from tests.support import database_of, note_statements
+from tests.due_sessions import add_due_sessions
+from tests.support import FakeBilling, database_of, note_statements
 
 
 def paid(_: httpx.Request) -> httpx.Response:
@@ -224,6 +227,40 @@ def test_a_monitor_that_is_seen_anyway_records_no_empty_pass(shop: Shop, clock: 
         clock.advance(5)
     assert [n * 5 for n, was in enumerate(recorded) if was] == [0, 60, 120, 180, 240, 300]
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("helps", "busy", "recorded"), [(False, False, 1), (True, False, 0), (False, True, 1)]
+)
+async def test_a_worker_that_leads_records_itself_but_a_helper_does_not(
+    sqlite_shop: Shop, clock: FakeClock, helps: bool, busy: bool, recorded: int
+) -> None:
+    """Whether the other monitor left nothing due, or has as many passes as may be under way."""
+    others = Store(
+        database_of(sqlite_shop, clock),
+        monitor=monitor_of(settings_for(sqlite_shop, STATUS_UPDATES="true"), "other"),
+    )
+    others.prepare()
+    clock.advance(120)
+    if busy:
+        add_due_sessions(sqlite_shop, clock, 3)
+    others.take_lead(others.look(clock.now, interval_seconds=5))
+    others.history.begin(Summary(Reason.TICK, clock.now, clock.now))
+    others.close()
+    settings = settings_for(sqlite_shop, MAX_WORKERS="1")
+    this = Store(database_of(sqlite_shop, clock), monitor=monitor_of(settings, "this"))
+    with ThreadPoolExecutor(1) as thread:
+        summary = await check_open_checkout_sessions(
+            this,
+            FakeBilling(),
+            settings,
+            PassOptions(Reason.TICK, clock.now, helps=helps),
+            database_thread=thread,
+        )
+        thread.submit(this.close).result()
+    assert summary.checked == 0
+    rows = sqlite_shop.run("SELECT settings FROM checkout_session_run WHERE reason = 'tick'")
+    assert sum('"this"' in text for (text,) in rows) == recorded
 
 
 def test_a_tick_that_another_monitor_leads_costs_two_statements(
