@@ -71,6 +71,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p95_ms DOUBLE NULL,
   latency_p99_ms DOUBLE NULL,
   latency_max_ms DOUBLE NULL,
+  settings VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL,
   KEY checkout_session_run_finished (finished_at),
   KEY checkout_session_run_tick (tick)
 ) ENGINE=InnoDB"""
@@ -99,7 +100,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
 
 MODIFY_ID = "ALTER TABLE {table} MODIFY session_id {id_type} NOT NULL"
 
-# What upgrades a table of version 0.1.0, by the column it lacks (name, nullable).
+# What upgrades a table of an earlier version, by the column it lacks (name, nullable).
 UPGRADES = {
     ("checkout_session_check", ("rowid", "NO")): (
         "ALTER TABLE checkout_session_check DROP PRIMARY KEY,"
@@ -113,6 +114,10 @@ UPGRADES = {
     ("checkout_session_run", ("finished_at", "YES")): (
         "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
         " ADD KEY checkout_session_run_tick (tick)"
+    ),
+    ("checkout_session_run", ("settings", "YES")): (
+        "ALTER TABLE checkout_session_run ADD COLUMN settings"
+        " VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL"
     ),
     ("checkout_session_pause", ("last_tick", "YES")): (
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"

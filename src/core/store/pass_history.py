@@ -21,10 +21,14 @@ ALIVE_SECONDS = 5.0
 
 
 class PassHistory:
-    """Writes and reads the history. Every method raises StoreError."""
+    """Writes and reads the history. Every method raises StoreError.
 
-    def __init__(self, database: Database) -> None:
+    `made_by` is the text of the monitor that makes the passes; None leaves it out.
+    """
+
+    def __init__(self, database: Database, made_by: str | None = None) -> None:
         self._database = database
+        self._made_by = made_by
         self._last_id = 0
 
     def prepare(self) -> None:
@@ -40,7 +44,7 @@ class PassHistory:
         The id is made here, from the time: a statement that is sent again after a broken connection
         does not add a second row.
         """
-        nanoseconds = _id_at(summary.started_at)
+        nanoseconds = id_at(summary.started_at)
         pass_id = nanoseconds + random.randrange(1_000_000)  # noqa: S311 (no secret)
         if nanoseconds <= self._last_id < nanoseconds + 1_000_000:  # in the same ms
             pass_id = max(pass_id, self._last_id + 1)
@@ -50,6 +54,7 @@ class PassHistory:
             "reason": summary.reason.value,
             "tick": summary.tick,
             "started_at": summary.started_at,
+            "settings": self._made_by,
             **_columns(summary),
         }
 
@@ -112,7 +117,7 @@ class PassHistory:
             return connection.query(
                 "SELECT started_at FROM checkout_session_run WHERE id < %s"
                 " ORDER BY id DESC LIMIT 1",
-                (_id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
+                (id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
             )
 
         rows = self._database.run(newest)
@@ -130,7 +135,7 @@ class PassHistory:
         self._database.run(update)
 
 
-def _id_at(time: datetime) -> int:
+def id_at(time: datetime) -> int:
     """The first id of a millisecond: its nanoseconds since 1970."""
     return round(time.timestamp() * 1000) * 1_000_000
 
