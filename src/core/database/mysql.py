@@ -34,8 +34,8 @@ _LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT, 3101, 1020))
 # A lock timeout is only tried again while this much time has not passed.
 RETRY_SECONDS = 5.0
 # The shop's table is not what it was: no such table or column, another collation, ids that are too
-# long or too large for our copy of them.
-_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264))
+# long or too large for our copy of them, or no numbers.
+_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264, 1366))
 # Some changes of the shop's table raise no error, so the tables are compared again this often.
 PREPARED_SECONDS = 60.0
 # Errors whose message does not say what to do.
