@@ -195,7 +195,7 @@ def _billing(
     read_again = None
     if key is None and arn is not None:
         key = secrets_manager.read_api_key(arn)
-        read_again = partial(_new_key_or, key, arn)
+        read_again = partial(_read_key_again, arn)
     if key is None:
         return None
     return BillingClient(
@@ -208,9 +208,10 @@ def _billing(
     )
 
 
-def _new_key_or(key: str, arn: str) -> str:
+def _read_key_again(arn: str) -> str | None:
+    """The secret's key; None, with the reason in the log, where it cannot be read."""
     try:
         return secrets_manager.read_api_key(arn, refresh=True)
     except SettingsError as error:
         logger.error(f"❌ {error}")
-        return key
+        return None
