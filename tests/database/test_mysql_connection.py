@@ -284,4 +284,4 @@ def test_caching_sha2_without_tls_names_the_remedy(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pymysql, "connect", connect)
         message = failure(replace(address, password="hidden-pass"))
-    assert "Use TLS, with which caching_sha2_password works" in message
+    assert "caching_sha2_password and use TLS" in message

@@ -30,6 +30,8 @@ class PassHistory:
         self._database = database
         self._made_by = made_by
         self._last_id = 0
+        # Passes of this worker whose end could not be written; it makes one pass at a time.
+        self._unended: set[int] = set()
 
     def prepare(self) -> None:
         """Record when the monitor was installed, so that a new one does not count as late."""
@@ -65,6 +67,7 @@ class PassHistory:
                 tuple(row.values()),
             )
 
+        self._unended.add(pass_id)
         self._database.run(insert)
         return pass_id
 
@@ -75,6 +78,7 @@ class PassHistory:
 
     def end(self, pass_id: int, summary: Summary) -> None:
         self._update(pass_id, {"finished_at": summary.finished_at, **_columns(summary)})
+        self._unended.discard(pass_id)
 
     def forget_old(self) -> None:
         """Delete the rows that are over a day old."""
@@ -92,19 +96,20 @@ class PassHistory:
         self._database.run(delete)
 
     def count_under_way(self) -> int:
-        """Count the ticks' passes that have begun, not ended, and are alive."""
+        """Count the ticks' passes of others that have begun, not ended, and are alive."""
 
         def count(connection: Connection) -> int:
             now, alive = connection.now(), timedelta(seconds=ALIVE_SECONDS)
             rows = connection.query(
-                "SELECT started_at, duration_ms FROM checkout_session_run"
+                "SELECT id, started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
             # A pass that is active in the future is of a clock that was ahead.
             return sum(
                 abs(now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))) <= alive
-                for started_at, so_far in rows
+                for pass_id, started_at, so_far in rows
+                if as_int(pass_id) not in self._unended
             )
 
         return self._database.run(count)

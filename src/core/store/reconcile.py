@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from core.database.port import Connection, Database, Value, as_int, placeholders
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
-from core.store.queue import MAX_LEASE, UNCLAIMED, Queue
+from core.store.queue import MAX_LEASE, UNCLAIMED_IN_JOIN, Queue
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
@@ -149,7 +149,7 @@ class Reconciliation:
             f" CASE WHEN c.session_id IS NULL THEN '' {ages} ELSE '{list(AGES)[-1]}' END AS age,"
             " COUNT(*),"
             " SUM(CASE WHEN c.claimed_until > %s AND c.claimed_until <= %s THEN 1 ELSE 0 END),"
-            f" SUM(CASE WHEN {UNCLAIMED} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED_IN_JOIN} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
             f" SUM(CASE WHEN {too_late} THEN 1 ELSE 0 END)"
             " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
