@@ -15,11 +15,10 @@ from core.domain.summary import Summary
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.other_monitors import MAX_VALUE_LENGTH, monitor_of
-from core.store.status_report import read_status
 from core.store.store import Store
 from core.worker import Worker
 from testkit.clock import FakeClock
-from testkit.history import SECOND, History
+from testkit.history import SECOND
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
 from tests.due_sessions import add_due_sessions
 from tests.support import FakeBilling, database_of, note_statements
@@ -191,28 +190,37 @@ def test_what_is_recorded_has_no_secret_and_fits_into_its_column() -> None:
         assert monitor_of(Settings.from_env(env), "\x00" * 5000).as_text() != text
 
 
-def test_passes_of_the_version_before_say_nothing(shop: Shop) -> None:
-    """Their rows have no settings, and their statements do not name the column."""
-    history = History(shop)
-    history.passes(60)
-    database = database_of(shop, FakeClock(history.now))
-    store = Store(database, monitor=monitor_of(history.settings(), "a"))
-    view = store.look(history.slot, interval_seconds=5)
-    assert view.newest_settings is None
-    assert not store.others.differ(None)
-    assert store.others.find() == []
-    assert read_status(database, history.settings())["verdict"]["level"] != "critical"  # type: ignore[index]
-    store.close()
+def test_passes_of_the_version_before_say_nothing(shop: Shop, clock: FakeClock) -> None:
+    """Their rows have no settings."""
+    old = Store(database_of(shop, clock))
+    old.prepare()
+    with monitor(shop, clock, "a") as a:
+        for _ in range(60):
+            tick(clock, 1, a)
+            summary = Summary(Reason.TICK, clock.now, clock.now)
+            old.history.end(old.history.begin(summary), summary)
+        view = old.look(clock.now, interval_seconds=5)
+        assert view.newest_settings is None
+        assert not old.others.differ(view.newest_settings)
+        assert is_alone(a)
+        assert verdict(a)["level"] == "ok"
+    old.close()
 
 
 def test_rows_of_a_clock_that_was_ahead_are_not_compared(shop: Shop, clock: FakeClock) -> None:
-    clock.advance(86_400)
-    with monitor(shop, clock, "b", STATUS_UPDATES="true") as ahead:
-        tick(clock, 1, ahead)
-    clock.advance(-86_405)
     with monitor(shop, clock, "a") as a:
+        with monitor(shop, clock, "b", STATUS_UPDATES="true") as b:
+            clock.advance(1200)
+            tick(clock, 60, b, a)
+            assert not is_alone(a)
+        clock.advance(-1800)
         tick(clock, 60, a)
         assert is_alone(a)
+    store = Store(database_of(shop, clock))
+    newest = store.look(clock.now, interval_seconds=5).newest_settings
+    assert newest is not None
+    assert Monitor.from_text(newest).name == "a"
+    store.close()
 
 
 def test_a_monitor_that_is_seen_anyway_records_no_empty_pass(shop: Shop, clock: FakeClock) -> None:
@@ -221,6 +229,9 @@ def test_a_monitor_that_is_seen_anyway_records_no_empty_pass(shop: Shop, clock: 
     store = Store(database_of(shop, clock), monitor=Monitor.from_text(names["settings"]))
     store.prepare()
     clock.advance(120)  # since the row of the installation
+    old = Store(database_of(shop, clock))  # of the version before
+    old.history.begin(Summary(Reason.TICK, clock.now))
+    old.close()
     recorded = []
     for _ in range(61):
         recorded.append(store.others.show_this(Summary(Reason.TICK, clock.now, clock.now)))
