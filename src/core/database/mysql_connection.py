@@ -101,7 +101,6 @@ def _set_session(connection: Connection, *, time_limit: bool) -> None:
         "sql_select_limit": str(2**64 - 1),
         "sql_safe_updates": "0",
         "sql_big_selects": "1",  # whatever max_join_size is
-        "sql_auto_is_null": "0",  # on, `id IS NULL` finds the row that was inserted last
     }
     settings = ", ".join(f"SESSION {name} = {value}" for name, value in variables.items())
     with connection.cursor() as cursor:
