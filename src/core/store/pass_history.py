@@ -90,15 +90,14 @@ class PassHistory:
         """Count the ticks' passes that have begun, not ended, and are alive."""
 
         def count(connection: Connection) -> int:
-            now, alive = connection.now(), timedelta(seconds=ALIVE_SECONDS)
+            now = connection.now()
             rows = connection.query(
                 "SELECT started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
-            # A pass that is active in the future is of a clock that was ahead.
             return sum(
-                abs(now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))) <= alive
+                is_alive(as_datetime(started_at), as_int(so_far), now)
                 for started_at, so_far in rows
             )
 
@@ -128,6 +127,15 @@ class PassHistory:
             )
 
         self._database.run(update)
+
+
+def is_alive(started_at: datetime, so_far_ms: int, now: datetime) -> bool:
+    """Whether a pass without an end has recorded its progress recently.
+
+    One that did so in the future is of a clock that was ahead, and was killed.
+    """
+    silent = now - started_at - timedelta(milliseconds=so_far_ms)
+    return abs(silent) <= timedelta(seconds=ALIVE_SECONDS)
 
 
 def _id_at(time: datetime) -> int:
