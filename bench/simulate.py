@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
-from bench.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
 from core.domain.model import Answer, Outcome, Reason, Recheck, Recorded, StatusChange
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
 from testkit.shops import statements
+from testkit.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
 
 if TYPE_CHECKING:
     from core.database.port import Value
