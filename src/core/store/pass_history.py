@@ -26,6 +26,7 @@ class PassHistory:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._last_id = 0
+        self._without_end = set[int]()  # passes of this worker whose end is not recorded
 
     def prepare(self) -> None:
         """Record when the monitor was installed, so that a new one does not count as late."""
@@ -60,6 +61,7 @@ class PassHistory:
                 tuple(row.values()),
             )
 
+        self._without_end.add(pass_id)
         self._database.run(insert)
         return pass_id
 
@@ -70,6 +72,7 @@ class PassHistory:
 
     def end(self, pass_id: int, summary: Summary) -> None:
         self._update(pass_id, {"finished_at": summary.finished_at, **_columns(summary)})
+        self._without_end.discard(pass_id)
 
     def forget_old(self) -> None:
         """Delete the rows that are over a day old."""
@@ -87,18 +90,24 @@ class PassHistory:
         self._database.run(delete)
 
     def count_under_way(self) -> int:
-        """Count the ticks' passes that have begun, not ended, and are alive."""
+        """Count the ticks' passes that have begun, not ended, and are alive.
+
+        Call it between passes: one of this worker is over then, although the database may have been
+        away when it ended.
+        """
 
         def count(connection: Connection) -> int:
             now = connection.now()
             rows = connection.query(
-                "SELECT started_at, duration_ms FROM checkout_session_run"
+                "SELECT id, started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
+            self._without_end &= {as_int(pass_id) for pass_id, _, _ in rows}
             return sum(
                 is_alive(as_datetime(started_at), as_int(so_far), now)
-                for started_at, so_far in rows
+                for pass_id, started_at, so_far in rows
+                if pass_id not in self._without_end
             )
 
         return self._database.run(count)
