@@ -44,6 +44,7 @@ class Job(TypedDict):
     warm_up: bool
     env: dict[str, str]  # a worker's settings
     tick: NotRequired[str]  # of a pass; by default now, so that the pass is the leader
+    helps: NotRequired[bool]  # started by the leader
     seconds: NotRequired[float]  # that a pass may take
 
 
@@ -144,7 +145,9 @@ def full_pass(reports: IO[str]) -> Run:
             return {}
         tick = datetime.fromisoformat(job["tick"]) if "tick" in job else datetime.now(UTC)
         began = time.time()
-        summary = worker.check_open_checkout_sessions(tick, seconds=job.get("seconds", 300))
+        summary = worker.check_open_checkout_sessions(
+            tick, helps=job.get("helps", False), seconds=job.get("seconds", 300)
+        )
         return {"checked": summary.successes, "began": began, "open": summary.open}
 
     return run

@@ -47,7 +47,7 @@ class Fleet:
         for client in clients:
             client.report()
 
-    def start(self, tick: datetime) -> None:
+    def start(self, tick: datetime, *, helps: bool = False) -> None:
         """Start a pass in a free process and return at once; without one, count it as throttled."""
         with self._lock:
             self.started += 1
@@ -55,13 +55,14 @@ class Fleet:
                 self.throttled += 1
                 return
             client = self._free.pop()  # the most recently used, as Lambda does
-        client.start({**self._job, "tick": tick.isoformat(), "seconds": LAMBDA_SECONDS})
+        at = tick.isoformat()
+        client.start({**self._job, "tick": at, "helps": helps, "seconds": LAMBDA_SECONDS})
         threading.Thread(target=self._follow, args=(client,), daemon=True).start()
 
     def _follow(self, client: Client) -> None:
         try:
             while "start" in (message := client.line()):
-                self.start(datetime.fromisoformat(message["start"]))
+                self.start(datetime.fromisoformat(message["start"]), helps=True)
         except RuntimeError:
             return  # killed at the end of the case
         with self._lock:

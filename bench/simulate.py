@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
-from bench.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
 from core.domain.model import Answer, Outcome, Reason, Recheck, Recorded, StatusChange
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
 from testkit.shops import statements
+from testkit.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
 
 if TYPE_CHECKING:
     from core.database.port import Value
@@ -143,13 +144,13 @@ class Simulation:
         while self.invocations:
             await asyncio.wait(self.invocations)
 
-    def start(self, tick: datetime) -> None:
+    def start(self, tick: datetime, *, helps: bool = False) -> None:
         """Lambda's asynchronous Invoke."""
-        task = self.loop.create_task(self._invocation(tick))
+        task = self.loop.create_task(self._invocation(tick, helps=helps))
         self.invocations.add(task)
         task.add_done_callback(self.invocations.discard)
 
-    async def _invocation(self, tick: datetime) -> None:
+    async def _invocation(self, tick: datetime, *, helps: bool) -> None:
         seen = self.seen
         seen.workers_started += 1
         seen.under_way += 1
@@ -166,13 +167,14 @@ class Simulation:
                 PassOptions(
                     Reason.TICK,
                     tick,
+                    helps=helps,
                     start_seconds=LAMBDA_SECONDS
                     - FINISH_SECONDS
                     - self.settings.request_timeout_seconds,
                     total_seconds=LAMBDA_SECONDS - FINISH_SECONDS,
                 ),
                 database_thread=DatabaseThread(self.loop, self.database.meter),
-                start_worker=self.start,
+                start_worker=partial(self.start, helps=True),
                 choose=self.random.randint,
             )
         finally:

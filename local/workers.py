@@ -42,7 +42,7 @@ class Workers:
     def start_check(self, tick: datetime) -> None:
         """Start the tick's pass and return at once; skip the tick if no worker is free."""
         try:
-            self._start_another(tick)
+            self._start_pass(tick, helps=False)
         except StartWorkerError as error:
             logger.error(f"❌ Tick skipped: {error}")
 
@@ -75,14 +75,17 @@ class Workers:
         for worker in self._workers:
             worker.close()
 
-    def _start_another(self, tick: datetime) -> None:
+    def _start_helper(self, tick: datetime) -> None:
+        self._start_pass(tick, helps=True)
+
+    def _start_pass(self, tick: datetime, *, helps: bool) -> None:
         if not self._free.acquire(blocking=False):
             raise StartWorkerError(f"all {self._max_workers} workers are busy")
-        self._submit(lambda: self._check(tick))
+        self._submit(lambda: self._check(tick, helps=helps))
 
-    def _check(self, tick: datetime) -> None:
+    def _check(self, tick: datetime, *, helps: bool) -> None:
         try:
-            self._worker().check_open_checkout_sessions(tick, seconds=PASS_SECONDS)
+            self._worker().check_open_checkout_sessions(tick, helps=helps, seconds=PASS_SECONDS)
         except StoreError as error:
             logger.error(f"❌ {error}")
         except asyncio.CancelledError:
@@ -132,7 +135,7 @@ class Workers:
         worker: Worker | None = getattr(self._thread_local, "worker", None)
         if worker is None:
             worker = self._thread_local.worker = Worker(
-                self._settings, start_worker=self._start_another, name=self._name
+                self._settings, start_worker=self._start_helper, name=self._name
             )
             self._workers.append(worker)
         return worker

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from handlers import api, check
 
 context = SimpleNamespace(get_remaining_time_in_millis=lambda: 60_000)
-for event in ("tick", "no-tick"):
+for event in ("tick", "helper", "no-tick"):
     try:
         print(check.handler(json.load(open(f"events/{event}.json")), context))
     except Exception:

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from bench.simulate import not_later_than, simulated
-from bench.virtual_time import Meter
+from testkit.virtual_time import Meter
 
 
 @pytest.fixture

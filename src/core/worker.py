@@ -80,13 +80,17 @@ class Worker:
         self._running: asyncio.Task[Summary] | None = None
 
     def check_open_checkout_sessions(
-        self, tick: datetime | None = None, *, seconds: float = 60.0
+        self, tick: datetime | None = None, *, helps: bool = False, seconds: float = 60.0
     ) -> Summary:
-        """Make the pass of a tick, within `seconds`. Raises what the pass raises."""
+        """Make a pass for a tick, within `seconds`. Raises what the pass raises.
+
+        `helps`: the tick's leader started this worker, so it does not lead.
+        """
         total = max(1.0, seconds - FINISH_SECONDS)
         options = PassOptions(
             Reason.TICK,
             tick=tick,
+            helps=helps,
             start_seconds=max(1.0, total - self._settings.request_timeout_seconds),
             total_seconds=total,
         )

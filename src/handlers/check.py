@@ -19,8 +19,16 @@ from core.settings import Settings
 from core.worker import Worker
 
 
-class TickError(ValueError):
+class EventError(ValueError):
+    """The event cannot be used. The message names the part, what was given, and what is allowed."""
+
+
+class TickError(EventError):
     """The event's tick is not a valid timestamp."""
+
+
+class HelperError(EventError):
+    """The event's helper is neither true nor false."""
 
 
 @functools.cache
@@ -43,16 +51,20 @@ def worker() -> Worker:
 def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
     """Check what is due. `event` is `{"tick": "2026-01-15T10:30:05.000Z"}`, the tick optional.
 
-    Returns the pass's summary. Raises SettingsError, TickError or StoreError, each logged in one
+    A leader adds `"helper": true` for the workers that it starts.
+
+    Returns the pass's summary. Raises SettingsError, EventError or StoreError, each logged in one
     sentence first, so that the invocation counts as an error of the function. Whatever a bug raises
     counts as a failed pass too.
     """
     try:
         summary = worker().check_open_checkout_sessions(
-            parse_tick(event), seconds=context.get_remaining_time_in_millis() / 1000
+            parse_tick(event),
+            helps=parse_helper(event),
+            seconds=context.get_remaining_time_in_millis() / 1000,
         )
     except Exception as error:
-        if isinstance(error, SettingsError | TickError | StoreError):
+        if isinstance(error, SettingsError | EventError | StoreError):
             log.logger.error(f"❌ {error}")
         metrics.measure_failure()
         raise
@@ -76,3 +88,13 @@ def parse_tick(event: Mapping[str, Any]) -> datetime | None:
             "e.g. 2026-01-15T10:30:05.000Z, or be left out."
         )
     return time.astimezone(UTC)
+
+
+def parse_helper(event: Mapping[str, Any]) -> bool:
+    """Whether a leader started this worker: `event["helper"]`, if it is there."""
+    helper = event.get("helper", False)
+    if not isinstance(helper, bool):
+        raise HelperError(
+            f"The event's helper is {helper!r}; it must be true or false, or be left out."
+        )
+    return helper

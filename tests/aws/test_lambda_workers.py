@@ -53,18 +53,18 @@ def lambda_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_helper_is_invoked_asynchronously_for_the_same_tick(
+def test_a_helper_is_invoked_asynchronously_and_marked_as_one(
     lambda_service: Server,
 ) -> None:
     start = LambdaWorkers("stack-CheckSessions")
     start(NOON)
     start(NOON)
     path = "/2015-03-31/functions/stack-CheckSessions/invocations"
-    tick = {"tick": "2026-01-15T12:00:00.000Z"}
+    event = {"tick": "2026-01-15T12:00:00.000Z", "helper": True}
     assert [
         (p, invocation_type, json.loads(body))
         for p, invocation_type, body in lambda_service.requests
-    ] == [(path, "Event", tick)] * 2
+    ] == [(path, "Event", event)] * 2
 
 
 def test_a_refused_start_is_an_error_with_the_reason(lambda_service: Server) -> None:

@@ -28,6 +28,7 @@ TIMES = st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1), timezones=st.ju
         ("1d", [(86_400, math.inf)]),
         ("5s until 10m, 30s until 1h, 5m", [(5, 600), (30, 3600), (300, math.inf)]),
         ("5s until 10m,5s", [(5, 600), (5, math.inf)]),
+        ("5s until 3649d, 3650d", [(5, 3649 * 86_400), (3650 * 86_400, math.inf)]),
         ("  5s  until  10m  ,  1m  ", [(5, 600), (60, math.inf)]),
     ],
 )
@@ -58,6 +59,10 @@ def test_a_cadence_is_parsed(text: str, steps: list[tuple[float, float]]) -> Non
         ("5s until 10m, 30s until 600s, 5m", "each 'until' must be a greater age"),
         ("5s until 10m, 4s", "an older session cannot be checked more often"),
         ("1m until 1h, 30s until 2h, 5m", "an older session cannot be checked more often"),
+        ("3651d", "no step and no age can be longer than 3650d"),
+        ("999999d", "no step and no age can be longer than 3650d"),
+        ("5s until 999999d, 5m", "no step and no age can be longer than 3650d"),
+        ("5s until 10m, 99999h", "no step and no age can be longer than 3650d"),
     ],
 )
 def test_a_malformed_cadence_is_refused_with_the_reason(text: str, why: str) -> None:

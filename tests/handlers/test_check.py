@@ -59,6 +59,33 @@ def test_an_invalid_tick_is_refused_with_the_reason(context: LambdaContext, tick
         check.handler({"tick": tick}, context)
 
 
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("helper", [None, 0, 1, "true", "", [], {}])
+def test_an_invalid_helper_is_refused_with_the_reason(
+    context: LambdaContext, caplog: pytest.LogCaptureFixture, helper: object
+) -> None:
+    with pytest.raises(check.HelperError) as raised:
+        check.handler({"helper": helper}, context)
+    sentence = f"The event's helper is {helper!r}; it must be true or false, or be left out."
+    assert str(raised.value) == sentence
+    assert f"❌ {sentence}" in caplog.messages
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_helper_checks_what_is_due_and_leaves_the_lead_to_others(
+    sqlite_shop: Shop, simulated: SimulatedBilling, context: LambdaContext
+) -> None:
+    add_sessions(sqlite_shop, {"a": "checkout_active_1"})
+    late = event("helper")
+    assert check.handler(late, context)["checked"] == 0  # nothing is in the queue yet
+    assert check.handler({**late, "helper": False}, context)["checked"] == 1
+    sqlite_shop.run("UPDATE checkout_session_check SET next_check_at = '2026-01-01T00:00:00.000Z'")
+    led = sqlite_shop.run("SELECT last_tick FROM checkout_session_pause")
+    assert check.handler(late, context)["checked"] == 1
+    assert sqlite_shop.run("SELECT last_tick FROM checkout_session_pause") == led
+    assert simulated.requests.total() == 2
+
+
 def test_an_invalid_setting_fails_only_its_own_invocation(
     environment: pytest.MonkeyPatch, context: LambdaContext, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,10 @@ READ_SECONDS = 2
 
 
 class LambdaWorkers:
-    """Invokes a function with the event that the loop gives it."""
+    """Invokes a function with the event that the loop gives it, marked as a helper's.
+
+    A worker of version 0.2.0 ignores the mark.
+    """
 
     def __init__(self, function_name: str) -> None:
         self._function_name = function_name
@@ -26,7 +29,7 @@ class LambdaWorkers:
         self._lock = threading.Lock()
 
     def __call__(self, tick: datetime) -> None:
-        """Start one worker for the tick; returns as soon as Lambda has queued the invocation.
+        """Start one helper for the tick; returns as soon as Lambda has queued the invocation.
 
         Raises:
             StartWorkerError: Lambda did not queue it.
@@ -39,7 +42,7 @@ class LambdaWorkers:
             self._client.invoke(
                 FunctionName=self._function_name,
                 InvocationType="Event",
-                Payload=json.dumps({"tick": iso(tick)}),
+                Payload=json.dumps({"tick": iso(tick), "helper": True}),
             )
         except (BotoCoreError, ClientError) as error:
             raise StartWorkerError(str(error)) from None

@@ -19,6 +19,9 @@ FORM = (
     "e.g. '5s until 10m, 30s until 1h, 5m'"
 )
 
+# Dates that are further away than some thousand years cannot be computed, nor kept by a database.
+MAX_DAYS = 3650
+
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
 
 
@@ -39,8 +42,8 @@ class Cadence(NamedTuple):
         """`5s`, or `5s until 10m, 30s until 1h, 5m`.
 
         Raises:
-            ValueError: the text has another form, an age that does not grow, or a step that
-                checks older sessions more often than younger ones.
+            ValueError: the text has another form, an age that does not grow, a step that checks
+                older sessions more often than younger ones, or more than MAX_DAYS.
         """
         *younger, oldest = (part.strip() for part in text.split(","))
         steps = []
@@ -50,6 +53,9 @@ class Cadence(NamedTuple):
                 raise ValueError(f"the step {part!r} lacks 'until' and an age")
             steps.append(Step(parse_duration(every), parse_duration(until)))
         steps.append(Step(parse_duration(oldest), math.inf))
+        finite = [seconds for step in steps for seconds in step if math.isfinite(seconds)]
+        if max(finite) > MAX_DAYS * UNIT_SECONDS["d"]:
+            raise ValueError(f"no step and no age can be longer than {MAX_DAYS}d")
         for step, older in itertools.pairwise(steps):
             if older.until_seconds <= step.until_seconds:
                 raise ValueError("each 'until' must be a greater age than the one before it")

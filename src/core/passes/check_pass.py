@@ -49,6 +49,9 @@ CLAIM_AHEAD = 4
 # A pass that waits for its last answers looks this long after the next slot whether that slot's own
 # workers have left it anything to do.
 HELP_AFTER_SECONDS = 0.25
+# A pass counts as under way until its end is recorded. One that could end this shortly before a
+# slot stays for it, because that slot's worker might still count it.
+END_SECONDS = 0.05
 # API Gateway gives up after 29 s; a manual pass ends well before.
 MANUAL_SECONDS = 22.0
 
@@ -279,12 +282,16 @@ class _Pass:
     ) -> None:
         """Begin a check whenever a permit is free, and claim the next batch meanwhile."""
         max_in_flight, share_ahead = self._settings.max_concurrency, 0.5
+        gave_back = False
         while True:
             batch = await next_batch
             if not batch.claims:
                 made_due, reconciling = reconciling is not None and await reconciling, None
-                if not made_due and not await self._is_needed_in_next_slot(batch.requested):
+                if gave_back:  # maybe after this batch was claimed
+                    await self._writer.wait_until_given_back()
+                elif not made_due and not await self._is_needed_in_next_slot(batch.requested):
                     return
+                gave_back = False
                 next_batch = self._tasks.create_task(self._claim_batch(size))
                 continue
             began = self._loop.time()
@@ -295,6 +302,7 @@ class _Pass:
             share_ahead = min(1.0, CLAIM_AHEAD * waited / lasted) if lasted else 1.0
             if batch.claims:
                 self._writer.give_back(batch.claims)
+                gave_back = True
                 # If no answer comes, all requests hang: the next pass has free permits.
                 silent = self._loop.time() - max(self._tally.last_answer_at, self._first_request_at)
                 hang = self._permits.locked() and silent >= BEGIN_WITHIN_SECONDS
@@ -372,7 +380,11 @@ class _Pass:
             for _ in range(free):
                 self._permits.release()
         waited = self._view.now + timedelta(seconds=self._loop.time() - self._began)
-        return waited >= next_slot and self._may_begin(self._begin_until)
+        left = (next_slot - waited).total_seconds()
+        if left > END_SECONDS:
+            return False
+        await asyncio.sleep(max(0.0, left + END_SECONDS))
+        return self._may_begin(self._begin_until)
 
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
         tally = self._tally

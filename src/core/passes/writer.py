@@ -53,6 +53,7 @@ class Writer:
         self._rechecks: list[Recheck] = []
         self._changes = deque[StatusChange]()
         self._unwanted: list[Claim] = []
+        self._all_given_back = asyncio.Event()
         self._wake = asyncio.Event()
         self._closing = False
         # Changed on the database's thread only:
@@ -93,7 +94,12 @@ class Writer:
     def give_back(self, claims: Iterable[Claim]) -> None:
         """Take claims whose check has not begun; other workers may have them at once."""
         self._unwanted.extend(claims)
+        self._all_given_back.clear()
         self._wake.set()
+
+    async def wait_until_given_back(self) -> None:
+        """Wait until all claims that this pass gave back can be claimed again."""
+        await self._all_given_back.wait()
 
     @asynccontextmanager
     async def running(self, pass_id: int, began: float, ends: float) -> AsyncIterator[None]:
@@ -154,6 +160,8 @@ class Writer:
         recorded = await self._database.run(self._record, rechecks, changes, unwanted)
         if self._changes:
             self._wake.set()
+        if not self._unwanted:
+            self._all_given_back.set()
         self._log.status_changes(recorded.changed)
         self._log.refusals(recorded.refusals)
 

@@ -35,7 +35,7 @@ REST_FACTOR = 9
 MAX_REST = timedelta(minutes=10)
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
-_COLUMNS = "paused_until, pauses, last_tick, counts, count_again_at"
+_COLUMNS = "paused_until, pauses, last_tick, counts, counted_at, count_again_at"
 _SELECT = "SELECT {columns} FROM checkout_session_pause WHERE id = 1"
 
 
@@ -46,13 +46,16 @@ class StateRow(NamedTuple):
     pause: Pause
     last_tick: datetime | None
     last_counts: OpenCounts  # zeros before the first reconciliation
+    reconciled_at: datetime | None
     reconcile_after: datetime | None
 
     @property
     def may_reconcile(self) -> bool:
         """Whether the last reconciliation is long enough ago for the time that it took."""
-        after = self.reconcile_after
-        return after is None or not self.now < after <= self.now + MAX_REST
+        ended, after = self.reconciled_at, self.reconcile_after
+        if ended is None or after is None or ended > self.now:  # in the future: of a wrong clock
+            return True
+        return not self.now < after <= self.now + MAX_REST
 
 
 class MonitorState:
@@ -73,14 +76,15 @@ class MonitorState:
                 (_LONG_AGO,),
             )
             rows = connection.query(select)
-        [(until, pauses, last_tick, counts, reconcile_after, now_value, *values)] = rows
+        [(until, pauses, last_tick, counts, ended, after, now_value, *values)] = rows
         now, pause = as_datetime(now_value), Pause(as_datetime(until), as_int(pauses))
         row = StateRow(
             now,
             pause if pause.until <= now + MAX_PAUSE else Pause(_LONG_AGO, pause.in_a_row),
             as_datetime_or_none(last_tick),
             _open_counts(counts),
-            as_datetime_or_none(reconcile_after),
+            as_datetime_or_none(ended),
+            as_datetime_or_none(after),
         )
         return row, tuple(values)
 

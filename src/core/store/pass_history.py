@@ -30,8 +30,7 @@ class PassHistory:
         self._database = database
         self._made_by = made_by
         self._last_id = 0
-        # Passes of this worker whose end could not be written; it makes one pass at a time.
-        self._unended: set[int] = set()
+        self._without_end = set[int]()  # passes of this worker whose end is not recorded
 
     def prepare(self) -> None:
         """Record when the monitor was installed, so that a new one does not count as late."""
@@ -67,7 +66,7 @@ class PassHistory:
                 tuple(row.values()),
             )
 
-        self._unended.add(pass_id)
+        self._without_end.add(pass_id)
         self._database.run(insert)
         return pass_id
 
@@ -78,7 +77,7 @@ class PassHistory:
 
     def end(self, pass_id: int, summary: Summary) -> None:
         self._update(pass_id, {"finished_at": summary.finished_at, **_columns(summary)})
-        self._unended.discard(pass_id)
+        self._without_end.discard(pass_id)
 
     def forget_old(self) -> None:
         """Delete the rows that are over a day old."""
@@ -96,20 +95,24 @@ class PassHistory:
         self._database.run(delete)
 
     def count_under_way(self) -> int:
-        """Count the ticks' passes of others that have begun, not ended, and are alive."""
+        """Count the ticks' passes that have begun, not ended, and are alive.
+
+        Call it between passes: one of this worker is over then, although the database may have been
+        away when it ended.
+        """
 
         def count(connection: Connection) -> int:
-            now, alive = connection.now(), timedelta(seconds=ALIVE_SECONDS)
+            now = connection.now()
             rows = connection.query(
                 "SELECT id, started_at, duration_ms FROM checkout_session_run"
                 " WHERE finished_at IS NULL AND reason = %s",
                 (Reason.TICK.value,),
             )
-            # A pass that is active in the future is of a clock that was ahead.
+            self._without_end &= {as_int(pass_id) for pass_id, _, _ in rows}
             return sum(
-                abs(now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))) <= alive
+                is_alive(as_datetime(started_at), as_int(so_far), now)
                 for pass_id, started_at, so_far in rows
-                if as_int(pass_id) not in self._unended
+                if pass_id not in self._without_end
             )
 
         return self._database.run(count)
@@ -138,6 +141,15 @@ class PassHistory:
             )
 
         self._database.run(update)
+
+
+def is_alive(started_at: datetime, so_far_ms: int, now: datetime) -> bool:
+    """Whether a pass without an end has recorded its progress recently.
+
+    One that did so in the future is of a clock that was ahead, and was killed.
+    """
+    silent = now - started_at - timedelta(milliseconds=so_far_ms)
+    return abs(silent) <= timedelta(seconds=ALIVE_SECONDS)
 
 
 def id_at(time: datetime) -> int:

@@ -40,6 +40,9 @@ MAX_LEASE = timedelta(seconds=MAX_LEASE_SECONDS)
 # A session counts as checked at least this long after its claim. A manual pass that begins in the
 # very millisecond of a check can then tell earlier checks from its own.
 _AFTER_CLAIM = timedelta(milliseconds=1)
+# A check that was recorded further ahead is of a clock that was wrong. Less is a difference between
+# two servers of a cluster.
+_MAX_CLOCK_ERROR = timedelta(seconds=5)
 
 
 class CheckRecord(NamedTuple):
@@ -96,7 +99,12 @@ class Queue:
         limit: int,
         session_ids: Sequence[str] | None = None,
     ) -> list[Claim]:
-        """Claim up to `limit` open sessions that were not checked after `since`, due or not."""
+        """Claim up to `limit` open sessions that were not checked after `since`, due or not.
+
+        None, if the clock was set back since then: nobody could tell which ones were checked.
+        """
+        if now < since:
+            return []
         # A check that was recorded in the future is of a clock that was ahead.
         condition = "(last_checked_at IS NULL OR last_checked_at <= %s OR last_checked_at > %s)"
         wanted: Sequence[str] = ()
@@ -105,7 +113,7 @@ class Queue:
             if not wanted:
                 return []
             condition += f" AND session_id IN {placeholders(wanted)}"
-        parameters: Sequence[Value] = (since, now + MAX_LEASE, *wanted)
+        parameters: Sequence[Value] = (since, now + _MAX_CLOCK_ERROR, *wanted)
         return self._claim(condition, parameters, now, lease, limit)
 
     def record(self, rechecks: Iterable[Recheck], now: datetime) -> None:

@@ -26,7 +26,7 @@ from core.domain.verdict import Facts, judge
 from core.settings import Settings
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
-from core.store.pass_history import ALIVE_SECONDS
+from core.store.pass_history import ALIVE_SECONDS, is_alive
 from core.store.queue import oldest_due
 
 PASSES = 60  # of ticks
@@ -73,7 +73,7 @@ class _StatusReport:
     def read(self) -> JsonObject:
         now = self._connection.now()
         paused_until, counts, counted_at = self._monitor_state()
-        last_pass_at, has_api_key = self._newest_tick()
+        last_pass_at, has_api_key = self._newest_tick(now)
         ticks = self._ticks(since=now - HISTORY)
         under_way = self._under_way(now)
         since = max(self._first_tick() or now, now - HISTORY)
@@ -139,12 +139,13 @@ class _StatusReport:
             return as_datetime(paused_until), found, as_datetime_or_none(counted_at)
         return None, {}, None
 
-    def _newest_tick(self) -> tuple[datetime | None, bool]:
+    def _newest_tick(self, now: datetime) -> tuple[datetime | None, bool]:
         """When the newest pass of a tick began, and whether it had an API key."""
+        # A pass that began in the future is of a clock that was ahead.
         rows = self._connection.query(
-            "SELECT started_at, skipped FROM checkout_session_run WHERE reason = %s"
-            " ORDER BY id DESC LIMIT 1",
-            (Reason.TICK.value,),
+            "SELECT started_at, skipped FROM checkout_session_run"
+            " WHERE reason = %s AND started_at <= %s ORDER BY id DESC LIMIT 1",
+            (Reason.TICK.value, now + timedelta(seconds=ALIVE_SECONDS)),
         )
         for started_at, skipped in rows:
             return as_datetime(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
@@ -197,8 +198,7 @@ class _StatusReport:
             _UnderWay(
                 as_datetime_or_none(tick),
                 as_datetime(started_at),
-                now - as_datetime(started_at) - timedelta(milliseconds=as_int(so_far))
-                <= timedelta(seconds=ALIVE_SECONDS),
+                is_alive(as_datetime(started_at), as_int(so_far), now),
             )
             for tick, started_at, so_far in rows
         ]

@@ -1,4 +1,4 @@
-"""The virtual time of `make simulate`: an event loop that never waits, a database with prices."""
+"""Virtual time: an event loop that never waits, and a database whose steps have prices."""
 
 import asyncio
 import selectors
