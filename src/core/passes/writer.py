@@ -52,6 +52,7 @@ class Writer:
         self._log = log
         self._rechecks: list[Recheck] = []
         self._changes = deque[StatusChange]()
+        self._alone = deque[StatusChange]()  # changes of which one may be refused
         self._unwanted: list[Claim] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -122,7 +123,7 @@ class Writer:
     async def _write_until_closed(self, pass_id: int, began: float, ends: float) -> None:
         loop = asyncio.get_running_loop()
         progress_at = loop.time()
-        while not self._closing or self._changes:
+        while not self._closing or self._changes or self._alone:
             if loop.time() > ends + FINISH_CHANGES_SECONDS:
                 break
             with suppress(TimeoutError):
@@ -145,17 +146,25 @@ class Writer:
     async def _write_collected(self) -> None:
         """Write all rechecks, and as many changes as one transaction takes.
 
-        A slow event bus delays the next changes, but neither rechecks nor claims nor the progress.
+        A slow event bus or trigger delays the next changes, but neither rechecks nor claims nor the
+        progress.
         """
         rechecks, self._rechecks = self._rechecks, []
-        count = min(len(self._changes), CHANGES_AT_ONCE)
-        changes = [self._changes.popleft() for _ in range(count)]
+        changes = self._next_changes()
         unwanted, self._unwanted = self._unwanted, []
         recorded = await self._database.run(self._record, rechecks, changes, unwanted)
-        if self._changes:
+        self._alone.extend(recorded.untried)
+        if self._changes or self._alone:
             self._wake.set()
         self._log.status_changes(recorded.changed)
         self._log.refusals(recorded.refusals)
+
+    def _next_changes(self) -> list[StatusChange]:
+        """The changes of the next transaction: those that were refused together come last."""
+        if self._changes or not self._alone:
+            count = min(len(self._changes), CHANGES_AT_ONCE)
+            return [self._changes.popleft() for _ in range(count)]
+        return [self._alone.popleft()]
 
     def _record(
         self, rechecks: list[Recheck], changes: list[StatusChange], unwanted: list[Claim]
@@ -169,8 +178,9 @@ class Writer:
         self.outcomes += recorded.outcomes
         self.status_changes += len(recorded.changed)
         self.unpublished += recorded.unpublished
+        untried = {change.claim.rowid for change in recorded.untried}
         for claim in [*(decision.claim for decision in decided), *unwanted]:
-            if self._held.get(claim.rowid) is claim:
+            if self._held.get(claim.rowid) is claim and claim.rowid not in untried:
                 del self._held[claim.rowid]
         return recorded
 
