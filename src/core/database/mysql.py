@@ -218,7 +218,9 @@ class MySQLDatabase:
             except pymysql.MySQLError as error:
                 code = error.args[0] if error.args else None
                 if code in _LOCKED and self._rolled_back():
-                    waited = refusable and code == ER.LOCK_WAIT_TIMEOUT  # perhaps for one of its rows
+                    waited = (
+                        refusable and code == ER.LOCK_WAIT_TIMEOUT
+                    )  # perhaps for one of its rows
                     if not last and not waited and self._monotonic() - began < RETRY_SECONDS:
                         # Both sides of a deadlock try again at different times.
                         self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)

@@ -23,6 +23,8 @@ WRITE_EVERY_SECONDS = 0.25
 # Status changes that are not made this long after the pass had to end are given back: a slow event
 # bus must not keep a Lambda from ending in time.
 FINISH_CHANGES_SECONDS = 2.0
+# Where a bus takes a second a call, this many changes take ten: none of their claims lapses.
+MAX_WAITING_CHANGES = 10 * CHANGES_AT_ONCE
 # A pass records this often that it is under way.
 PROGRESS_EVERY_SECONDS = 1.0
 
@@ -55,6 +57,7 @@ class Writer:
         self._alone = deque[StatusChange]()  # changes of which one may be refused
         self._unwanted: list[Claim] = []
         self._wake = asyncio.Event()
+        self._written = asyncio.Event()
         self._closing = False
         # Changed on the database's thread only:
         self._held: dict[int, Claim] = {}  # claimed, and neither recorded nor given back
@@ -90,6 +93,12 @@ class Writer:
             self._wake.set()
         elif len(self._rechecks) + len(self._changes) >= STATEMENT_ROWS:
             self._wake.set()
+
+    async def wait_for_room(self) -> None:
+        """Wait while MAX_WAITING_CHANGES are still to be made; what comes then would wait long."""
+        while len(self._changes) + len(self._alone) >= MAX_WAITING_CHANGES:
+            self._written.clear()
+            await self._written.wait()
 
     def give_back(self, claims: Iterable[Claim]) -> None:
         """Take claims whose check has not begun; other workers may have them at once."""
@@ -154,6 +163,7 @@ class Writer:
         unwanted, self._unwanted = self._unwanted, []
         recorded = await self._database.run(self._record, rechecks, changes, unwanted)
         self._alone.extend(recorded.untried)
+        self._written.set()
         if self._changes or self._alone:
             self._wake.set()
         self._log.status_changes(recorded.changed)
