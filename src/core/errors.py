@@ -26,12 +26,14 @@ class StoreError(MonitorError):
 class RefusedError(StoreError):
     """The database can be used, but refuses a change: by a CHECK, a key, a trigger, a right.
 
-    `of_any_row`: it would refuse the same change of every other row.
+    `of_any_row`: it would refuse the same change of every other row. `remedy`: what to do then, for
+    an error that can also be about one row, where it would be wrong.
     """
 
-    def __init__(self, message: str, *, of_any_row: bool = False) -> None:
+    def __init__(self, message: str, *, of_any_row: bool = False, remedy: str = "") -> None:
         super().__init__(message)
         self.of_any_row = of_any_row
+        self.remedy = remedy
 
 
 class StartWorkerError(MonitorError):

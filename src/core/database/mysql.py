@@ -220,7 +220,10 @@ class MySQLDatabase:
             except pymysql.MySQLError as error:
                 code = error.args[0] if error.args else None
                 if code in _LOCKED and self._rolled_back():
-                    if not last and self._monotonic() - began < RETRY_SECONDS:
+                    waited = (
+                        refusable and code == ER.LOCK_WAIT_TIMEOUT
+                    )  # perhaps for one of its rows
+                    if not last and not waited and self._monotonic() - began < RETRY_SECONDS:
                         # Both sides of a deadlock try again at different times.
                         self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
                         continue
@@ -316,5 +319,17 @@ def _is_in(numbers: range, text: str) -> bool:
     return re.fullmatch("-?[0-9]{1,20}", text) is not None and int(text) in numbers
 
 
+<<<<<<< HEAD
+=======
+def _refusal(error: pymysql.MySQLError, code: object) -> RefusedError:
+    # The definer of a trigger may be the one who lacks a right, and only for some rows.
+    denied = code in (ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR)
+    remedy = "GRANT SELECT, UPDATE (status) ON checkout_session TO the monitor's user"
+    return RefusedError(
+        f"{_server_message(error)} ({code})", remedy=f"run: {remedy}" if denied else ""
+    )
+
+
+>>>>>>> t-a
 def _server_message(error: pymysql.MySQLError) -> str:
     return str(error.args[1]) if len(error.args) > 1 else type(error).__name__

@@ -137,6 +137,7 @@ class Recorded:
     changed: Sequence[StatusChange] = ()  # those whose new status was written
     unpublished: int = 0  # of the deferred: their event could not be published
     refusals: Sequence[Refusal] = ()
+    untried: Sequence[StatusChange] = ()  # refused together; each is still to be made by itself
 
     def __add__(self, other: "Recorded") -> "Recorded":
         return Recorded(
@@ -144,6 +145,7 @@ class Recorded:
             [*self.changed, *other.changed],
             self.unpublished + other.unpublished,
             [*self.refusals, *other.refusals],
+            [*self.untried, *other.untried],
         )
 
 

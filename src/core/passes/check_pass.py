@@ -346,6 +346,7 @@ class _Pass:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(batch.begin_by):
                 while len(batch.claims) > remaining:
+                    await self._writer.wait_for_room()
                     await self._permits.acquire()
                     if not self._may_begin(batch.begin_by):
                         self._permits.release()

@@ -23,6 +23,8 @@ WRITE_EVERY_SECONDS = 0.25
 # Status changes that are not made this long after the pass had to end are given back: a slow event
 # bus must not keep a Lambda from ending in time.
 FINISH_CHANGES_SECONDS = 2.0
+# Where a bus takes a second a call, this many changes take ten: none of their claims lapses.
+MAX_WAITING_CHANGES = 10 * CHANGES_AT_ONCE
 # A pass records this often that it is under way.
 PROGRESS_EVERY_SECONDS = 1.0
 
@@ -52,9 +54,11 @@ class Writer:
         self._log = log
         self._rechecks: list[Recheck] = []
         self._changes = deque[StatusChange]()
+        self._alone = deque[StatusChange]()  # changes of which one may be refused
         self._unwanted: list[Claim] = []
         self._all_given_back = asyncio.Event()
         self._wake = asyncio.Event()
+        self._written = asyncio.Event()
         self._closing = False
         # Changed on the database's thread only:
         self._held: dict[int, Claim] = {}  # claimed, and neither recorded nor given back
@@ -90,6 +94,12 @@ class Writer:
             self._wake.set()
         elif len(self._rechecks) + len(self._changes) >= STATEMENT_ROWS:
             self._wake.set()
+
+    async def wait_for_room(self) -> None:
+        """Wait while MAX_WAITING_CHANGES are still to be made; what comes then would wait long."""
+        while len(self._changes) + len(self._alone) >= MAX_WAITING_CHANGES:
+            self._written.clear()
+            await self._written.wait()
 
     def give_back(self, claims: Iterable[Claim]) -> None:
         """Take claims whose check has not begun; other workers may have them at once."""
@@ -128,7 +138,7 @@ class Writer:
     async def _write_until_closed(self, pass_id: int, began: float, ends: float) -> None:
         loop = asyncio.get_running_loop()
         progress_at = loop.time()
-        while not self._closing or self._changes:
+        while not self._closing or self._changes or self._alone:
             if loop.time() > ends + FINISH_CHANGES_SECONDS:
                 break
             with suppress(TimeoutError):
@@ -151,19 +161,28 @@ class Writer:
     async def _write_collected(self) -> None:
         """Write all rechecks, and as many changes as one transaction takes.
 
-        A slow event bus delays the next changes, but neither rechecks nor claims nor the progress.
+        A slow event bus or trigger delays the next changes, but neither rechecks nor claims nor the
+        progress.
         """
         rechecks, self._rechecks = self._rechecks, []
-        count = min(len(self._changes), CHANGES_AT_ONCE)
-        changes = [self._changes.popleft() for _ in range(count)]
+        changes = self._next_changes()
         unwanted, self._unwanted = self._unwanted, []
         recorded = await self._database.run(self._record, rechecks, changes, unwanted)
-        if self._changes:
+        self._alone.extend(recorded.untried)
+        self._written.set()
+        if self._changes or self._alone:
             self._wake.set()
         if not self._unwanted:
             self._all_given_back.set()
         self._log.status_changes(recorded.changed)
         self._log.refusals(recorded.refusals)
+
+    def _next_changes(self) -> list[StatusChange]:
+        """The changes of the next transaction: those that were refused together come last."""
+        if self._changes or not self._alone:
+            count = min(len(self._changes), CHANGES_AT_ONCE)
+            return [self._changes.popleft() for _ in range(count)]
+        return [self._alone.popleft()]
 
     def _record(
         self, rechecks: list[Recheck], changes: list[StatusChange], unwanted: list[Claim]
@@ -177,8 +196,9 @@ class Writer:
         self.outcomes += recorded.outcomes
         self.status_changes += len(recorded.changed)
         self.unpublished += recorded.unpublished
+        untried = {change.claim.rowid for change in recorded.untried}
         for claim in [*(decision.claim for decision in decided), *unwanted]:
-            if self._held.get(claim.rowid) is claim:
+            if self._held.get(claim.rowid) is claim and claim.rowid not in untried:
                 del self._held[claim.rowid]
         return recorded
 

@@ -30,7 +30,8 @@ from core.domain.model import (
     StatusChange,
     StatusChangedEvent,
 )
-from core.errors import RefusedError
+from core.errors import RefusedError, StoreError
+from core.log import logger
 from core.store.queue import CheckRecord, Queue, group_by_token
 
 # In one transaction. Few, so that it locks few of the shop's rows (with hundreds of ids MariaDB may
@@ -42,6 +43,9 @@ CHANGES_AT_ONCE = 50
 STILL_OPEN = "COALESCE(status, '') = 'open'"
 
 KEEP_CHANGES = timedelta(days=1)
+MAX_LOGGED = 16_000  # characters of a checkout id; MySQL's TEXT holds 65,535 bytes
+
+_NO_ROWID = 0  # rows are counted from 1
 
 
 class Publisher(Protocol):
@@ -77,7 +81,8 @@ class StatusChanges:
 
         A session is changed, and its event published, only if it is open, its row is not locked by
         the shop, it still has the checkout that billing was asked about, and the claim on it is
-        still valid. A change that the database refuses is not published, and delays no other.
+        still valid. What is refused is not published. Where one of several changes may be the
+        reason, they are returned as `untried`: make each of them by itself.
         """
         if not changes:
             return Recorded()
@@ -85,15 +90,19 @@ class StatusChanges:
             return self._database.transaction(
                 partial(self._change, changes=changes), refusable=True
             )
-        except RefusedError as error:
-            if len(changes) == 1 or error.of_any_row:
-                self._database.run(partial(self._record_refused, changes=changes))
-                refusals = [Refusal(change, str(error)) for change in changes]
-                return Recorded(outcomes={Outcome.REFUSED: len(changes)}, refusals=refusals)
-        recorded = Recorded()
-        for change in changes:  # each by itself, so that the database refuses only one
-            recorded += self.make([change])
-        return recorded
+        except Exception as error:  # noqa: BLE001 (whatever it is, it may be about one session)
+            why = error
+        if isinstance(why, StoreError) and not isinstance(why, RefusedError):
+            self._check_usable()  # a trigger that takes too long also looks like a lost connection
+        refusal = self._refusal_of_any_row(why)
+        if refusal is None and len(changes) > 1:
+            return Recorded(untried=changes)
+        self._database.run(partial(self._record_refused, changes=changes))
+        message = refusal or _message(why)
+        return Recorded(
+            outcomes={Outcome.REFUSED: len(changes)},
+            refusals=[Refusal(change, message) for change in changes],
+        )
 
     def forget_old(self) -> None:
         """Delete the log's rows that are over a day old."""
@@ -105,6 +114,34 @@ class StatusChanges:
             )
 
         self._database.run(delete)
+
+    def _check_usable(self) -> None:
+        """Raise StoreError if nothing can be written at all."""
+        self._database.run(
+            lambda connection: connection.execute(
+                "UPDATE checkout_session_pause SET pauses = pauses WHERE id = 1"
+            )
+        )
+
+    def _refusal_of_any_row(self, why: Exception) -> str | None:
+        """Why every change would be refused; None if it may be about one row."""
+        if isinstance(why, RefusedError) and why.of_any_row:
+            return str(why)
+        # An error's code does not tell: a right that is missing may be one of a trigger's definer.
+        # But a statement that changes no row runs no trigger and tests no value.
+        try:
+            self._database.transaction(self._change_nothing, refusable=True)
+        except RefusedError as error:
+            return "; ".join(filter(None, (str(error), error.remedy)))
+        return None
+
+    def _change_nothing(self, transaction: Transaction) -> None:
+        """The statements that read and write the shop's table, for no row."""
+        self._lock_open(transaction, [_NO_ROWID])
+        transaction.execute(
+            f"UPDATE checkout_session SET status = %s WHERE {STILL_OPEN} AND 1 = 0",
+            (SessionStatus.TIMEOUT.value,),
+        )
 
     def _change(self, transaction: Transaction, changes: Sequence[StatusChange]) -> Recorded:
         if self._publisher is not None and not self._database.is_transactional:
@@ -148,10 +185,11 @@ class StatusChanges:
 
     def _lock_open(self, transaction: Transaction, rowids: Sequence[int]) -> dict[int, _ShopRow]:
         """The shop's rows that are open and not locked by it, locked until the commit."""
-        columns = "c.rowid, s.id, s.billing_checkout_id, s.billing_order_id"
+        # The checkout id as a claim reads it, or some types would look different here.
+        columns = "c.rowid, s.id, COALESCE(s.billing_checkout_id, ''), s.billing_order_id"
         rows = self._shop_rows(transaction, columns, rowids, self._database.lock_rows)
         return {
-            as_int(rowid): _ShopRow(as_text(i), as_text_or_none(checkout), as_text_or_none(order))
+            as_int(rowid): _ShopRow(as_text(i), as_text(checkout) or None, as_text_or_none(order))
             for rowid, i, checkout, order in rows
         }
 
@@ -182,7 +220,7 @@ class StatusChanges:
         # the last event only the commit is left, so that what was published is committed.
         transaction.savepoint()
         self._write(transaction, changes, now)
-        published = self._publisher.publish([_event(one, now) for one in changes])
+        published = self._publish(self._publisher, [_event(one, now) for one in changes])
         accepted = [one for one in changes if one.change.claim.session_id in published]
         if len(accepted) < len(changes):
             # These statements succeeded a moment ago, on rows that are locked since.
@@ -193,6 +231,20 @@ class StatusChanges:
             self._queue.write_records(transaction, records, now)
         return [one.change for one in accepted]
 
+    def _publish(
+        self, publisher: Publisher, events: Sequence[StatusChangedEvent]
+    ) -> Collection[str]:
+        try:
+            return publisher.publish(events)
+        except Exception as error:
+            if len(events) > 1:
+                raise RefusedError("one of the events cannot be published") from error
+            logger.error(
+                f"❌ The event for session {events[0].session_id!r} cannot be published: "
+                f"{_message(error)}"
+            )
+            return ()
+
     def _write(self, transaction: Transaction, changes: Sequence[_Open], now: datetime) -> None:
         """Write the statuses, log them, and take the sessions off the queue."""
         if not changes:
@@ -201,17 +253,32 @@ class StatusChanges:
         for change, row in changes:
             by_status[change.new_status].append(row.id)
         for status, ids in by_status.items():
-            written = transaction.execute(
+            transaction.execute(
                 "UPDATE checkout_session SET status = %s"
                 f" WHERE {STILL_OPEN} AND id IN {placeholders(ids)}",
                 (status.value, *ids),
             )
+<<<<<<< HEAD
             if written > len(ids):
                 raise RefusedError("several open sessions have the same id")
             if written < len(ids):  # a trigger kept the old status
+=======
+            [(written,)] = transaction.query(
+                "SELECT COUNT(*) FROM checkout_session"
+                f" WHERE COALESCE(status, '') = %s AND id IN {placeholders(ids)}",
+                (status.value, *ids),
+            )
+            if as_int(written) != len(ids):  # a trigger wrote another status, or ids are not unique
+>>>>>>> t-a
                 raise RefusedError("the row does not keep the new status")
         log = [
-            (row.id, _asked(change), change.new_status, change.answer.billing_status[:255], now)
+            (
+                row.id,
+                (_asked(change) or "")[:MAX_LOGGED] or None,
+                change.new_status,
+                change.answer.billing_status[:255],
+                now,
+            )
             for change, row in changes
         ]
         transaction.execute(
@@ -228,6 +295,10 @@ class StatusChanges:
             for c in changes
         ]
         self._queue.write_records(connection, records, connection.now())
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
 
 
 def _asked(change: StatusChange) -> str | None:
