@@ -426,7 +426,7 @@ async def test_a_right_that_is_missing_delays_no_check(  # noqa: PLR0917 (fixtur
         lines = [m for m in caplog.messages if "GRANT" in m][before:]
         assert len(lines) == summary.outcomes[Outcome.REFUSED]
         assert all(
-            "run: GRANT SELECT, UPDATE (status) ON checkout_session" in line
+            "Run: GRANT SELECT, UPDATE (status) ON " in line
             and line.startswith(f"❌ Checkout session {BAD} ")
             for line in lines
         )

@@ -286,14 +286,19 @@ class MySQLDatabase:
 
     def _refusal(self, error: pymysql.MySQLError, code: object) -> RefusedError:
         message = f"{_server_message(error)} ({code})"
-        if code in _MAY_NOT:
-            return RefusedError(f"{message}. {self._grant(message)}", of_any_row=True)
-        return RefusedError(message)
+        if code not in _MAY_NOT:
+            return RefusedError(message)
+        if "checkout_session_" in message:  # a table of ours, so it is about every row
+            return RefusedError(
+                f"{message}. GRANT this user what docs/deploy.md lists.", of_any_row=True
+            )
+        # The definer of a trigger may be the one who lacks a right, and only for some rows.
+        return RefusedError(message, remedy=self._grant())
 
-    def _grant(self, message: str) -> str:
-        """The sentence with the right that a status change lacks."""
-        if "checkout_session_" in message or self._connection is None:  # a table of ours
-            return "Grant this user what docs/deploy.md lists."
+    def _grant(self) -> str:
+        """The sentence with the rights that a status change needs."""
+        if self._connection is None:
+            return ""
         [(account, database)] = self._connection.query("SELECT CURRENT_USER(), DATABASE()")
         user, _, host = str(account).rpartition("@")
         table = f"{database!s}.checkout_session"
@@ -319,17 +324,5 @@ def _is_in(numbers: range, text: str) -> bool:
     return re.fullmatch("-?[0-9]{1,20}", text) is not None and int(text) in numbers
 
 
-<<<<<<< HEAD
-=======
-def _refusal(error: pymysql.MySQLError, code: object) -> RefusedError:
-    # The definer of a trigger may be the one who lacks a right, and only for some rows.
-    denied = code in (ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR)
-    remedy = "GRANT SELECT, UPDATE (status) ON checkout_session TO the monitor's user"
-    return RefusedError(
-        f"{_server_message(error)} ({code})", remedy=f"run: {remedy}" if denied else ""
-    )
-
-
->>>>>>> t-a
 def _server_message(error: pymysql.MySQLError) -> str:
     return str(error.args[1]) if len(error.args) > 1 else type(error).__name__

@@ -132,7 +132,7 @@ class StatusChanges:
         try:
             self._database.transaction(self._change_nothing, refusable=True)
         except RefusedError as error:
-            return "; ".join(filter(None, (str(error), error.remedy)))
+            return ". ".join(filter(None, (str(error), error.remedy)))
         return None
 
     def _change_nothing(self, transaction: Transaction) -> None:
@@ -253,23 +253,19 @@ class StatusChanges:
         for change, row in changes:
             by_status[change.new_status].append(row.id)
         for status, ids in by_status.items():
-            transaction.execute(
+            written = transaction.execute(
                 "UPDATE checkout_session SET status = %s"
                 f" WHERE {STILL_OPEN} AND id IN {placeholders(ids)}",
                 (status.value, *ids),
             )
-<<<<<<< HEAD
             if written > len(ids):
                 raise RefusedError("several open sessions have the same id")
-            if written < len(ids):  # a trigger kept the old status
-=======
-            [(written,)] = transaction.query(
+            [(kept,)] = transaction.query(
                 "SELECT COUNT(*) FROM checkout_session"
                 f" WHERE COALESCE(status, '') = %s AND id IN {placeholders(ids)}",
                 (status.value, *ids),
             )
-            if as_int(written) != len(ids):  # a trigger wrote another status, or ids are not unique
->>>>>>> t-a
+            if as_int(kept) < len(ids):  # a trigger kept the old status, or wrote another one
                 raise RefusedError("the row does not keep the new status")
         log = [
             (
