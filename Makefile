@@ -1,6 +1,6 @@
 # Every target sets itself up. You only need Python 3.13 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run trigger billing unit test coverage browser screenshot build deploy-local e2e bench cost simulate soak mutants check format requirements
+.PHONY: help run trigger billing unit test coverage browser screenshot build deploy-local e2e bench cost simulate soak cluster mutants check format requirements
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
@@ -56,6 +56,9 @@ simulate: .venv/ready ## Simulate a million open sessions on a virtual clock: ho
 
 soak: .venv/ready ## Inject random faults for ten minutes and print a report, e.g. ARGS="--minutes 3"
 	@exec python -m tests.chaos.soak $(ARGS)
+
+cluster: .venv/ready ## Run workers on Galera nodes, behind HAProxy and during schema changes (installs them as root)
+	@exec python -m tests.chaos.cluster $(ARGS)
 
 mutants: .venv/mutation ## Break each guard of the core, one at a time: does a test notice? e.g. ARGS="store/queue --jobs 2"
 	@exec python -m tests.mutation $(ARGS)

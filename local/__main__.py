@@ -2,7 +2,8 @@
 
 The loop of template.yaml starts the ticks, workers check the sessions, and uvicorn serves the API
 on port 3001. Unless .env names others, billing is simulated on port 4000 and the database is an
-SQLite file with sample sessions. Ctrl-C stops it, and so does the end of a pipe's reader.
+SQLite file with sample sessions. It starts on tables that another monitor works on only with
+--share-database. Ctrl-C stops it, and so does the end of a pipe's reader.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from core import log
 from core.database.address import SQLitePath
 from core.errors import SettingsError
 from core.settings import Settings
-from local import billing, loop, output, terminal
+from local import billing, loop, output, sharing, terminal
 from local.api import running_api
 from local.samples import SAMPLES, create_samples
 from local.workers import Workers
@@ -44,6 +45,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make run", description="Run the monitor here.")
     parser.add_argument("--api-port", type=int, default=API_PORT, metavar="PORT")
     parser.add_argument("--billing-port", type=int, default=billing.PORT, metavar="PORT")
+    parser.add_argument(
+        sharing.SHARE, action="store_true", help="start although another monitor uses the database"
+    )
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack the emoji
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -56,8 +60,12 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             setup = prepare(dotenv | os.environ, arguments.billing_port, stack)
+            if not arguments.share_database:
+                refuse_to_share(setup.settings)
             terminal.show_changes_only(debug=setup.settings.debug)
-            workers = stack.enter_context(contextlib.closing(Workers(setup.settings, MAX_WORKERS)))
+            workers = stack.enter_context(
+                contextlib.closing(Workers(setup.settings, MAX_WORKERS, sharing.name()))
+            )
             with explain_port_errors(arguments.api_port, "--api-port"):
                 port = stack.enter_context(
                     running_api(arguments.api_port, lambda: workers, setup.simulated)
@@ -113,6 +121,11 @@ def prepare(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSta
         samples = f", created with {len(SAMPLES)} sample sessions" if created else ""
         lines.append(f"Database: {path}{samples}")
     return Setup(settings, simulated, lines)
+
+
+def refuse_to_share(settings: Settings) -> None:
+    if why := sharing.refusal(settings):
+        raise StartError(why)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,13 @@ STOP_AGAIN_SECONDS = 0.1
 class Workers:
     """Up to `max_workers` workers, each with its own thread and connections.
 
-    It implements `handlers.routes.Monitor`: each call runs on a free worker.
+    It implements `handlers.routes.Monitor`: each call runs on a free worker. `name` is what other
+    monitors on the same tables call this one.
     """
 
-    def __init__(self, settings: Settings, max_workers: int) -> None:
+    def __init__(self, settings: Settings, max_workers: int, name: str = "make run") -> None:
         self._settings = settings
+        self._name = name
         self._max_workers = max_workers
         self._pool = ThreadPoolExecutor(max_workers, thread_name_prefix="worker")
         self._free = threading.Semaphore(max_workers)
@@ -133,7 +135,7 @@ class Workers:
         worker: Worker | None = getattr(self._thread_local, "worker", None)
         if worker is None:
             worker = self._thread_local.worker = Worker(
-                self._settings, start_worker=self._start_helper
+                self._settings, start_worker=self._start_helper, name=self._name
             )
             self._workers.append(worker)
         return worker

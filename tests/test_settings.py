@@ -169,7 +169,7 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         (
             "BILLING_STATUS_MAP",
             '{"paid": "verified"}',
-            "which is not a status of the table; it must be",
+            "which is not a status; it must be",
         ),
         ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
         ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),

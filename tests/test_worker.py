@@ -51,6 +51,14 @@ async def test_the_last_check_of_a_manual_pass_has_its_full_timeout(
     ]
 
 
+def test_health_does_not_blame_other_monitors_for_a_broken_database(sqlite_shop: Shop) -> None:
+    sqlite_shop.run("DROP TABLE checkout_session")
+    api = Worker(settings_for(sqlite_shop))
+    checks = api.health().checks
+    assert (checks["database"], checks["other_monitors"]) == (False, True)
+    api.close()
+
+
 async def test_a_long_pass_counts_as_a_heartbeat_from_its_start(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

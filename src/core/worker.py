@@ -24,6 +24,7 @@ from core.passes import check_pass
 from core.passes.check_pass import PassOptions
 from core.passes.scaling import StartWorker
 from core.settings import Settings
+from core.store.other_monitors import monitor_of
 from core.store.status_changes import Publisher
 from core.store.store import Store
 
@@ -55,7 +56,7 @@ class Worker:
     """What one Lambda execution environment keeps between passes, above all connections.
 
     It does one thing at a time and belongs to the thread that uses it first; only `stop` may be
-    called from another one.
+    called from another one. `name` tells monitors on the same tables apart, for people.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Worker:
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], datetime] | None = None,
         start_worker: StartWorker | None = None,
+        name: str = "a monitor without a name",
     ) -> None:
         self._settings = settings
         self._start_worker = start_worker
         self._database = open_database(settings, clock=clock)
-        self._store = Store(self._database, _publisher(settings))
+        monitor = monitor_of(settings, name)
+        self._store = Store(self._database, _publisher(settings), monitor=monitor)
         self._billing = _billing(settings, transport)
         # asyncio's own loop makes two system calls for each answer that comes from Rust's threads.
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
@@ -115,16 +118,25 @@ class Worker:
         )
 
     def health(self) -> Health:
-        """Check the database, the heartbeat and the API key; failures are logged."""
-        checks = {"database": False, "last_pass": False, "api_key": self._billing is not None}
+        """Check the database, the heartbeat, the API key, and that no monitor works against it.
+
+        A failure of the database is logged.
+        """
+        checks = {
+            "database": False,
+            "last_pass": False,
+            "api_key": self._billing is not None,
+            "other_monitors": True,
+        }
         last_pass_at = None
         try:
-            last_pass_at, now = self._database_thread.submit(self._heartbeat).result()
+            last_pass_at, now, alone = self._database_thread.submit(self._heartbeat).result()
         except StoreError as error:
             logger.error(f"❌ {error}")
             now = datetime.now(UTC)
         else:
             checks["database"] = True
+            checks["other_monitors"] = alone
             age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
             checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
         return Health(checks, now, last_pass_at)
@@ -165,9 +177,10 @@ class Worker:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
 
-    def _heartbeat(self) -> tuple[datetime | None, datetime]:
+    def _heartbeat(self) -> tuple[datetime | None, datetime, bool]:
+        """The newest pass, the database's clock, and whether no other monitor disagrees."""
         self._prepare()
-        return self._store.history.last_start(), self._store.now()
+        return self._store.history.last_start(), self._store.now(), not self._store.others.find()
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:
@@ -199,7 +212,7 @@ def _billing(
     read_again = None
     if key is None and arn is not None:
         key = secrets_manager.read_api_key(arn)
-        read_again = partial(_new_key_or, key, arn)
+        read_again = partial(_read_key_again, arn)
     if key is None:
         return None
     return BillingClient(
@@ -212,9 +225,10 @@ def _billing(
     )
 
 
-def _new_key_or(key: str, arn: str) -> str:
+def _read_key_again(arn: str) -> str | None:
+    """The secret's key; None, with the reason in the log, where it cannot be read."""
     try:
         return secrets_manager.read_api_key(arn, refresh=True)
     except SettingsError as error:
         logger.error(f"❌ {error}")
-        return key
+        return None

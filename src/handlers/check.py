@@ -43,7 +43,9 @@ def worker() -> Worker:
     # Lambda sets it (and sam local too); without it, this is the only worker.
     function_name = os.environ.get("AWS_LAMBDA_FUNCTION_NAME")
     start_worker = LambdaWorkers(function_name) if function_name else None
-    return Worker(settings, start_worker=start_worker)
+    # The stack's name; health and the page of another monitor on the same tables show it.
+    name = os.environ.get("POWERTOOLS_SERVICE_NAME") or "a monitor without a name"
+    return Worker(settings, start_worker=start_worker, name=name)
 
 
 def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:

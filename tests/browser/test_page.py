@@ -255,7 +255,7 @@ def test_lost_contact_is_shown_with_its_start_and_recovers(view: View) -> None:
 def test_unreachable_database_is_shown_with_the_monitors_message(view: View) -> None:
     view.monitor.error = "The database db:3306/shop cannot be used: Can't connect (2003)."
     view.open()
-    view.expect_verdict("The monitor cannot tell how it stands", "critical")
+    view.expect_verdict("The monitor cannot report its state", "critical")
     expect(view.page.locator("#notes")).to_have_text(view.monitor.error)
     view.capture("database-away")
 

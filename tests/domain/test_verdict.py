@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from core.domain.model import Outcome
+from core.domain.other_monitors import Difference, OtherMonitor
 from core.domain.verdict import Facts, Level, clock, duration, judge
 from testkit.clock import NOON
 
@@ -108,6 +109,21 @@ def test_other_findings_are_notes() -> None:
         "5 of 128 failed their last check: 3 network error, 2 timeout.",
         "718 of 719 ticks of the last hour were missed, the last at 11:59:55 UTC.",
         "The pass of 11:00:00 UTC was killed; its claims expire on their own.",
+    )
+
+
+def test_another_monitor_with_other_settings_is_the_verdict() -> None:
+    differences = (
+        Difference("STATUS_UPDATES", here=True, there=False),
+        Difference("EVENT_BUS_NAME", here="shop-events", there=None),
+    )
+    facts = {"other_monitors": [OtherMonitor("shop-b", differences)], "overdue_seconds": 23}
+    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    assert verdict.level is Level.CRITICAL
+    assert verdict.text.endswith("works on the same sessions: shop-b")
+    assert verdict.notes == (
+        "Checks are up to 23 s late.",
+        f"shop-b ({differences[0]}; EVENT_BUS_NAME is not set there and shop-events here).",
     )
 
 

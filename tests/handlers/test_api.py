@@ -38,7 +38,12 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
     assert status == 200
     assert body["status"] == "ok"
     assert set(body) == {"status", "timestamp", "checks", "last_pass_at"}
-    assert body["checks"] == {"database": "ok", "last_pass": "ok", "api_key": "ok"}
+    assert body["checks"] == {
+        "database": "ok",
+        "last_pass": "ok",
+        "api_key": "ok",
+        "other_monitors": "ok",
+    }
 
 
 def test_health_is_degraded_six_intervals_after_the_last_pass(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 from core.domain.model import Answer, Outcome, SessionStatus, StatusChangedEvent
-from core.store.status_changes import Publisher
+from core.store.status_changes import CHANGES_AT_ONCE, Publisher
 from testkit.clock import FakeClock
 from testkit.shops import Shop
 from tests.support import FakeBilling, Passes
@@ -26,7 +26,7 @@ class Bus:
         return [change.session_id for change in self.published]
 
     def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
-        assert 1 <= len(changes) <= 10
+        assert 1 <= len(changes) <= CHANGES_AT_ONCE
         self.meanwhile()
         accepted = [change for change in changes if change.session_id not in self.rejects]
         self.published += accepted

@@ -11,7 +11,7 @@ from core.errors import StoreError
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
-from tests.store.claims import LEASE, claim_all, claim_due, rechecks
+from tests.store.claims import LEASE, claim_all, claim_due, ids, rechecks
 from tests.store.fake_bus import PAID
 from tests.support import FakeBilling, Passes, database_of, reconcile
 

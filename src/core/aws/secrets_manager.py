@@ -88,7 +88,7 @@ def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
 def _parsed(text: str) -> Any:  # noqa: ANN401 (JSON)
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -109,7 +109,10 @@ def _read(variable: str, arn: str, *, refresh: bool) -> str:
         raise SettingsError(
             f"{variable} names the secret {arn}, which cannot be read: {why}."
         ) from None
-    return value.decode() if isinstance(value, bytes) else str(value)
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise SettingsError(f"{variable} names the secret {arn}, which is not text.") from None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import httpx
 from core.billing.status_words import StatusReader
 from core.billing.transport import Get, ReqwestTransport
 from core.domain.model import Answer, Outcome
+from core.log import logger
 
 # More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
@@ -38,8 +39,9 @@ class BillingClient:
     """Asks the billing service about sessions, each within a total time, over kept connections.
 
     With a `status_reader`, the body of a 200 gives the session's status. `read_key_again`, if the
-    key can change, is called in a thread after a 401 or 403; if it returns another key, the request
-    is sent once more. A client belongs to the event loop it is used on.
+    key can change, is called in a thread after a 401 or 403, and returns None where it cannot be
+    read; if it returns another key, the request is sent once more. A client belongs to the event
+    loop it is used on.
 
     `transport` itself ends each request within `timeout_seconds`: a timer of the event loop for
     each request would add a tenth to the cost of a check.
@@ -52,7 +54,7 @@ class BillingClient:
         api_key: str,
         timeout_seconds: float,
         status_reader: StatusReader | None = None,
-        read_key_again: Callable[[], str] | None = None,
+        read_key_again: Callable[[], str | None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.perf_counter,
         now: Callable[[], datetime] | None = None,
@@ -76,13 +78,16 @@ class BillingClient:
         self._status_reader = status_reader
         self._read_key_again = read_key_again
         self._key_read_at = -KEY_READ_AGAIN_SECONDS
-        self._rotation = asyncio.Lock()
+        self._reading_key: asyncio.Task[None] | None = None
         self._timeout_seconds = timeout_seconds
         self._transport = transport or ReqwestTransport(timeout_seconds)
         self._monotonic = monotonic
         self._now = now or partial(datetime.now, UTC)
 
     async def aclose(self) -> None:
+        if self._reading_key is not None:
+            self._reading_key.cancel()  # its thread ends on its own, and changes nothing any more
+            await asyncio.wait([self._reading_key])
         await self._transport.aclose()
 
     async def check(self, billing_checkout_id: str | None) -> Answer:
@@ -130,20 +135,36 @@ class BillingClient:
         response = await self._transport.handle_async_request(Get(url, headers))
         return response, await _read(response)
 
-    async def _key_rotated(self, refused: httpx.Headers, read_key: Callable[[], str]) -> bool:
-        """Whether there is another key than the refused one, after a rotation."""
-        async with self._rotation:
-            if self._headers is not refused:
-                return True  # another check has just found the new key
+    async def _key_rotated(
+        self, refused: httpx.Headers, read_key: Callable[[], str | None]
+    ) -> bool:
+        """Whether there is another key than the refused one, after a rotation.
+
+        All requests that are refused meanwhile share one reading. It may take longer than they do:
+        then the next request has the new key.
+        """
+        if self._headers is not refused:
+            return True  # another check has found the new key
+        if self._reading_key is None:
             if self._monotonic() - self._key_read_at < KEY_READ_AGAIN_SECONDS:
                 return False
             self._key_read_at = self._monotonic()
+            self._reading_key = asyncio.create_task(self._read_key(read_key))
+        await asyncio.wait([self._reading_key])  # a request that gives up does not cancel it
+        return self._headers is not refused
+
+    async def _read_key(self, read_key: Callable[[], str | None]) -> None:
+        """Read the key; one that cannot be read, or be sent, leaves the client with its key."""
+        try:
             key = await asyncio.to_thread(read_key)
-            if key == refused["x-api-key"]:
-                return False
-            self._headers = refused.copy()
-            self._headers["x-api-key"] = key
-            return True
+            if key is not None and key != self._headers["x-api-key"]:
+                headers = self._headers.copy()
+                headers["x-api-key"] = key
+                self._headers = headers
+        except Exception as error:  # noqa: BLE001 (whoever waits goes on with the key that it has)
+            logger.error(f"❌ The API key cannot be read again: {type(error).__name__}")
+        finally:
+            self._reading_key = None
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
@@ -188,9 +209,9 @@ def parse_retry_after(text: str, now: datetime) -> float | None:
     else:
         try:
             date = parsedate_to_datetime(text)
-        except (ValueError, OverflowError):  # e.g. of the year 99999999999
+            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+        except Exception:  # noqa: BLE001 (its text is the service's, e.g. the year 99999999999)
             return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
     return min(max(0.0, seconds), MAX_RETRY_AFTER_SECONDS)
 
 

@@ -1,7 +1,7 @@
 """httpx's transport over pyreqwest (Rust's reqwest): requests leave, bytes or errors come back."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -34,12 +34,28 @@ MAX_CONNECTIONS = 960
 # default), and a request on it would never be answered.
 KEEP_IDLE = timedelta(seconds=30)
 
-# Requests at once on one HTTP/2 connection: services allow about as many (RFC 9113, section 6.5.2,
-# recommends at least 100), and further requests would wait.
+# Requests at once on one client, which is one connection with HTTP/2: services allow about as many
+# (RFC 9113, section 6.5.2, recommends at least 100), and further requests would wait.
 MAX_STREAMS = 100
-# An HTTP/2 connection that has been silent for this long, with requests on it, is pinged. It has as
-# long again to answer. Twice this is well within the default time of a request.
-PING_AFTER_SECONDS = 2.0
+# A name is resolved for new connections only, and a connection that is never idle is never
+# replaced. So a client is used for this long at most, and then a new one with new connections. The
+# ages of clients differ: they do not all connect again at the same time.
+MAX_AGE_SECONDS = 55.0
+MIN_AGE_SECONDS = 35.0
+BUILD_AGAIN_SECONDS = 5.0  # after no new client could be built, e.g. for want of a descriptor
+_GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, are spread evenly however many there are
+
+# An HTTP/2 connection that has been silent for this part of a request's time-out, with requests on
+# it, is pinged. A request that waits for a slow answer causes at most two pings: services that
+# count them tolerate two between two answers (gRPC's servers; others tolerate more).
+PING_FRACTION = 0.4
+# However short the time-out is: a ping is not sent where a slow answer is all there is.
+MIN_PING_SECONDS = 1.0
+# The answer to a ping may take as long as the silence before it, but not longer than this. A second
+# is more than a round trip and a packet sent twice, so a healthy connection is not ended. A request
+# on a dead one has at least a fifth of its time left for a second attempt. With a time-out of less
+# than 2.5 s it times out; those that begin two seconds later get a new connection.
+MAX_PONG_SECONDS = 2.0
 _KEEP_ALIVE_TIMED_OUT = "keep-alive timed out"
 
 
@@ -80,51 +96,49 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     without it the request, and its connection, would live until billing answers.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
-        # It offers both versions in each TLS handshake, and uses HTTP/1.1 without TLS.
-        self._either = _Client(
-            _client(timeout_seconds).http2(enable=True).pool_idle_timeout(KEEP_IDLE)
-        )
-        self._unkept = _Client(_client(timeout_seconds).pool_max_idle_per_host(0))
+    def __init__(
+        self, timeout_seconds: float, *, monotonic: Callable[[], float] | None = None
+    ) -> None:
         self._timeout_seconds = timeout_seconds
-        self._headers: httpx.Headers | None = None  # of the last request
-        self._items: list[tuple[str, str]] = []
+        self._monotonic = monotonic or _monotonic
+        # They offer both versions in each TLS handshake, and use HTTP/1.1 without TLS.
+        self._either = _Clients(self._either_builder, MAX_CONNECTIONS // MAX_STREAMS)
         # When a connection of `_either` ends, each waiting request opens another one: a hundred
         # handshakes instead of one. Clients that know the version in advance open one.
-        self._http2: list[_Client] = []
+        self._http2 = _Clients(self._http2_builder, MAX_CONNECTIONS)
+        self._unkept = _Client(_client(timeout_seconds, MAX_CONNECTIONS).pool_max_idle_per_host(0))
+        self._headers: httpx.Headers | None = None  # of the last request
+        self._items: list[tuple[str, str]] = []
         self._speaks_http2 = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        began, sent_before = time.monotonic(), None
+        began, sent_before = self._monotonic(), None
         if self._speaks_http2:
             for _ in range(2):  # a closed connection does not mean that the service is down
                 with suppress(httpx.NetworkError):
-                    return await self._send(self._http2_client(), request, sent_before)
+                    return await self._send(self._http2.at(began), request, sent_before)
                 sent_before = began
             self._speaks_http2 = False
         try:
-            return await self._send(self._either, request, sent_before)
+            return await self._send(self._either.at(began), request, sent_before)
         except httpx.NetworkError as error:
             if str(error) not in _CLOSED_MEANWHILE:
                 raise
         # Not on another kept one: if one was closed, all of them may have been.
         return await self._send(self._unkept, request, began)
 
-    def _http2_client(self) -> "_Client":
-        for client in self._http2:
-            if client.requests < MAX_STREAMS:
-                return client
-        ping = timedelta(seconds=min(PING_AFTER_SECONDS, self._timeout_seconds / 5))
-        self._http2.append(
-            _Client(
-                _client(self._timeout_seconds)
-                .http2_prior_knowledge()
-                .http2_keep_alive_interval(ping)
-                .http2_keep_alive_timeout(ping)
-                .pool_idle_timeout(KEEP_IDLE)
-            )
+    def _either_builder(self) -> ClientBuilder:
+        return _client(self._timeout_seconds).http2(enable=True).pool_idle_timeout(KEEP_IDLE)
+
+    def _http2_builder(self) -> ClientBuilder:
+        ping, pong = ping_and_pong_seconds(self._timeout_seconds)
+        return (
+            _client(self._timeout_seconds)
+            .http2_prior_knowledge()
+            .http2_keep_alive_interval(timedelta(seconds=ping))
+            .http2_keep_alive_timeout(timedelta(seconds=pong))
+            .pool_idle_timeout(KEEP_IDLE)
         )
-        return self._http2[-1]
 
     async def _send(
         self, client: "_Client", request: httpx.Request, sent_before: float | None = None
@@ -135,14 +149,14 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             self._items_of(request.headers)
         )
         if sent_before is not None:
-            left = sent_before + self._timeout_seconds - time.monotonic()
+            left = sent_before + self._timeout_seconds - self._monotonic()
             builder = builder.timeout(timedelta(seconds=max(0, left)))
         sending = builder.build_streamed()
         client.requests += 1
         try:
             response = await sending.__aenter__()
         except BaseException as error:
-            client.requests -= 1
+            client.request_ended()
             if isinstance(error, PyreqwestError):
                 raise _translated(error, request) from error
             raise
@@ -159,23 +173,123 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         return self._items
 
     async def aclose(self) -> None:
-        for client in (self._either, self._unkept, *self._http2):
-            await client.client.close()
+        await self._either.aclose()
+        await self._http2.aclose()
+        await self._unkept.client.close()
 
 
 class _Client:
-    """A pyreqwest client with its own connections, and the number of requests on them."""
+    """A pyreqwest client with its own connections, and the number of requests on them.
 
-    def __init__(self, builder: ClientBuilder) -> None:
+    Its connections are closed when nothing refers to it any longer. To call its `close` would end
+    its requests, and leave its idle connections open.
+    """
+
+    def __init__(
+        self,
+        builder: ClientBuilder,
+        *,
+        until: float = float("inf"),
+        on_idle: "Callable[[_Client], None] | None" = None,
+    ) -> None:
         self.client: Client = builder.build()
         self.requests = 0
+        self.until = until  # no request begins on it from then on
+        self.leaving = False
+        self._on_idle = on_idle
+
+    def request_ended(self) -> None:
+        self.requests -= 1
+        if self.leaving and not self.requests and self._on_idle is not None:
+            self._on_idle(self)
 
 
-def _client(timeout_seconds: float) -> ClientBuilder:
+class _Clients:
+    """Clients of one kind: a request gets one that is not too old and has room for it.
+
+    A client that is too old gets no further request, and is let go when it has none. To build one
+    takes 3 ms, which happens once in MIN_AGE_SECONDS for each MAX_STREAMS in flight.
+    """
+
+    def __init__(self, builder: Callable[[], ClientBuilder], max_clients: int) -> None:
+        self._builder = builder
+        self._max_clients = max_clients
+        self._built = 0
+        self._clients: list[_Client] = []
+        self._leaving: set[_Client] = set()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """End all requests and close all connections."""
+        self._closed = True
+        clients = [*self._clients, *self._leaving]
+        self._clients.clear()
+        self._leaving.clear()
+        for client in clients:
+            await client.client.close()
+
+    def at(self, now: float) -> _Client:
+        """The client for a request that begins now."""
+        for client in self._clients:
+            if client.requests < MAX_STREAMS and now < client.until:
+                return client
+        return self._another(now)
+
+    def _another(self, now: float) -> _Client:
+        if self._closed:  # a request that has just been ended for that would be sent again
+            raise httpx.NetworkError("the client is closed")
+        aged = self._retire(now)
+        # A client that is left keeps its idle connections until its last request has ended. With
+        # nearly MAX_CONNECTIONS requests in flight there may be no room for another one beside it:
+        # requests then wait for each other.
+        if self._clients and len(self._clients) + len(self._leaving) >= self._max_clients:
+            return min(self._clients, key=lambda client: client.requests)
+        spread = (self._built * _GOLDEN_RATIO) % 1.0
+        age = MAX_AGE_SECONDS - spread * (MAX_AGE_SECONDS - MIN_AGE_SECONDS)
+        try:
+            client = _Client(self._builder(), until=now + age, on_idle=self._leaving.discard)
+        except Exception as error:  # noqa: BLE001 (no descriptor to read certificates with, …)
+            return self._instead(aged, now, error)
+        self._built += 1
+        self._clients.append(client)
+        return client
+
+    def _retire(self, now: float) -> list[_Client]:
+        aged = [client for client in self._clients if now >= client.until]
+        for client in aged:
+            self._clients.remove(client)
+            client.leaving = True
+            if client.requests:
+                self._leaving.add(client)
+        return aged
+
+    def _instead(self, aged: list[_Client], now: float, error: Exception) -> _Client:
+        """A client that is too old, or has no room, where no other can be built for now."""
+        for client in aged:
+            client.until = now + BUILD_AGAIN_SECONDS
+            client.leaving = False
+            self._leaving.discard(client)
+            self._clients.append(client)
+        if not self._clients:
+            raise httpx.ConnectError(f"no client can be built: {error}") from error
+        return min(self._clients, key=lambda client: client.requests)
+
+
+def ping_and_pong_seconds(timeout_seconds: float) -> tuple[float, float]:
+    """After how long a silence HTTP/2 pings, and how long it waits for the answer."""
+    ping = max(MIN_PING_SECONDS, PING_FRACTION * timeout_seconds)
+    return ping, min(ping, MAX_PONG_SECONDS)
+
+
+def _monotonic() -> float:
+    return time.monotonic()
+
+
+def _client(timeout_seconds: float, max_connections: int = MAX_STREAMS) -> ClientBuilder:
     return (
         ClientBuilder()
         .timeout(timedelta(seconds=timeout_seconds))
-        .max_connections(MAX_CONNECTIONS)
+        .max_connections(max_connections)
         .follow_redirects(enable=False)
         .gzip(enable=False)
         .brotli(enable=False)
@@ -235,7 +349,7 @@ class _Body(httpx.AsyncByteStream):
         return bytes(chunk)
 
     async def aclose(self) -> None:
-        self._client.requests -= 1
+        self._client.request_ended()
         await self._sending.__aexit__(None, None, None)
 
 

@@ -34,10 +34,12 @@ _LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT, 3101, 1020))
 # A lock timeout is only tried again while this much time has not passed.
 RETRY_SECONDS = 5.0
 # The shop's table is not what it was: no such table or column, another collation, ids that are too
-# long or too large for our copy of them.
-_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264))
+# long or too large for our copy of them, or no numbers.
+_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264, 1366))
 # Some changes of the shop's table raise no error, so the tables are compared again this often.
 PREPARED_SECONDS = 60.0
+# This user may not read or write a table, or a column.
+_MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR))
 # Errors whose message does not say what to do.
 _ADVICE = {
     1665: "The server logs in the format STATEMENT; set binlog_format to ROW or MIXED",
@@ -225,7 +227,7 @@ class MySQLDatabase:
                 elif code in _SCHEMA_CHANGED and self._rolled_back() and self._follow_schema():
                     continue
                 if refusable and code not in _STALE | _STANDBY and self._rolled_back():
-                    raise _refusal(error, code) from error
+                    raise self._refusal(error, code) from error
                 # The next connection may not have this problem: after a failover it leads to
                 # another server.
                 # After a timeout here, the server may still work on the statement, or wait with it.
@@ -275,7 +277,24 @@ class MySQLDatabase:
     def _explained(self, error: pymysql.MySQLError, code: object) -> str:
         message = _ADVICE.get(code) if isinstance(code, int) else None
         message = message or _server_message(error)
+        if code in _MAY_NOT:
+            message += "; docs/deploy.md lists the grants"
         return f"The database {self._where} cannot be used: {message} ({code})."
+
+    def _refusal(self, error: pymysql.MySQLError, code: object) -> RefusedError:
+        message = f"{_server_message(error)} ({code})"
+        if code in _MAY_NOT:
+            return RefusedError(f"{message}. {self._grant(message)}", of_any_row=True)
+        return RefusedError(message)
+
+    def _grant(self, message: str) -> str:
+        """The sentence with the right that a status change lacks."""
+        if "checkout_session_" in message or self._connection is None:  # a table of ours
+            return "Grant this user what docs/deploy.md lists."
+        [(account, database)] = self._connection.query("SELECT CURRENT_USER(), DATABASE()")
+        user, _, host = str(account).rpartition("@")
+        table = f"{database!s}.checkout_session"
+        return f"Run: GRANT SELECT, UPDATE (status) ON {table} TO '{user}'@'{host}';"
 
     def _connect(self, address: MySQLAddress) -> pymysql.Connection:
         try:
@@ -295,14 +314,6 @@ class MySQLDatabase:
 def _is_in(numbers: range, text: str) -> bool:
     # The longest number of the range has 20 digits; int() of thousands would take long.
     return re.fullmatch("-?[0-9]{1,20}", text) is not None and int(text) in numbers
-
-
-def _refusal(error: pymysql.MySQLError, code: object) -> RefusedError:
-    message = f"{_server_message(error)} ({code})"
-    if code in (ER.TABLEACCESS_DENIED_ERROR, ER.COLUMNACCESS_DENIED_ERROR):
-        message += "; run: GRANT SELECT, UPDATE (status) ON checkout_session TO the monitor's user"
-        return RefusedError(message, of_any_row=True)
-    return RefusedError(message)
 
 
 def _server_message(error: pymysql.MySQLError) -> str:

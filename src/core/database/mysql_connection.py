@@ -38,8 +38,8 @@ def connect(address: MySQLAddress, *, time_limit: bool = True) -> Connection:
     except RuntimeError as error:  # PyMySQL misses a package that is not part of ours
         raise StoreError(
             f"The database {where(address)} asks for an authentication that is not supported here "
-            f"(PyMySQL: {error}). Use TLS, with which caching_sha2_password works, or another "
-            "authentication plugin, such as mysql_native_password."
+            f"(PyMySQL: {error}). Let the user have caching_sha2_password and use TLS, or let it "
+            "have mysql_native_password."
         ) from error
     except UnicodeError as error:  # whose text may hold the password
         raise StoreError(
@@ -100,6 +100,7 @@ def _set_session(connection: Connection, *, time_limit: bool) -> None:
         ),
         "sql_select_limit": str(2**64 - 1),
         "sql_safe_updates": "0",
+        "sql_big_selects": "1",  # whatever max_join_size is
     }
     settings = ", ".join(f"SESSION {name} = {value}" for name, value in variables.items())
     with connection.cursor() as cursor:

@@ -7,32 +7,34 @@ from typing import NamedTuple, Protocol
 import pymysql
 from pymysql.constants import ER
 
-from core.database.port import NO_STATUS_INDEX, Connection, Value
+from core.database.port import NO_STATUS_INDEX, Connection, Value, as_int
 from core.errors import StoreError
 
 TEXT_ID_TYPES = ("char", "varchar")
-NUMBER_ID_BITS = {"int": 32, "bigint": 64}
-# How ids of other types become text, in a column that MySQL and MariaDB keep up to date.
-_TEXT_OF_ID = {
-    "binary": "LOWER(HEX(id))",
-    "varbinary": "LOWER(HEX(id))",
-    "uuid": "CAST(id AS CHAR(36))",
-}
+NUMBER_ID_BITS = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 # Our columns that hold the shop's ids.
 ID_COPIES = ("checkout_session_check", "checkout_session_change")
 
-NO_UNIQUE_ID = (
-    "checkout_session.id has no unique key, so each claim reads the whole table. Run: "
+NO_ID_INDEX = (
+    "checkout_session.id has no index, so each claim reads the whole table. Run: "
     "ALTER TABLE checkout_session ADD UNIQUE KEY (id);"
 )
+NO_UNIQUE_ID = (
+    "checkout_session.id has no unique key, and where several open sessions have the same id, no "
+    "status is changed. Run: ALTER TABLE checkout_session ADD UNIQUE KEY (id);"
+)
 NO_TRANSACTIONS = (
-    "checkout_session uses the engine {engine}, which has no transactions: with an event bus, no "
-    "status is changed. Run: ALTER TABLE checkout_session ENGINE=InnoDB;"
+    "checkout_session uses the engine {engine}, which has no transactions: with an event bus, or "
+    "on a server that enforces GTID consistency, no status is changed. Run: "
+    "ALTER TABLE checkout_session ENGINE=InnoDB;"
 )
 
 _MAY_NOT = frozenset((ER.TABLEACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR))
 # A column or a key that another worker has just added.
 _DONE = frozenset((ER.DUP_FIELDNAME, ER.DUP_KEYNAME))
+# Rows of ours hold ids that the shop's column cannot hold any more, or takes for equal now: too
+# long, out of range, of another character set, not a number, or twice the same.
+_DOES_NOT_FIT = frozenset((1406, 1264, 1265, 1292, 1366, 1062))
 
 CHECK_TABLE = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
@@ -71,6 +73,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p95_ms DOUBLE NULL,
   latency_p99_ms DOUBLE NULL,
   latency_max_ms DOUBLE NULL,
+  settings VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL,
   KEY checkout_session_run_finished (finished_at),
   KEY checkout_session_run_tick (tick)
 ) ENGINE=InnoDB"""
@@ -99,7 +102,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
 
 MODIFY_ID = "ALTER TABLE {table} MODIFY session_id {id_type} NOT NULL"
 
-# What upgrades a table of version 0.1.0, by the column it lacks (name, nullable).
+# What upgrades a table of an earlier version, by the column it lacks (name, nullable).
 UPGRADES = {
     ("checkout_session_check", ("rowid", "NO")): (
         "ALTER TABLE checkout_session_check DROP PRIMARY KEY,"
@@ -113,6 +116,10 @@ UPGRADES = {
     ("checkout_session_run", ("finished_at", "YES")): (
         "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
         " ADD KEY checkout_session_run_tick (tick)"
+    ),
+    ("checkout_session_run", ("settings", "YES")): (
+        "ALTER TABLE checkout_session_run ADD COLUMN settings"
+        " VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL"
     ),
     ("checkout_session_pause", ("last_tick", "YES")): (
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
@@ -187,7 +194,9 @@ def prepare(database: _Database) -> ShopTable:
         statement
         for table, ids in copies.items()
         if ids != shop.ids
-        if not _follow(database, statement := MODIFY_ID.format(table=table, id_type=definition))
+        if not _follow(
+            database, table, statement := MODIFY_ID.format(table=table, id_type=definition)
+        )
     ]
     if refused:
         raise StoreError(
@@ -216,7 +225,8 @@ def _read_shop(connection: Connection) -> tuple[ShopTable, dict[str, IdColumn]]:
         )
     ids = columns.pop("checkout_session")
     if ids.data_type not in (*TEXT_ID_TYPES, *NUMBER_ID_BITS):
-        raise StoreError(_unsupported_id(ids.data_type))
+        [(schema,)] = connection.query("SELECT DATABASE()")
+        raise StoreError(_unsupported_id(ids, str(schema)))
     is_transactional, warnings = _look_at_shop(connection)
     return ShopTable(ids, is_transactional, warnings), columns
 
@@ -230,43 +240,59 @@ def _id_column(column_type: Value, charset: Value, collation: Value, data_type: 
     )
 
 
-def _unsupported_id(data_type: str) -> str:
+def _unsupported_id(ids: IdColumn, schema: str) -> str:
+    """The sentence for ids of another type, with statements for a text of each id."""
     allowed = ", ".join((*TEXT_ID_TYPES, *NUMBER_ID_BITS))
-    message = f"checkout_session.id is of type {data_type}; it must be one of {allowed}."
-    if text := _TEXT_OF_ID.get(data_type):
-        message += (
-            " Give the table a text of each id: ALTER TABLE checkout_session ADD COLUMN id_text "
-            f"CHAR(36) CHARACTER SET ascii AS ({text}) STORED, ADD UNIQUE KEY (id_text); then let "
-            "the monitor use a database of its own with a view: CREATE VIEW checkout_session AS "
-            "SELECT id_text AS id, billing_checkout_id, billing_order_id, status "
-            "FROM <shop>.checkout_session;"
-        )
-    return message
+    match ids.data_type:
+        case "binary" | "varbinary":
+            digits = 2 * int(re.sub(r"\D", "", ids.column_type))
+            text = f"VARCHAR({digits}) CHARACTER SET ascii AS (LOWER(HEX(id)))"
+        case "uuid":
+            text = "CHAR(36) CHARACTER SET ascii AS (CAST(id AS CHAR(36)))"
+        case _:
+            text = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin AS (id)"
+    return (
+        f"checkout_session.id is of type {ids.data_type}; it must be one of {allowed}. Add a text "
+        "of each id, and give the monitor a database of its own with a view. Run: "
+        f"ALTER TABLE {schema}.checkout_session ADD COLUMN id_text {text} STORED,"
+        " ADD UNIQUE KEY (id_text); "
+        "CREATE DATABASE checkout_monitor; "
+        "CREATE VIEW checkout_monitor.checkout_session AS SELECT id_text AS id,"
+        f" billing_checkout_id, billing_order_id, status FROM {schema}.checkout_session; "
+        "Then make the grants of docs/deploy.md in checkout_monitor, and let DATABASE_URL name it."
+    )
 
 
 def _look_at_shop(connection: Connection) -> tuple[bool, Sequence[str]]:
     """Whether the shop's table has transactions, and warnings about it."""
-    [(engine,)] = connection.query(
-        "SELECT engine FROM information_schema.tables"
-        " WHERE table_schema = DATABASE() AND table_name = 'checkout_session'"
+    [(engine, transactions, options)] = connection.query(
+        "SELECT t.engine, e.transactions, t.create_options FROM information_schema.tables t"
+        " LEFT JOIN information_schema.engines e ON e.engine = t.engine"
+        " WHERE t.table_schema = DATABASE() AND t.table_name = 'checkout_session'"
     )
     if engine is None:  # a view: its base table, of another name, cannot be looked at here
         return True, ()
-    first_columns = {
-        str(column): bool(is_unique)
-        for column, is_unique in connection.query(
-            "SELECT column_name, MAX(non_unique = 0 AND columns = 1) FROM (SELECT column_name,"
+    # Of the keys that begin with a column: 0 not unique, 1 unique with other columns, 2 unique.
+    best_keys = {
+        str(column).lower(): as_int(best)
+        for column, best in connection.query(
+            "SELECT column_name, MAX(CASE WHEN non_unique = 1 THEN 0 WHEN columns > 1 THEN 1 ELSE 2"
+            " END) FROM (SELECT column_name,"
             " non_unique, seq_in_index, COUNT(*) OVER (PARTITION BY index_name) AS columns"
             " FROM information_schema.statistics WHERE table_schema = DATABASE()"
             " AND table_name = 'checkout_session') AS i WHERE seq_in_index = 1 GROUP BY column_name"
         )
     }
     warnings = []
-    if "status" not in first_columns:
+    if "status" not in best_keys:
         warnings.append(NO_STATUS_INDEX)
-    if not first_columns.get("id"):
+    # All unique keys of a partitioned table must contain the column that it is partitioned by.
+    unique = 1 if "partitioned" in str(options) else 2
+    if "id" not in best_keys:
+        warnings.append(NO_ID_INDEX)
+    elif best_keys["id"] < unique:
         warnings.append(NO_UNIQUE_ID)
-    is_transactional = engine == "InnoDB"
+    is_transactional = transactions == "YES"
     if not is_transactional:
         warnings.append(NO_TRANSACTIONS.format(engine=engine))
     return is_transactional, warnings
@@ -301,8 +327,15 @@ def _upgrade(database: _Database, table: str, column: tuple[str, str], statement
     return _allowed(lambda: database.alter(statement))
 
 
-def _follow(database: _Database, statement: str) -> bool:
+def _follow(database: _Database, table: str, statement: str) -> bool:
     """Whether our copy of the shop's id got the type that the shop's has now."""
+    try:
+        return _allowed(lambda: database.alter(statement))
+    except pymysql.MySQLError as error:
+        if error.args[0] not in _DOES_NOT_FIT:
+            raise
+    # The queue is filled again by the next reconciliation; the change log is for the page only.
+    database.run(lambda connection: connection.execute(f"DELETE FROM {table}"))
     return _allowed(lambda: database.alter(statement))
 
 

@@ -59,7 +59,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p50_ms REAL,
   latency_p95_ms REAL,
   latency_p99_ms REAL,
-  latency_max_ms REAL
+  latency_max_ms REAL,
+  settings TEXT
 );
 CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at);
 CREATE INDEX IF NOT EXISTS checkout_session_run_tick ON checkout_session_run (tick);
@@ -149,6 +150,8 @@ class SQLiteDatabase:
 
     def prepare(self) -> Sequence[str]:
         warnings = self.run(self._make_tables)
+        if not self.run(_has_settings):
+            self.transaction(_add_settings)
         self.prepared = True
         return warnings
 
@@ -220,6 +223,17 @@ class SQLiteDatabase:
             " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
         )
         return [] if indexed else [NO_STATUS_INDEX]
+
+
+def _has_settings(connection: Connection) -> bool:
+    """Whether the table is not of version 0.2.0."""
+    column = "SELECT 1 FROM pragma_table_info('checkout_session_run') WHERE name = 'settings'"
+    return bool(connection.query(column))
+
+
+def _add_settings(transaction: Transaction) -> None:
+    if not _has_settings(transaction):  # another worker may have added it
+        transaction.execute("ALTER TABLE checkout_session_run ADD COLUMN settings TEXT")
 
 
 def _wall_clock() -> datetime:

@@ -1,11 +1,12 @@
 """The verdict: whether open sessions are checked on time, in one sentence."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 from core.domain.model import JsonObject, Outcome
+from core.domain.other_monitors import OTHER_MONITOR, OtherMonitor
 
 # A monitor whose newest pass began longer ago than this many intervals does not work.
 FRESH_INTERVALS = 6
@@ -65,6 +66,7 @@ class Facts:
     overdue_seconds: float
     paused_until: datetime | None = None  # None: no pause is in force
     has_api_key: bool = True
+    other_monitors: Sequence[OtherMonitor] = ()
     failing_since: datetime | None = None  # since when most checks of each pass have failed
     failing_code: int | None = None  # the HTTP status of the failing answers, if they have one
     expected_ticks: int = 0  # in the last hour
@@ -102,6 +104,9 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
         yield Level.WAITING, "Waiting for the first pass"
     if not facts.has_api_key:
         yield Level.CRITICAL, "No API key: billing is not asked"
+    if facts.other_monitors:
+        names = ", ".join(other.name for other in facts.other_monitors)
+        yield Level.CRITICAL, f"{OTHER_MONITOR}: {names}"
     if facts.paused_until is not None:
         until = clock(facts.paused_until, facts.now, seconds=True)
         yield Level.WARNING, f"Billing asked for a pause until {until}"
@@ -138,7 +143,7 @@ def _failed(facts: Facts) -> str:
 
 
 def _notes(facts: Facts) -> list[str]:
-    notes = []
+    notes = [f"{other}." for other in facts.other_monitors]
     if facts.failed:
         kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
         notes.append(f"{_failed(facts)}: {kinds}.")

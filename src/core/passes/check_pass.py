@@ -20,9 +20,10 @@ from core.database.thread import DatabaseThread
 from core.domain.cadence import slot_at
 from core.domain.decision import decide
 from core.domain.model import Answer, Claim, Decision, Outcome, Reason, Recheck, Skip
+from core.domain.other_monitors import OTHER_MONITOR
 from core.domain.summary import Summary
 from core.errors import StoreError
-from core.log import PassLog, logger
+from core.log import PassLog, logger, shown
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
 from core.passes.writer import Progress, Writer
@@ -137,15 +138,36 @@ async def check_open_checkout_sessions(
     )
     may_check = billing is not None and view.paused_until is None
     if by_tick and not leads and not (may_check and view.has_due):
-        return summary  # the tick's leader has left this worker nothing to do
+        # The tick's leader has left this worker nothing to do.
+        await _show_monitor(store, database, view, options, summary)
+        return summary
     under_way = await database.run(store.history.count_under_way) if by_tick else 0
     if under_way >= settings.max_workers:
         may_check = False
         if not leads:
+            await _show_monitor(store, database, view, options, summary)
             return summary
     scaling = Scaling(start_worker, settings, under_way + 1) if start_worker and leads else None
     check_pass = _Pass(store, settings, options, database, view, summary, scaling, choose)
-    return await check_pass.complete(began, billing, may_check=may_check)
+    summary = await check_pass.complete(began, billing, may_check=may_check)
+    if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
+        await _log_other_monitors(store, database)
+    return summary
+
+
+async def _show_monitor(
+    store: Store, database: DatabaseThread, view: View, options: PassOptions, summary: Summary
+) -> None:
+    """Record, once a minute, that this monitor exists if one with other settings does its work."""
+    by_others = not options.helps and store.others.differ(view.newest_settings)
+    if by_others and await database.run(store.others.show_this, summary):
+        await _log_other_monitors(store, database)
+
+
+async def _log_other_monitors(store: Store, database: DatabaseThread) -> None:
+    with suppress(StoreError):  # the pass is complete; the next one raises it
+        for other in await database.run(store.others.find):
+            logger.warning(f"⚠️ {OTHER_MONITOR}: {shown(str(other))}")
 
 
 class _Batch(NamedTuple):

@@ -21,10 +21,14 @@ ALIVE_SECONDS = 5.0
 
 
 class PassHistory:
-    """Writes and reads the history. Every method raises StoreError."""
+    """Writes and reads the history. Every method raises StoreError.
 
-    def __init__(self, database: Database) -> None:
+    `made_by` is the text of the monitor that makes the passes; None leaves it out.
+    """
+
+    def __init__(self, database: Database, made_by: str | None = None) -> None:
         self._database = database
+        self._made_by = made_by
         self._last_id = 0
         self._without_end = set[int]()  # passes of this worker whose end is not recorded
 
@@ -41,7 +45,7 @@ class PassHistory:
         The id is made here, from the time: a statement that is sent again after a broken connection
         does not add a second row.
         """
-        nanoseconds = _id_at(summary.started_at)
+        nanoseconds = id_at(summary.started_at)
         pass_id = nanoseconds + random.randrange(1_000_000)  # noqa: S311 (no secret)
         if nanoseconds <= self._last_id < nanoseconds + 1_000_000:  # in the same ms
             pass_id = max(pass_id, self._last_id + 1)
@@ -51,6 +55,7 @@ class PassHistory:
             "reason": summary.reason.value,
             "tick": summary.tick,
             "started_at": summary.started_at,
+            "settings": self._made_by,
             **_columns(summary),
         }
 
@@ -120,7 +125,7 @@ class PassHistory:
             return connection.query(
                 "SELECT started_at FROM checkout_session_run WHERE id < %s"
                 " ORDER BY id DESC LIMIT 1",
-                (_id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
+                (id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
             )
 
         rows = self._database.run(newest)
@@ -147,7 +152,7 @@ def is_alive(started_at: datetime, so_far_ms: int, now: datetime) -> bool:
     return abs(silent) <= timedelta(seconds=ALIVE_SECONDS)
 
 
-def _id_at(time: datetime) -> int:
+def id_at(time: datetime) -> int:
     """The first id of a millisecond: its nanoseconds since 1970."""
     return round(time.timestamp() * 1000) * 1_000_000
 

@@ -31,8 +31,10 @@ from core.domain.model import Claim, Outcome, Recheck
 # A claim that is valid for longer came from a clock that was ahead. The settings allow requests of
 # up to 30 s, and a lease lasts ten more.
 MAX_LEASE_SECONDS = 60
-# Parameters: now, and now plus MAX_LEASE.
-UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s OR claimed_until > %s)"
+# Parameters: now, and now plus MAX_LEASE. The second one is for joins: a shop's table may have a
+# column of the same name.
+_UNCLAIMED = "(claimed_until IS NULL OR claimed_until <= %s OR claimed_until > %s)"
+UNCLAIMED_IN_JOIN = _UNCLAIMED.replace("claimed_until", "c.claimed_until")
 MAX_LEASE = timedelta(seconds=MAX_LEASE_SECONDS)
 
 # A session counts as checked at least this long after its claim. A manual pass that begins in the
@@ -75,7 +77,18 @@ class Queue:
         self, now: datetime, *, tick: datetime, lease: timedelta, limit: int
     ) -> list[Claim]:
         """Claim up to `limit` sessions due by now or by the tick, the longest due first."""
-        return self._claim("next_check_at <= %s", (max(now, tick),), now, lease, limit)
+        # Read without a lock. A locking read would look at every entry before it that is marked as
+        # deleted: with a snapshot transaction open for minutes, at all that the checks have left.
+        [(first_due,)] = self._database.run(
+            lambda connection: connection.query(
+                f"SELECT next_check_at FROM checkout_session_check {self._database.in_due_order}"
+                " ORDER BY next_check_at LIMIT 1"
+            )
+        ) or [(None,)]
+        if first_due is None:
+            return []
+        bounds = (as_datetime(first_due), max(now, tick))
+        return self._claim("next_check_at BETWEEN %s AND %s", bounds, now, lease, limit)
 
     def claim_unchecked(
         self,
@@ -188,7 +201,7 @@ class Queue:
         for some in batched(rowids, STATEMENT_ROWS, strict=False):
             connection.execute(
                 f"UPDATE checkout_session_check {self._database.by_rowid} SET next_check_at = %s"
-                f" WHERE {UNCLAIMED} AND rowid IN {number_list(some)}",
+                f" WHERE {_UNCLAIMED} AND rowid IN {number_list(some)}",
                 (now, now, now + MAX_LEASE),
             )
 
@@ -226,13 +239,14 @@ class Queue:
         # Only the monitor's own rows are locked. A join would lock the shop's rows too (MariaDB has
         # no FOR UPDATE OF); a subquery reads without a lock on every engine. The status is tested
         # in the SELECT list and not in WHERE, so that the shop's row can only be found by its key,
-        # whatever the statistics of an index on status are.
+        # whatever the statistics of an index on status are. MAX is for a table whose ids are not
+        # unique: of its rows, an open one counts.
         return transaction.query(
-            "SELECT c.rowid, c.session_id, c.first_seen_at, c.consecutive_failures,"
-            " (SELECT CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END"
-            " FROM checkout_session s WHERE s.id = c.session_id LIMIT 1)"
+            "SELECT c.rowid, c.session_id, c.first_seen_at, c.consecutive_failures, (SELECT"
+            " MAX(CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END)"
+            " FROM checkout_session s WHERE s.id = c.session_id)"
             f" FROM checkout_session_check c {self._database.in_due_order}"
-            f" WHERE {condition} AND {UNCLAIMED}"
+            f" WHERE {condition} AND {_UNCLAIMED}"
             f" ORDER BY next_check_at LIMIT {limit:d} {self._database.lock_rows}",
             parameters,
         )

@@ -10,15 +10,34 @@ the same memory for ten sessions as for a million, and holds up a claim or a rec
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from core.database.port import Connection, Database, Value, as_int, placeholders
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
-from core.store.queue import MAX_LEASE, UNCLAIMED, Queue
+from core.store.queue import MAX_LEASE, UNCLAIMED_IN_JOIN, Queue
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What some pieces have found."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    ages: Counter[str] = field(default_factory=Counter)
+    made_due: int = 0
+    not_open: int = 0
+
+    def add(self, piece: "_Totals") -> None:
+        self.counts += piece.counts
+        self.outcomes += piece.outcomes
+        self.ages += piece.ages
+        self.made_due += piece.made_due
+        self.not_open += piece.not_open
 
 
 class Reconciliation:
@@ -40,15 +59,11 @@ class Reconciliation:
         self._tick = tick
         self._rules = rules
         self._only = None
-        self.not_open = 0  # of those asked for by id
+        self._total = _Totals()
         if session_ids is not None:
             self._only = [i for i in session_ids if database.comparable(i)]
-            self.not_open = len(set(session_ids)) - len(set(self._only))
+            self._total.not_open = len(set(session_ids)) - len(set(self._only))
         self._after: Value = None  # the last id of the previous piece
-        self._counts: Counter[str] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self._ages: Counter[str] = Counter()
-        self.made_due = 0  # new sessions, and those that were due too late
         self.took = timedelta(0)  # of the database's time
 
     @property
@@ -59,35 +74,47 @@ class Reconciliation:
     @property
     def counts(self) -> OpenCounts:
         """What has been counted so far."""
-        counts = self._counts
+        total = self._total
         return OpenCounts(
-            counts["open"],
-            counts["in_flight"],
-            counts["not_due"],
-            dict(self._outcomes),
-            dict(self._ages),
+            total.counts["open"],
+            total.counts["in_flight"],
+            total.counts["not_due"],
+            dict(total.outcomes),
+            dict(total.ages),
         )
+
+    @property
+    def made_due(self) -> int:
+        """How many sessions were new, or due too late."""
+        return self._total.made_due
+
+    @property
+    def not_open(self) -> int:
+        """How many of the sessions asked for by id are not open."""
+        return self._total.not_open
 
     def reconcile_next_piece(self) -> bool:
         """Adopt, drop and count one piece; returns whether there is another one."""
         began = time.perf_counter()
-        more = self._database.run(self._next_piece)
+        piece, more = self._database.run(self._next_piece)
+        self._total.add(piece)
         self.took += timedelta(seconds=time.perf_counter() - began)
         return more
 
-    def _next_piece(self, connection: Connection) -> bool:
+    def _next_piece(self, connection: Connection) -> tuple[_Totals, bool]:
+        piece = self._piece = _Totals()  # a new one each time: after a deadlock, this runs again
         now = connection.now()
         if self._only is not None:
             if self._only:
-                self.not_open += self._count_not_open(connection, self._only)
+                self._piece.not_open += self._count_not_open(connection, self._only)
                 self._count_and_adopt(connection, now, None)
-            return False
+            return piece, False
         last_id = self._last_id_of_piece(connection)
         queued = self._count_and_adopt(connection, now, last_id)
         if self._rows_in_queue(connection, last_id) > queued:
             self._drop_closed(connection, last_id)
         self._after = last_id
-        return last_id is not None
+        return piece, last_id is not None
 
     def _count_not_open(self, connection: Connection, session_ids: Iterable[str]) -> int:
         """How many of the ids have no open session; several spellings may be one session's."""
@@ -122,7 +149,7 @@ class Reconciliation:
             f" CASE WHEN c.session_id IS NULL THEN '' {ages} ELSE '{list(AGES)[-1]}' END AS age,"
             " COUNT(*),"
             " SUM(CASE WHEN c.claimed_until > %s AND c.claimed_until <= %s THEN 1 ELSE 0 END),"
-            f" SUM(CASE WHEN {UNCLAIMED} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED_IN_JOIN} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
             f" SUM(CASE WHEN {too_late} THEN 1 ELSE 0 END)"
             " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
@@ -136,9 +163,9 @@ class Reconciliation:
                 new = sessions
             else:
                 queued += sessions
-            self._counts += Counter(open=sessions, in_flight=in_flight, not_due=not_due)
-            self._outcomes[str(outcome)] += sessions
-            self._ages[str(age) or next(iter(AGES))] += sessions
+            self._piece.counts += Counter(open=sessions, in_flight=in_flight, not_due=not_due)
+            self._piece.outcomes[str(outcome)] += sessions
+            self._piece.ages[str(age) or next(iter(AGES))] += sessions
         if late:
             self._make_due(connection, now, up_to)
         return queued + self._adopt_new(connection, now, up_to) if new else queued
@@ -163,7 +190,7 @@ class Reconciliation:
             (*parameters, *bounds),
         )
         self._queue.make_due(connection, (as_int(rowid) for (rowid,) in rows), now)
-        self.made_due += len(rows)
+        self._piece.made_due += len(rows)
 
     def _adopt_new(self, connection: Connection, now: datetime, up_to: Value) -> int:
         """Queue the open sessions of the piece that are not in the queue; returns how many."""
@@ -176,7 +203,7 @@ class Reconciliation:
             bounds,
         )
         self._queue.adopt(connection, (session_id for (session_id,) in ids), now)
-        self.made_due += len(ids)
+        self._piece.made_due += len(ids)
         return len(ids)
 
     def _rows_in_queue(self, connection: Connection, up_to: Value) -> int:

@@ -206,7 +206,9 @@ class StatusChanges:
                 f" WHERE {STILL_OPEN} AND id IN {placeholders(ids)}",
                 (status.value, *ids),
             )
-            if written != len(ids):  # a trigger kept the old status
+            if written > len(ids):
+                raise RefusedError("several open sessions have the same id")
+            if written < len(ids):  # a trigger kept the old status
                 raise RefusedError("the row does not keep the new status")
         log = [
             (row.id, _asked(change), change.new_status, change.answer.billing_status[:255], now)

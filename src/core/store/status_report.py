@@ -21,9 +21,11 @@ from core.database.port import (
 )
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
+from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.verdict import Facts, judge
 from core.settings import Settings
 from core.store.monitor_state import MAX_PAUSE
+from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
 from core.store.queue import oldest_due
 
@@ -88,6 +90,7 @@ class _StatusReport:
             overdue_seconds=self._overdue_seconds(now),
             paused_until=_in_force(paused_until, now),
             has_api_key=has_api_key,
+            other_monitors=self._other_monitors(now),
             expected_ticks=slots,
             missed_ticks=len(missed),
             last_missed=missed[0] if missed else None,
@@ -147,6 +150,10 @@ class _StatusReport:
         for started_at, skipped in rows:
             return as_datetime(started_at), Skip.NO_API_KEY.value not in json.loads(str(skipped))
         return None, True
+
+    def _other_monitors(self, now: datetime) -> list[OtherMonitor]:
+        here = monitor_of(self._settings, "").settings
+        return others_at_work(here, monitors_seen(self._connection, now), now)
 
     def _installed_at(self) -> datetime | None:
         rows = self._connection.query(

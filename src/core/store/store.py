@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from core.database.port import Connection, Database, as_datetime_or_none
+from core.database.port import Connection, Database, as_datetime_or_none, as_text_or_none
 from core.domain.cadence import slot_at
 from core.domain.decision import CheckRules
 from core.domain.model import OpenCounts, Pause, Recheck, Recorded, StatusChange
+from core.domain.other_monitors import Monitor
 from core.store.monitor_state import MonitorState, StateRow
+from core.store.other_monitors import OtherMonitors, newest_settings
 from core.store.pass_history import PassHistory
 from core.store.queue import Queue, oldest_due
 from core.store.reconcile import Reconciliation
@@ -27,6 +29,7 @@ class View(NamedTuple):
     interval: timedelta
     state: StateRow
     oldest_due: datetime | None  # of the sessions that nobody is checking; None: there is none
+    newest_settings: str | None  # of the newest tick's pass
 
     @property
     def now(self) -> datetime:
@@ -71,12 +74,19 @@ class View(NamedTuple):
 class Store:
     """All tables on one connection. Every method raises StoreError."""
 
-    def __init__(self, database: Database, publisher: Publisher | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        publisher: Publisher | None = None,
+        *,
+        monitor: Monitor | None = None,  # None: passes do not record who makes them
+    ) -> None:
         self._database = database
         self.queue = Queue(database)
         self.status_changes = StatusChanges(database, self.queue, publisher)
         self.state = MonitorState(database)
-        self.history = PassHistory(database)
+        self.history = PassHistory(database, monitor.as_text() if monitor else None)
+        self.others = OtherMonitors(database, self.history, monitor)
         self._warned: set[str] = set()
 
     def prepare(self) -> list[str]:
@@ -103,10 +113,11 @@ class Store:
         interval = timedelta(seconds=interval_seconds)
 
         def read(connection: Connection) -> View:
-            state, (due,) = self.state.read_or_create(connection, oldest_due(self._database))
+            expressions = oldest_due(self._database), newest_settings(self._database)
+            state, (due, settings) = self.state.read_or_create(connection, *expressions)
             plausible = tick is not None and abs(state.now - tick) <= interval
             slot = tick if tick is not None and plausible else slot_at(state.now, interval_seconds)
-            return View(slot, interval, state, as_datetime_or_none(due))
+            return View(slot, interval, state, as_datetime_or_none(due), as_text_or_none(settings))
 
         return self._database.run(read)
 
