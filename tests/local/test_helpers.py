@@ -24,7 +24,9 @@ def test_the_laptop_tells_its_helpers_that_they_are_helpers(
     third = threading.Event()
 
     class Starting:
-        def __init__(self, _: Settings, *, start_worker: Callable[[datetime], None]) -> None:
+        def __init__(
+            self, _: Settings, *, start_worker: Callable[[datetime], None], name: str
+        ) -> None:
             self.start_worker = start_worker
 
         def check_open_checkout_sessions(

@@ -36,7 +36,7 @@ async def test_the_log_keeps_what_is_younger_than_a_day(
 
 
 @pytest.mark.parametrize("close", ["UPDATE checkout_session SET status = 'failure'", "DELETE FROM"])
-async def test_a_session_that_the_shop_closed_meanwhile_is_closed_and_leaves_the_queue(
+async def test_a_session_closed_by_the_shop_meanwhile_leaves_the_queue(
     shop: Shop,
     clock: FakeClock,
     billing: FakeBilling,
