@@ -710,6 +710,7 @@ class TestEvents:
     def test_there_is_one_for_each_entry_point(self) -> None:
         assert {file.stem for file in EVENTS.iterdir()} == {
             "tick",
+            "helper",
             "no-tick",
             "health",
             "trigger",

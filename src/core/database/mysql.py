@@ -290,7 +290,7 @@ class MySQLDatabase:
             return RefusedError(message)
         if "checkout_session_" in message:  # a table of ours, so it is about every row
             return RefusedError(
-                f"{message}. GRANT this user what docs/deploy.md lists.", of_any_row=True
+                f"{message}. Grant this user what docs/deploy.md lists.", of_any_row=True
             )
         # The definer of a trigger may be the one who lacks a right, and only for some rows.
         return RefusedError(message, remedy=self._grant())
