@@ -220,20 +220,19 @@ class MySQLDatabase:
             except pymysql.MySQLError as error:
                 code = error.args[0] if error.args else None
                 if code in _LOCKED and self._rolled_back():
-                    waited = (
-                        refusable and code == ER.LOCK_WAIT_TIMEOUT
-                    )  # perhaps for one of its rows
+                    # Perhaps only one of its rows waits, e.g. in a trigger.
+                    waited = refusable and code == ER.LOCK_WAIT_TIMEOUT
                     if not last and not waited and self._monotonic() - began < RETRY_SECONDS:
                         # Both sides of a deadlock try again at different times.
                         self._sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311 (no secret)
                         continue
-                elif code in _SCHEMA_CHANGED and self._rolled_back() and self._follow_schema():
+                changed = code in _SCHEMA_CHANGED and not last
+                if changed and self._rolled_back() and self._follow_schema():
                     continue
                 if refusable and code not in _STALE | _STANDBY and self._rolled_back():
                     raise self._refusal(error, code) from error
                 # The next connection may not have this problem: after a failover it leads to
-                # another server.
-                # After a timeout here, the server may still work on the statement, or wait with it.
+                # another server. After a timeout here, this one's server may still be at work.
                 self._drop(gave_up=isinstance(error.__context__, TimeoutError))
                 if kept and not last and (code in _STALE or code in _STANDBY):
                     continue

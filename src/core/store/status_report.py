@@ -15,9 +15,11 @@ from core.database.port import (
     Connection,
     Database,
     Row,
+    Value,
     as_datetime,
     as_datetime_or_none,
     as_int,
+    as_text,
 )
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
@@ -246,8 +248,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": str(session_id),
-                "billing_checkout_id": None if checkout_id is None else str(checkout_id),
+                "session_id": _shown_id(session_id),
+                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
                 "outcome": outcome,
                 "status_code": status_code,
                 "consecutive_failures": failures,
@@ -300,8 +302,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": str(session_id),
-                "billing_checkout_id": None if checkout_id is None else str(checkout_id),
+                "session_id": _shown_id(session_id),
+                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
                 "new_status": new_status,
                 "billing_status": billing_status,
                 "changed_at": iso(as_datetime(changed_at)),
@@ -362,6 +364,11 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
     }
+
+
+def _shown_id(value: Value) -> str:
+    """An id as text, also of a binary column; bytes that are not UTF-8 are shown as escapes."""
+    return as_text(value).encode(errors="backslashreplace").decode()
 
 
 def _in_force(paused_until: datetime | None, now: datetime) -> datetime | None:
