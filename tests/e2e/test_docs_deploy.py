@@ -96,7 +96,7 @@ def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop:
         for parameter in ("ApiKeySecretArn", "DatabaseSecretArn")
     }
     terminal.run(next(lines))
-    remove_metric_math_alarms(terminal.directory)
+    adapt(terminal.directory)
     with running_billing(api_key=API_KEY) as billing:
         given = arns | {"BillingApiUrl": billing.url}
         guided = next(lines)
@@ -123,7 +123,7 @@ def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) 
     before = parameters(stack)
 
     terminal.run(build)
-    remove_metric_math_alarms(terminal.directory)
+    adapt(terminal.directory)
     terminal.run(update)
     assert parameters(stack) == before
     terminal.run(switch_off)
@@ -138,11 +138,11 @@ def test_page_shows_the_build_for_arm64() -> None:
     assert commands("arm64") == ['make build ARGS="--parameter-overrides Architecture=arm64"']
 
 
-def remove_metric_math_alarms(project: Path) -> None:
-    """Remove what the emulator does not support, so that the page's commands work unchanged."""
+def adapt(project: Path) -> None:
+    """Adapt the built template to the emulator, so that the page's commands work unchanged."""
     file = project / ".aws-sam/build/template.yaml"
     template = yaml_parse(file.read_text(encoding="utf-8"))
-    aws.remove_metric_math_alarms(template)
+    aws.adapt(template, file.parent)
     file.write_text(json.dumps(template), encoding="utf-8")
 
 
