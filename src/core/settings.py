@@ -112,9 +112,7 @@ def _database(given: Mapping[str, str]) -> DatabaseAddress:
     tls = Tls(_word(given, "DATABASE_TLS", [*Tls], Tls.PREFER))
     auth = _word(given, "DATABASE_AUTH", [*Auth], Auth.SECRET)
     host, name = given.get("DATABASE_HOST"), given.get("DATABASE_NAME")
-    port = None
-    if "DATABASE_PORT" in given:
-        port = _number(given, "DATABASE_PORT", int, 3306, min_value=1, max_value=65_535)
+    port = _number(given, "DATABASE_PORT", int, 3306, min_value=1, max_value=65_535)
     if url := given.get("DATABASE_URL"):
         return parse_database_url(url, tls=tls)
     if auth == Auth.IAM:
@@ -133,7 +131,7 @@ def _database(given: Mapping[str, str]) -> DatabaseAddress:
                 f"DATABASE_TLS is {tls.value!r}; with DATABASE_AUTH=IAM it must be VERIFY, because "
                 "the token is sent to whoever answers."
             )
-        return IamDatabase(user_arn, host, port or 3306, name)
+        return IamDatabase(user_arn, host, port, name)
     if arn := given.get("DATABASE_SECRET_ARN"):
         return DatabaseSecret(arn, tls, host, port, name)
     raise SettingsError(

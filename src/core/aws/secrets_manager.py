@@ -69,7 +69,7 @@ def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddr
 
     if missing := [key for key in DATABASE_KEYS if not parsed.get(key)]:
         refuse(f"lacks {', '.join(missing)}")
-    port = "3306" if parsed["port"] is None else str(parsed["port"])
+    port = str(parsed["port"])
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MAX_PORT:
         refuse(f"has the port {port!r}")
     ssl_ca = parsed.get("ssl_ca") or None

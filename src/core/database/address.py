@@ -62,7 +62,7 @@ class DatabaseSecret(NamedTuple):
     arn: str
     tls: Tls = Tls.PREFER
     host: str | None = None
-    port: int | None = None
+    port: int = 3306
     name: str | None = None
 
 
