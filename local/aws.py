@@ -186,8 +186,8 @@ class Stack:
 def adapt(template: Template, directory: Path) -> list[str]:
     """Adapt a built template, which is in `directory`, to the emulator.
 
-    It supports no alarms on metric math, and no definition in YAML. Returns the names of the alarms
-    that are removed.
+    It supports no alarms on metric math, no definition in YAML, and no Fn::Split in a condition, so
+    the event bus must be one of the account. Returns the names of the alarms that are removed.
     """
     resources = template["Resources"]
     names = [
@@ -200,4 +200,5 @@ def adapt(template: Template, directory: Path) -> list[str]:
     loop = resources["CheckLoop"]["Properties"]
     definition = directory / loop.pop("DefinitionUri")
     loop["Definition"] = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    template["Conditions"]["HasForeignBus"] = {"Fn::Equals": ["an ARN", "a name"]}
     return names

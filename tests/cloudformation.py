@@ -160,6 +160,8 @@ class Stack:
                 return not self._value(operand)
             case {"Fn::And": operands}:
                 return all(self._value(operand) for operand in operands)
+            case {"Fn::Or": operands}:
+                return any(self._value(operand) for operand in operands)
             case {"Fn::Join": [separator, items]}:
                 parts = self._value(items)
                 return value if not _plain(parts) else separator.join(parts)

@@ -267,6 +267,8 @@ class TestParameters:
             ("DatabaseUserArn", f"{USER_ARN}", "monitor"),
             ("EventBusName", "shop-events", "arn:aws:sns:eu-central-1:123456789012:bus"),
             ("EventBusName", BUS, f"{BUS}:x"),
+            ("ApiAllowedCidrs", "203.0.113.0/24,2001:db8::/32", "203.0.113.0/24, 10.0.0.0/8"),
+            ("ApiVpcEndpointIds", "vpce-1,vpce-2a", "vpce-1, vpce-2"),
             ("RolePath", "/shop/monitor/", "shop"),
             ("PermissionsBoundary", "arn:aws:iam::123456789012:policy/limit", "limit"),
             ("EncryptionKeyArn", "arn:aws:kms:eu-west-1:123456789012:key/1-a", "alias/shop"),

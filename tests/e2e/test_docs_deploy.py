@@ -98,7 +98,8 @@ def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop:
     terminal.run(next(lines))
     adapt(terminal.directory)
     with running_billing(api_key=API_KEY) as billing:
-        given = arns | {"BillingApiUrl": billing.url}
+        # The tests' MariaDB has no certificate.
+        given = arns | {"BillingApiUrl": billing.url, "DatabaseTls": "PREFER"}
         guided = next(lines)
         assert "--guided" in guided
         terminal.run(guided, answers(given))
@@ -115,6 +116,17 @@ def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop:
         completed = set_key.replace("aws apigateway get-api-key …", outputs["ApiKeyCommand"])
         assert "Checked 1 of 1 open" in terminal.run(f"{completed}; {trigger}")
         assert billing.requests == {"checkout_active_1": 1}
+
+
+def test_cadence_reaches_the_stack_as_the_page_writes_it(terminal: Terminal) -> None:
+    """SAM cuts it at its first space otherwise, which is still a valid cadence."""
+    stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
+    [command] = commands("Parameters")
+
+    terminal.run(command)
+    assert parameters(stack)["CheckCadence"] == "5s-until-10m,30s-until-1h,5m"
+    terminal.run("sam deploy --config-env dev --parameter-overrides CheckCadence=5s until 10m, 5m")
+    assert parameters(stack)["CheckCadence"] == "5s"
 
 
 def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) -> None:

@@ -30,7 +30,7 @@ def test_only_metric_math_alarms_are_removed(tmp_path: Path) -> None:
 
     loop = {"Type": "AWS::Serverless::StateMachine", "Properties": {"DefinitionUri": "loop.yaml"}}
     alarms = {"A": alarm(Metrics=[]), "B": alarm(MetricName="Errors")}
-    template = {"Resources": {"CheckLoop": loop, **alarms}}
+    template: aws.Template = {"Resources": {"CheckLoop": loop, **alarms}, "Conditions": {}}
     (tmp_path / "loop.yaml").write_text("StartAt: Minute")
 
     assert aws.adapt(template, tmp_path) == ["A"]
