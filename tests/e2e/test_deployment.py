@@ -113,7 +113,11 @@ def deployment(
         before = resources(url)
         stack = aws.Stack(url, package, show)
         # ApiLogRole and what accounts require; functions then run under a boundary.
-        parameters = arns | {"BillingApiUrl": billing.url, "ApiLogRole": "CREATE", "RolePath": "/shop/"}
+        parameters = arns | {
+            "BillingApiUrl": billing.url,
+            "ApiLogRole": "CREATE",
+            "RolePath": "/shop/",
+        }
         stack.deploy(parameters)
         curl(stack.outputs()["HealthUrl"])  # it creates the monitor's tables
         yield Deployment(stack, parameters, shop, billing, before)

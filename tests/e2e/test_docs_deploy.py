@@ -125,7 +125,9 @@ def test_cadence_reaches_the_stack_as_the_page_writes_it(terminal: Terminal) -> 
 
     terminal.run(command)
     assert parameters(stack)["CheckCadence"] == "5s-until-10m,30s-until-1h,5m"
-    terminal.run("sam deploy --config-env dev --parameter-overrides CheckCadence=5s until 10m, 5m")
+    terminal.run(
+        'sam deploy --config-env dev --parameter-overrides CheckCadence="5s until 10m, 5m"'
+    )
     assert parameters(stack)["CheckCadence"] == "5s"
 
 
