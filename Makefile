@@ -68,8 +68,7 @@ cluster: .venv/ready ## Run workers on Galera nodes, behind HAProxy and during s
 mutants: .venv/mutation ## Break each guard of the core, one at a time: does a test notice? e.g. ARGS="store/queue --jobs 2"
 	@exec python -m tests.mutation $(ARGS)
 
-# Without checkov. Of its twelve findings here one is wrong (the queue is encrypted, with SQS's own key);
-# the others ask for KMS keys for data that is not secret, a second dead-letter queue, and a cache for health.
+# Without checkov, whose findings docs/deploy.md answers.
 check: .venv/ready ## Lint, formatting, types, template, workflow, scripts
 	ruff check
 	ruff format --check

@@ -206,6 +206,18 @@ class TestWhoMayCallTheApi:
         assert template()["Resources"]["MonitorApi"]["Properties"]["AlwaysDeploy"] is True
 
 
+@pytest.mark.parametrize("example", ["terraform/main.tf", "cdk/app.py"])
+def test_examples_set_parameters_and_read_outputs_that_exist(example: str) -> None:
+    text = (ROOT / "examples" / example).read_text(encoding="utf-8")
+    set_ = re.findall(r'^ +"?([A-Z]\w+)"? *[:=] ', text, re.MULTILINE)
+    read = re.findall(r'(?:outputs\["|Outputs\.)(\w+)', text)
+    parameters = template()["Parameters"]
+    required = {name for name, p in parameters.items() if "Default" not in p}
+    assert required <= set(set_) <= set(parameters)
+    assert read
+    assert set(read) <= set(template()["Outputs"])
+
+
 def test_other_stacks_find_what_they_need_in_the_outputs() -> None:
     outputs: dict[str, Any] = dict(Stack().outputs)
     assert outputs["WorkerName"] == {"Ref": "CheckSessionsFunction"}

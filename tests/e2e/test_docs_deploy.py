@@ -118,19 +118,6 @@ def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop:
         assert billing.requests == {"checkout_active_1": 1}
 
 
-def test_cadence_reaches_the_stack_as_the_page_writes_it(terminal: Terminal) -> None:
-    """SAM cuts it at its first space otherwise, which is still a valid cadence."""
-    stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
-    [command] = commands("Parameters")
-
-    terminal.run(command)
-    assert parameters(stack)["CheckCadence"] == "5s-until-10m,30s-until-1h,5m"
-    terminal.run(
-        'sam deploy --config-env dev --parameter-overrides CheckCadence="5s until 10m, 5m"'
-    )
-    assert parameters(stack)["CheckCadence"] == "5s"
-
-
 def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) -> None:
     build, update, switch_off, delete = commands("Update, switch off, delete")
     stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
@@ -146,6 +133,19 @@ def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) 
     [schedule] = stack.client("scheduler").list_schedules()["Schedules"]
     assert schedule["State"] == "DISABLED"
     assert delete == "sam delete --config-env dev"
+
+
+def test_cadence_reaches_the_stack_as_the_page_writes_it(terminal: Terminal) -> None:
+    """SAM cuts it at its first space otherwise, which is still a valid cadence."""
+    stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
+    [command] = commands("Parameters")
+
+    terminal.run(command)
+    assert parameters(stack)["CheckCadence"] == "5s-until-10m,30s-until-1h,5m"
+    terminal.run(
+        'sam deploy --config-env dev --parameter-overrides CheckCadence="5s until 10m, 5m"'
+    )
+    assert parameters(stack)["CheckCadence"] == "5s"
 
 
 def test_page_shows_the_build_for_arm64() -> None:
