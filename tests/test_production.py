@@ -1,5 +1,6 @@
 """What a reviewer of the stack asks, on the template that SAM renders with each parameter."""
 
+import json
 import re
 from typing import Any
 
@@ -204,6 +205,38 @@ class TestWhoMayCallTheApi:
     def test_what_only_parameters_change_is_deployed_too(self) -> None:
         """SAM makes a new deployment when the template changes; this API changes by parameters."""
         assert template()["Resources"]["MonitorApi"]["Properties"]["AlwaysDeploy"] is True
+
+
+class TestUpgrade:
+    """From a stack of version 0.2.0, of which stack-0.2.0.json has the names."""
+
+    BEFORE = json.loads((ROOT / "tests/stack-0.2.0.json").read_text(encoding="utf-8"))
+
+    def test_parameters_keep_their_names_defaults_and_values(self) -> None:
+        before = self.BEFORE["parameters"]
+        parameters = template()["Parameters"]
+        changed = {n for n, d in before.items() if d != parameters[n].get("Default")}
+        assert changed == {"ApiLogRole", "DatabaseSecretArn"}  # existing stacks keep their values
+        given = {name: str(default) for name, default in before.items() if default is not None}
+        assert Stack(given | REQUIRED).refusals() == []
+
+    def test_resources_outputs_and_the_api_stay(self) -> None:
+        """Above all the API and its key, so that URLs and callers do not change."""
+        stack = Stack({"ApiLogRole": "CREATE", "AlarmEmail": "ops@example.com"})
+        kept = {name: resource["Type"] for name, resource in stack.resources.items()}
+        gone = self.BEFORE["resources"].keys() - kept.keys()
+        assert gone == {"CheckLoopEveryMinuteRole"}  # ScheduleRole takes its place
+        for name, kind in self.BEFORE["resources"].items():
+            assert name in gone or kept[name] == kind
+        assert set(self.BEFORE["outputs"]) <= set(stack.outputs)
+        found = {
+            path: {method: operation["security"] for method, operation in methods.items()}
+            for path, methods in body(stack)["paths"].items()
+        }
+        assert found == self.BEFORE["api"]
+        # A changed name would replace a log group, and lose its records.
+        names = {group["LogGroupName"] for group in stack.of_type("AWS::Logs::LogGroup").values()}
+        assert "/aws/lambda/shop-monitor-CheckSessions" in names
 
 
 @pytest.mark.parametrize("example", ["terraform/main.tf", "cdk/app.py"])
