@@ -1,4 +1,4 @@
-"""The loop on this machine: the state machine of template.yaml, executed on the real clock.
+"""The loop on this machine: the state machine of the stack, executed on the real clock.
 
 On AWS, Step Functions runs it; here sfnx interprets the same definition. No other module imports
 sfnx.

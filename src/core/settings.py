@@ -264,7 +264,9 @@ def _number[N: (int, float)](
 def _word(given: Mapping[str, str], name: str, words: Sequence[str], default: str) -> str:
     text = given.get(name, default)
     if text not in words:
-        raise SettingsError(f"{name} is {text!r}; it must be {', '.join(words)}.")
+        raise SettingsError(
+            f"{name} is {text!r}; it must be {', '.join(words[:-1])} or {words[-1]}."
+        )
     return text
 
 

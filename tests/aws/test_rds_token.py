@@ -26,6 +26,7 @@ KEY = "hidden-secret-key"
 @pytest.fixture(autouse=True)
 def role(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function's credentials. Lambda's own region is not the database's."""
+    rds_token._session.cache_clear()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "session-token")

@@ -5,10 +5,14 @@ one and a pass on an open connection signs nothing. boto3's client for RDS would
 reads the description of all of RDS first.
 """
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 from core.database.address import IamDatabase, MySQLAddress, Tls
 from core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from boto3 import Session
 
 TOKEN_SECONDS = 900  # the longest that RDS accepts
 
@@ -33,13 +37,12 @@ def sign_in(database: IamDatabase, *, refresh: bool = False) -> MySQLAddress:  #
 
 def _token(database: IamDatabase) -> str:
     # Slow imports.
-    import boto3  # noqa: PLC0415
     from botocore.awsrequest import prepare_request_dict  # noqa: PLC0415
     from botocore.exceptions import BotoCoreError, NoCredentialsError  # noqa: PLC0415
     from botocore.model import ServiceId  # noqa: PLC0415
     from botocore.signers import RequestSigner  # noqa: PLC0415
 
-    session = boto3.Session()
+    session = _session()
     request: dict[str, Any] = {
         "url_path": "/",
         "query_string": "",
@@ -64,3 +67,10 @@ def _token(database: IamDatabase) -> str:
             "needs the credentials of a role that may use rds-db:connect, as a function has them."
         ) from None
     return url.removeprefix(SCHEME)
+
+
+@functools.cache
+def _session() -> "Session":
+    import boto3  # noqa: PLC0415 (a slow import)
+
+    return boto3.Session()
