@@ -2,6 +2,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,6 +24,8 @@ NO_SERVER = (
 # A MySQL server beside the MariaDB one. Not every machine has both; CI must.
 MYSQL = os.environ.get("TEST_MYSQL_URL")
 SERVERS = ["mariadb", *(["mysql"] if MYSQL or os.environ.get("CI") else [])]
+
+MEMORY = Path("/dev/shm")
 
 # MariaDB prefers its anonymous user at localhost to a user at '%', so users are made at both.
 PLACES = ("'%'", "localhost")
@@ -56,7 +60,8 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     elif shutil.which("mariadb-install-db"):
-        with mariadb_server(tmp_path_factory.mktemp("mariadb")) as url:
+        no_waiting = "--innodb-flush-log-at-trx-commit=0"  # for the disk, at every commit
+        with mariadb_server(tmp_path_factory.mktemp("mariadb"), no_waiting) as url:
             yield url
     else:
         yield None
@@ -68,7 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         callspec = getattr(item, "callspec", None)
         engines = callspec.params.values() if callspec else ()
-        if {"mariadb", "mariadb_shop"} & {*fixtures} or any(e in SERVERS for e in engines):
+        if {"mariadb", "mariadb_shop", "own_server"} & {*fixtures} or any(
+            e in SERVERS for e in engines
+        ):
             item.add_marker(pytest.mark.server)
 
 
@@ -91,11 +98,21 @@ def kept_shop(server: str | None) -> Iterator[KeptShop]:
         kept.drop()
 
 
+@pytest.fixture
+def sqlite_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, if there is one: on a disk, SQLite waits for it at every commit."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK):
+        with TemporaryDirectory(dir=MEMORY) as directory:
+            yield Path(directory)
+    else:
+        yield tmp_path
+
+
 @contextmanager
 def a_shop(request: pytest.FixtureRequest, engine: str) -> Iterator[Shop]:
     """An empty shop; if the test is marked `new_database`, without the monitor's tables."""
     if engine == "sqlite":
-        embedded = SQLiteShop(request.getfixturevalue("tmp_path") / "shop.db")
+        embedded = SQLiteShop(request.getfixturevalue("sqlite_path") / "shop.db")
         for statement in statements("sqlite"):
             embedded.run(statement)
         yield embedded

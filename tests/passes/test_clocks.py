@@ -396,9 +396,10 @@ def assert_recovery(shop: Shop, steps: list[tuple[str, Any]], cadence: str) -> N
         monitor.close()
 
 
+@pytest.mark.slow
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(steps=st.lists(STEPS, max_size=12), cadence=st.sampled_from(SHORT_CADENCES))

@@ -107,7 +107,7 @@ async def test_a_cancelled_pass_keeps_no_place(
     assert (await passes.run(MAX_WORKERS="1")).checked == 3
 
 
-TIMEOUTS = ["0.4", "0.9", "0.98", "0.99", "1", "1.7", "3", "4.95", "4.98", "5", "10", "14.9"]
+TIMEOUTS = ["0.4", "0.98", "1", "1.7", "4.95", "4.98", "5", "14.9"]
 
 
 @pytest.mark.parametrize("start_seconds", [0.001, 0.05], ids=["at once", "soon"])
@@ -150,7 +150,7 @@ def test_sessions_that_hang_at_random_cost_the_others_no_slot(hanging: int) -> N
         assert [slot for slot in range(60) if slots[slot] != 1] == []
 
 
-@pytest.mark.parametrize("quick", [100, 400, 500, 1000, 1500])
+@pytest.mark.parametrize("quick", [100, 500, 1500])
 @pytest.mark.parametrize("slow_seconds", [0.5, 1.0, 2.0, 4.0])
 def test_billing_that_becomes_slow_is_not_taken_for_one_that_hangs(
     quick: int, slow_seconds: float
