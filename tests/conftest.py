@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -65,6 +66,11 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
             yield url
     else:
         yield None
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

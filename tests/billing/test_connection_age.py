@@ -288,6 +288,7 @@ async def test_a_moved_service_is_asked_at_its_new_address_in_a_minute() -> None
     await until(lambda: not old.open)
 
 
+@pytest.mark.slow
 async def test_clients_that_were_made_together_do_not_age_together() -> None:
     service, clock = Service(), Clock()
     async with serving(service, None) as url, client_of(url, clock) as client:
