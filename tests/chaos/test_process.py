@@ -122,7 +122,7 @@ def test_stopped_worker_releases_its_claims(proxied: ProxiedWorld) -> None:
     assert {number: rows for number, rows in claimed.items() if rows != [(0,)]} == {}
 
 
-@pytest.mark.parametrize("world", ["sqlite", "mariadb"], indirect=True)
+@pytest.mark.parametrize("world", ["mariadb"], indirect=True)
 def test_worker_near_its_deadline_starts_nothing_it_cannot_finish(world: World) -> None:
     world.billing.statuses = {f"paid-{n}": "paid" for n in range(20)}
     add_sessions(world.shop, {f"silent-{n}": f"silent-{n}" for n in range(40)})

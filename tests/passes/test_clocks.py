@@ -5,7 +5,7 @@ The loop's clock is always right. The database's clock differs from it by `offse
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
 from testkit.shops import Shop, add_sessions, numbered, settings_for
+from tests.conftest import SERVERS
 
 MINUTES, HOURS, DAYS = 60, 3600, 86_400
 TABLES = ["checkout_session", "checkout_session_check", "checkout_session_run"]
@@ -143,11 +144,23 @@ def monitor(shop: Shop) -> Iterator[Monitor]:
     monitor.close()
 
 
+def on_each_engine(on_sqlite: Sequence[int], on_servers: Sequence[int]) -> list[tuple[str, int]]:
+    """Parameters of `shop` with seconds: a few on servers, whose statements are the same."""
+    return [
+        *(("sqlite", seconds) for seconds in on_sqlite),
+        *((server, seconds) for server in SERVERS for seconds in on_servers),
+    ]
+
+
 JUMPS = [-30 * DAYS, -DAYS, -10 * MINUTES, -60, -20, -5, -1]
 JUMPS += [1, 5, 20, 60, 5 * MINUTES, 9 * MINUTES, 10 * MINUTES, 11 * MINUTES, DAYS, 30 * DAYS]
 
 
-@pytest.mark.parametrize("offset", JUMPS, ids=lambda s: f"{s} s")
+@pytest.mark.parametrize(
+    ("shop", "offset"),
+    on_each_engine(JUMPS, [-DAYS, -20, 5, 10 * MINUTES, 30 * DAYS]),
+    indirect=["shop"],
+)
 def test_two_ticks_after_the_clock_is_right_every_session_is_asked_again(
     monitor: Monitor, offset: int
 ) -> None:
@@ -239,7 +252,11 @@ LEFT_BEHIND = {
 }
 
 
-@pytest.mark.parametrize("ahead", [9 * MINUTES, DAYS, 400 * DAYS], ids=lambda s: f"{s} s")
+@pytest.mark.parametrize(
+    ("shop", "ahead"),
+    on_each_engine([9 * MINUTES, DAYS, 400 * DAYS], [DAYS]),
+    indirect=["shop"],
+)
 @pytest.mark.parametrize("what", LEFT_BEHIND)
 def test_what_lies_in_the_future_delays_no_tick_and_no_manual_pass(
     monitor: Monitor, what: str, ahead: int
@@ -379,9 +396,10 @@ def assert_recovery(shop: Shop, steps: list[tuple[str, Any]], cadence: str) -> N
         monitor.close()
 
 
+@pytest.mark.slow
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(steps=st.lists(STEPS, max_size=12), cadence=st.sampled_from(SHORT_CADENCES))
@@ -399,7 +417,7 @@ def test_after_any_jumps_and_changes_every_session_is_asked_at_its_cadence(
     max_examples=12,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(steps=st.lists(STEPS, max_size=8), cadence=st.sampled_from(SHORT_CADENCES))
+@given(steps=st.lists(STEPS, max_size=8), cadence=st.sampled_from(SHORT_CADENCES[:3]))
 def test_after_any_jumps_and_changes_sessions_are_asked_on_each_server(
     server_shop: Shop, steps: list[tuple[str, Any]], cadence: str
 ) -> None:

@@ -450,7 +450,7 @@ def one_fault(server_shop: Shop, clock: FakeClock) -> OneFault:
     paid=st.sets(st.integers(0, SESSIONS - 1)),
 )
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whatever_fails_for_one_session_delays_no_other(  # noqa: PLR0917 (what is drawn)
     one_fault: OneFault,

@@ -15,6 +15,8 @@ from tests.store.claims import LEASE, claim_all, claim_due, ids, rechecks
 from tests.store.fake_bus import PAID
 from tests.support import FakeBilling, Passes, database_of, reconcile
 
+pytestmark = pytest.mark.new_database
+
 
 def test_the_monitors_tables_are_created_once(shop: Shop, clock: FakeClock) -> None:
     for _ in range(2):
