@@ -21,6 +21,7 @@ from core.domain.summary import Summary
 from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
+from testkit.queue import DUE_AT, OF_SESSIONS
 from testkit.shops import Shop, add_sessions, numbered, settings_for
 from tests.conftest import SERVERS
 
@@ -92,8 +93,7 @@ class Monitor:
         """Open sessions whose next check lies further ahead than the settings allow."""
         rules = settings_for(self.shop, **self.env).check_rules()
         rows = self.shop.run(
-            "SELECT session_id, next_check_at, first_seen_at, consecutive_failures"
-            " FROM checkout_session_check"
+            f"SELECT session_id, {DUE_AT}, first_seen_at, consecutive_failures {OF_SESSIONS}"
         )
         found = []
         for session_id, next_check_at, first_seen_at, failures in rows:
@@ -112,11 +112,12 @@ class Monitor:
         return int(cadence.every_seconds((self.now - utc(rows[0][0])).total_seconds()))
 
     def set_future(self, update: str, ahead: float) -> None:
-        """Run an update that sets some columns to a time that far ahead."""
+        """Run updates that set some columns to a time that far ahead."""
         time = iso(self.now + timedelta(seconds=ahead))
         if not self.shop.url.startswith("sqlite"):
             time = time.replace("T", " ").rstrip("Z")
-        self.shop.run(update.format(ahead=f"'{time}'"))
+        for statement in update.format(ahead=f"'{time}'").split(";"):
+            self.shop.run(statement)
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -223,7 +224,7 @@ def test_a_shorter_backoff_counts_from_the_next_tick(monitor: Monitor) -> None:
     monitor.env = {"CHECK_BACKOFF_MAX_SECONDS": "86400"}
     monitor.answer = httpx.Response(500)
     monitor.tick()
-    monitor.set_future("UPDATE checkout_session_check SET next_check_at = {ahead}", 20 * HOURS)
+    monitor.set_future(LEFT_BEHIND["due times"], 20 * HOURS)
     assert monitor.tick(2) == [0, 0]  # as the settings allow
     monitor.env = {"CHECK_BACKOFF_MAX_SECONDS": "10"}
     assert monitor.tick() == [3]
@@ -231,14 +232,32 @@ def test_a_shorter_backoff_counts_from_the_next_tick(monitor: Monitor) -> None:
 
 # What a clock that was ahead may have left, as an UPDATE; {ahead} is that time.
 LEFT_BEHIND = {
-    "due times": "UPDATE checkout_session_check SET next_check_at = {ahead}",
-    "claims": "UPDATE checkout_session_check SET claimed_until = {ahead}, next_check_at = {ahead}",
+    "due times": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead};"
+        "UPDATE checkout_session_check SET next_check_at = {ahead}"
+    ),
+    "due times of batches": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead}"
+    ),
+    "claims": (
+        "UPDATE checkout_session_batch SET claimed_until = {ahead}, next_check_at = {ahead},"
+        " due_at = {ahead}"
+    ),
+    "claims of sessions": (
+        "UPDATE checkout_session_batch SET due_at = {ahead};"
+        "UPDATE checkout_session_check SET claimed_until = {ahead}, next_check_at = {ahead}"
+    ),
     "claims on due sessions": "UPDATE checkout_session_check SET claimed_until = {ahead}",
+    "claims on due batches": "UPDATE checkout_session_batch SET claimed_until = {ahead}",
     "a pause": "UPDATE checkout_session_pause SET paused_until = {ahead}, pauses = 3",
     "a leader": "UPDATE checkout_session_pause SET last_tick = {ahead}",
     "a rest": "UPDATE checkout_session_pause SET count_again_at = {ahead}, counted_at = {ahead}",
-    "checks": "UPDATE checkout_session_check SET last_checked_at = {ahead}",
+    "checks": (
+        "UPDATE checkout_session_batch SET checked_at = {ahead};"
+        "UPDATE checkout_session_check SET last_checked_at = {ahead}"
+    ),
     "failures": (
+        "UPDATE checkout_session_batch SET due_at = {ahead};"
         "UPDATE checkout_session_check SET failing_since = {ahead}, consecutive_failures = 9,"
         " next_check_at = {ahead}"
     ),
@@ -246,6 +265,8 @@ LEFT_BEHIND = {
     "a pass": "UPDATE checkout_session_run SET started_at = {ahead}, finished_at = {ahead}",
     "a pass under way": "UPDATE checkout_session_run SET started_at = {ahead}, finished_at = NULL",
     "all of it": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead},"
+        " claimed_until = {ahead}, checked_at = {ahead};"
         "UPDATE checkout_session_check SET next_check_at = {ahead}, claimed_until = {ahead},"
         " last_checked_at = {ahead}, first_seen_at = {ahead}"
     ),
