@@ -24,6 +24,7 @@ from core.log import logger
 from handlers import check
 from local.mariadb import mariadb_server
 from testkit import tls_billing
+from testkit.queue import make_due
 from testkit.shops import Shop, add_sessions, mysql_shop
 
 LATENCY_SECONDS = 0.1
@@ -106,7 +107,7 @@ def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
     os.environ["CHECK_CADENCE"] = "1d"
     check.worker().close()
     check.worker.cache_clear()
-    shop.run("UPDATE checkout_session_check SET next_check_at = UTC_TIMESTAMP(3) + INTERVAL 1 HOUR")
+    make_due(shop, f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%d %H:%M:%S}")
     _at_next_tick()
     written_before = _written(shop)
     idle = [_at_next_tick()[1] for _ in range(ROUNDS)]

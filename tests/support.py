@@ -108,16 +108,17 @@ class Passes:
         store.prepare()
         store.close()
 
-    def recorded(self, attempts: int) -> bool:
-        """Whether that many checks have been recorded in all."""
-        return self.shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(attempts,)]
+    def recorded(self, checks: int) -> bool:
+        """Whether the passes have recorded that many checks in all."""
+        return self.shop.run("SELECT SUM(checked) FROM checkout_session_run") == [(checks,)]
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
-        with self._store() as (store, thread):
+        settings = settings_for(self.shop, **env)
+        with self._store(settings) as (store, thread):
             return await check_open_checkout_sessions(
                 store,
                 self.billing,
-                settings_for(self.shop, **env),
+                settings,
                 options or PassOptions(Reason.TICK, self.clock.now),
                 database_thread=thread,
                 start_worker=self.start_worker,
@@ -125,19 +126,24 @@ class Passes:
             )
 
     async def trigger(self, session_ids: Sequence[str] | None = None) -> Summary:
-        with self._store() as (store, thread):
+        settings = settings_for(self.shop)
+        with self._store(settings) as (store, thread):
             return await trigger_checkout_session_check(
                 store,
                 self.billing,
-                settings_for(self.shop),
+                settings,
                 database_thread=thread,
                 session_ids=session_ids,
             )
 
     @contextmanager
-    def _store(self) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
+    def _store(self, settings: Settings) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
         with ThreadPoolExecutor(1) as thread:
-            store = Store(database_of(self.shop, self.clock), self.publisher)
+            store = Store(
+                database_of(self.shop, self.clock),
+                self.publisher,
+                batch_size=settings.max_concurrency,
+            )
             try:
                 yield store, thread
             finally:

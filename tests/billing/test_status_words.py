@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.billing.status_words import WORDS, StatusReader, StatusReading, parse_words
@@ -50,6 +50,7 @@ def test_a_path_that_cannot_be_applied_gives_no_status() -> None:
     assert reading == StatusReading(None, "nothing that 'length(status)' can be applied to")
 
 
+@settings(max_examples=50)
 @given(st.binary() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps))
 def test_any_body_can_be_read(body: bytes | str) -> None:
     raw = body.encode() if isinstance(body, str) else body
