@@ -102,7 +102,7 @@ def test_vpc_costs_its_way_out_and_what_the_database_writes() -> None:
     assert endpoints["interface endpoints"] == pytest.approx(4 * 720 * 0.01)
     writes = "database writes, Aurora I/O-Standard"
     assert nat[writes] == endpoints[writes]
-    assert items("nat", 10_000)[writes] == pytest.approx(10 * nat[writes], rel=0.1)
+    assert nat[writes] < items("nat", 10_000)[writes] < 10 * nat[writes]  # a pass writes, too
     assert items("nat", 10_000)["CloudTrail's data events, if a trail records Lambda's"] > 1.5
 
 
