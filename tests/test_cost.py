@@ -100,7 +100,7 @@ def test_vpc_costs_its_way_out_and_what_the_database_writes() -> None:
     gb = 518.4e6 * sum(MEASURED["wire"]["http2"].values()) / 1e9
     assert nat["NAT gateway's data, both ways"] == pytest.approx(gb * 0.045)
     assert endpoints["interface endpoints"] == pytest.approx(4 * 720 * 0.01)
-    writes = "database writes, Aurora I/O-Standard"
+    writes = "Aurora, if billed by I/O (an estimate)"
     assert nat[writes] == endpoints[writes]
     assert nat[writes] < items("nat", 10_000)[writes] < 10 * nat[writes]  # a pass writes, too
     assert items("nat", 10_000)["CloudTrail's data events, if a trail records Lambda's"] > 1.5
