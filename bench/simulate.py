@@ -335,8 +335,9 @@ def main() -> None:
         left = simulation.left()
         database = (simulation.database.meter.seconds - prepared) / seconds
     print(
-        f"{given.open:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={given.cadence!r}, "
-        f"{given.memory} MB, {given.in_flight} in flight, at most {given.workers} workers, "
+        f"{given.open:,} open sessions for {given.minutes} minutes,"
+        f" CHECK_CADENCE={given.cadence!r}, {given.memory} MB, {given.in_flight} in flight,"
+        f" at most {given.workers} workers, "
         f"billing answers after {given.latency * 1000:.0f} ms\n"
         f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
         f"sessions over a minute late at the end: {left:,}\n"
