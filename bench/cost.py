@@ -36,6 +36,10 @@ LAMBDA_LINES, LAMBDA_BYTES = 3, 290
 
 OPEN = (100, 1_000, 10_000)
 WHERE = {"internet": "on the internet", "region": "in the region"}
+# How a stack in a VPC reaches AWS: Secrets Manager and Lambda, in two zones.
+VPC = ("nat", "endpoints")
+ENDPOINTS, ZONES = 2, 2
+MONTH_HOURS = MONTH_SECONDS / 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,14 @@ def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
     return float(time["idle_database_ms"] + time["idle_processor_ms"] / stack.vcpu) / 1000
 
 
+def invocations(load: Load, stack: Stack, measured: Mapping[str, Any]) -> int:
+    """The worker's invocations of a month, duplicate ticks included."""
+    slots = MONTH_SECONDS // stack.interval
+    duplicates = round(stack.executions * stack.ticks) - slots
+    workers = _workers(load.checks_a_tick(stack.interval), stack, load, measured)
+    return slots * workers + duplicates
+
+
 def bill(
     load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
 ) -> list[Item]:
@@ -188,13 +200,13 @@ def bill(
     duplicates = round(stack.executions * stack.ticks) - slots
     duplicate_seconds = float(measured["time"]["again_database_ms"]) / 1000
     duplicate_seconds += float(measured["time"]["again_processor_ms"]) / 1000 / stack.vcpu
-    invocations = slots * workers + duplicates
+    invoked = invocations(load, stack, measured)
 
     kind = "pass" if checks >= 1 else "idle"
     log, record = measured["log"], watch["record_bytes"]
     logged = slots * workers * (log[f"{kind}_bytes"] + record * log[f"{kind}_records"])
     logged += duplicates * (log["again_bytes"] + record * log["again_records"])
-    logged += invocations * (LAMBDA_BYTES + record * LAMBDA_LINES)
+    logged += invoked * (LAMBDA_BYTES + record * LAMBDA_LINES)
     log_gb = logged / GB
     kept = log_gb * stack.retention_days / 30 * watch["stored_gb_month"]
 
@@ -223,7 +235,7 @@ def bill(
             duplicates * duplicate_seconds * gb_second,
             f"{duplicates:,} of {duplicate_seconds * 1000:.0f} ms",
         ),
-        Item("invocations", invocations * aws_lambda["request"], f"{invocations:,}"),
+        Item("invocations", invoked * aws_lambda["request"], f"{invoked:,}"),
         Item("logs", log_gb * watch["log_gb"] + kept, f"{log_gb:.1f} GB"),
         Item(
             "metrics of a healthy hour",
@@ -283,6 +295,41 @@ def database(
             "Aurora, if billed by I/O (an estimate)",
             requests * aurora["io"],
             f"{requests / 1e6:.1f} million",
+        ),
+    ]
+
+
+def in_vpc(
+    load: Load, stack: Stack, vpc: str, measured: Mapping[str, Any], prices: Mapping[str, Any]
+) -> list[Item]:
+    """What a month costs besides in a VPC: the way out, the database's writes, the audit's events.
+
+    Requests use HTTP/2. With endpoints billing is in the region, because they lead nowhere else.
+    """
+    net, wire = prices["vpc"], measured["wire"]["http2"]
+    checks = load.checks_a_tick(stack.interval) * MONTH_SECONDS / stack.interval
+    gb = checks * (wire["sent"] + wire["received"]) / GB
+    if vpc == "nat":
+        hour, hours = net["nat_hour"] + net["address_hour"], MONTH_HOURS
+        way = [
+            Item("NAT gateway and its address", hour * hours, f"{hours:,.0f} hours"),
+            Item("NAT gateway's data, both ways", gb * net["nat_gb"], f"{gb:,.0f} GB"),
+        ]
+    else:
+        hours = ENDPOINTS * ZONES * MONTH_HOURS
+        name = f"interface endpoints: {ENDPOINTS} services in {ZONES} zones"
+        way = [Item(name, net["endpoint_hour"] * hours, "")]
+    data = data_out(load, stack, measured, prices)[list(measured["wire"]).index("http2")]
+    *_, writes = database(load, stack, measured, prices)
+    events = invocations(load, stack, measured)
+    return [
+        *way,
+        data,
+        writes,
+        Item(
+            "CloudTrail's data events, if a trail records Lambda's",
+            events * prices["cloudtrail"]["data_event"],
+            f"{events:,}",
         ),
     ]
 
@@ -354,6 +401,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sessions-last", default="24h", help="how long one stays open, e.g. 24h")
     add("--latency", type=float, default=100, metavar="MS", help="billing's latency")
     add("--billing", choices=WHERE, default="internet")
+    add("--vpc", choices=VPC, help="add what a VPC costs, and the database's writes")
     add("--interval", type=int, metavar="S")
     add("--memory", type=int, metavar="MB", help="WorkerMemory")
     add("--in-flight", type=int, metavar="N", help="MaxConcurrency")
@@ -391,6 +439,17 @@ def computed(arguments: argparse.Namespace) -> str:
     given_all = stack, read(MEASURED), read(PRICES)
     if arguments.database:
         return database_table({load.open: database(load, *given_all) for load in loads})
+    if arguments.vpc:
+        return table(
+            {
+                load.open: [
+                    *bill(load, *given_all),
+                    *in_vpc(load, stack, arguments.vpc, *given_all[1:]),
+                ]
+                for load in loads
+            },
+            {},
+        )
     return table(
         {load.open: bill(load, *given_all) for load in loads},
         {load.open: data_out(load, *given_all) for load in loads},

@@ -1,6 +1,6 @@
 """`make run`: the whole monitor on this machine, without a cloud account or a database server.
 
-The loop of template.yaml starts the ticks, workers check the sessions, and uvicorn serves the API
+The stack's loop starts the ticks, workers check the sessions, and uvicorn serves the API
 on port 3001. Unless .env names others, billing is simulated on port 4000 and the database is an
 SQLite file with sample sessions. It starts on tables that another monitor works on only with
 --share-database. Ctrl-C stops it, and so does the end of a pipe's reader.

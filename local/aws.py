@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import yaml
 
 # samtranslator has no types.
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
@@ -127,7 +128,7 @@ class Stack:
         """Create or update the stack with `sam deploy`. Raises DeployError."""
         template: Template = yaml_parse((self._package / "template.yaml").read_text("utf-8"))
         change(template)
-        for name in remove_metric_math_alarms(template):
+        for name in adapt(template, self._package):
             self._show(f"Leaving out {name}: the emulator does not support metric math.")
         file = self._package / "emulated.json"
         file.write_text(json.dumps(template), encoding="utf-8")
@@ -182,8 +183,12 @@ class Stack:
         return key
 
 
-def remove_metric_math_alarms(template: Template) -> list[str]:
-    """Remove the alarms on metric math from a template; returns their names."""
+def adapt(template: Template, directory: Path) -> list[str]:
+    """Adapt a built template, which is in `directory`, to the emulator.
+
+    It supports no alarms on metric math, no definition in YAML, and no Fn::Split in a condition, so
+    the event bus must be one of the account. Returns the names of the alarms that are removed.
+    """
     resources = template["Resources"]
     names = [
         name
@@ -192,4 +197,8 @@ def remove_metric_math_alarms(template: Template) -> list[str]:
     ]
     for name in names:
         del resources[name]
+    loop = resources["CheckLoop"]["Properties"]
+    definition = directory / loop.pop("DefinitionUri")
+    loop["Definition"] = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    template["Conditions"]["HasForeignBus"] = {"Fn::Equals": ["an ARN", "a name"]}
     return names

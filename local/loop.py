@@ -1,11 +1,10 @@
-"""The loop on this machine: the state machine of template.yaml, executed on the real clock.
+"""The loop on this machine: the state machine of the stack, executed on the real clock.
 
 On AWS, Step Functions runs it; here sfnx interprets the same definition. No other module imports
 sfnx.
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -124,13 +123,13 @@ def execute(
 def definition(interval_seconds: int) -> Definition:
     """CheckLoop's definition with the substitutions that CloudFormation makes."""
     loop = _template()["Resources"]["CheckLoop"]["Properties"]
+    text = (TEMPLATE.parent / loop["DefinitionUri"]).read_text(encoding="utf-8")
     given = {INTERVAL: interval_seconds, "AWS::Partition": "aws"}
     values = {
         name: given.get(value.get("Ref"), name)
         for name, value in loop["DefinitionSubstitutions"].items()
     }
-    text = Template(json.dumps(loop["Definition"])).safe_substitute(values)
-    filled: Definition = json.loads(text)
+    filled: Definition = yaml.safe_load(Template(text).safe_substitute(values))
     return filled
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench import cost
-from bench.cost import Load, Stack, bill, data_out, page_with_tables, pass_seconds, total
+from bench.cost import Load, Stack, bill, data_out, in_vpc, page_with_tables, pass_seconds, total
 from core.domain.cadence import Cadence
 
 pytestmark = pytest.mark.slow
@@ -87,6 +87,23 @@ def test_data_within_the_region_is_cheaper_but_costs_both_ways(version: str) -> 
     sent = 518.4e6 * MEASURED["wire"][version]["sent"] / 1e9
     assert data("internet") == pytest.approx(sent * 0.09)
     assert data("region") < data("internet") / 3
+
+
+def test_vpc_costs_its_way_out_and_what_the_database_writes() -> None:
+    def items(vpc: str, open_: int = 1_000) -> dict[str, float]:
+        load = Load(open_, Cadence.parse("5s"), DAY, 0.1, "internet")
+        found = in_vpc(load, Stack.of(TEMPLATE, {}), vpc, MEASURED, PRICES)
+        return {item.name.split(":")[0]: item.dollars for item in found}
+
+    nat, endpoints = items("nat"), items("endpoints")
+    assert nat["NAT gateway and its address"] == pytest.approx(720 * 0.05)
+    gb = 518.4e6 * sum(MEASURED["wire"]["http2"].values()) / 1e9
+    assert nat["NAT gateway's data, both ways"] == pytest.approx(gb * 0.045)
+    assert endpoints["interface endpoints"] == pytest.approx(4 * 720 * 0.01)
+    writes = "Aurora, if billed by I/O (an estimate)"
+    assert nat[writes] == endpoints[writes]
+    assert nat[writes] < items("nat", 10_000)[writes] < 10 * nat[writes]  # a pass writes, too
+    assert items("nat", 10_000)["CloudTrail's data events, if a trail records Lambda's"] > 1.5
 
 
 def test_measured_passes_are_of_this_code() -> None:

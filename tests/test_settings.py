@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.database.address import DatabaseSecret, MySQLAddress, SQLitePath
+from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress, SQLitePath, Tls
 from core.domain.cadence import Cadence
 from core.errors import SettingsError
 from core.settings import Settings
@@ -29,6 +29,13 @@ OPTIONAL = (
     "APIKEY",
     "APIKEY_SECRET_ARN",
     "DATABASE_SECRET_ARN",
+    "DATABASE_HOST",
+    "DATABASE_PORT",
+    "DATABASE_NAME",
+    "DATABASE_TLS",
+    "DATABASE_AUTH",
+    "DATABASE_USER_ARN",
+    "ALLOW_HTTP",
     "STATUS_UPDATES",
     "BILLING_STATUS_PATH",
     "BILLING_STATUS_MAP",
@@ -94,6 +101,7 @@ def test_without_a_database_the_error_says_what_to_set(env: dict[str, str]) -> N
         ("MAX_CONCURRENCY", "1", "max_concurrency", 1),
         ("MAX_CONCURRENCY", "1000", "max_concurrency", 1000),
         ("CHECK_CADENCE", "5s until 1h, 1m", "cadence", Cadence.parse("5s until 1h, 1m")),
+        ("CHECK_CADENCE", "5s-until-1h,1m", "cadence", Cadence.parse("5s until 1h, 1m")),
         ("LOG_LINES_ACTIVE", "0", "log_lines_active", 0),
         ("LOG_LINES_ACTIVE", "10000", "log_lines_active", 10_000),
         ("DEBUG", "true", "debug", True),
@@ -134,6 +142,10 @@ INVALID = {
         "5s until 1h, 30s until 10m, 5m",
     ),
     ("DEBUG", "it must be true or false."): ("yes", "1", "on", "truee"),
+    ("ALLOW_HTTP", "it must be true or false."): ("yes",),
+    ("DATABASE_TLS", "it must be PREFER, REQUIRE or VERIFY."): ("verify", "true", "TLS"),
+    ("DATABASE_AUTH", "it must be SECRET or IAM."): ("iam", "PASSWORD"),
+    ("DATABASE_PORT", "it must be a whole number from 1 to 65535."): ("0", "65536", "mysql"),
     ("STATUS_UPDATES", "it must be true or false."): ("maybe", "1"),
     ("SESSION_EXPIRES_AFTER", "set STATUS_UPDATES=true, or leave it out."): ("24h",),
     ("EVENT_BUS_NAME", "set STATUS_UPDATES=true, or leave it out."): ("shop",),
@@ -272,7 +284,7 @@ def test_a_missing_ca_file_is_refused(tmp_path: Path) -> None:
     path = f"{tmp_path}/ca.pem"
     assert refusal(DATABASE_URL=f"mysql://u:hidden@h/d?ssl_ca={path}") == (
         f"DATABASE_URL names the CA file {path!r} in ssl_ca, which does not exist; "
-        "it must be the path of a file in PEM format."
+        "it must be the path of a file in PEM format, or rds."
     )
 
 
@@ -288,15 +300,15 @@ CA = quote(__file__, safe="")  # an existing file
         ("mysql://u:p@[::1]:3307/d", MySQLAddress("::1", 3307, "u", "p", "d")),
         ("mysql://u:a:b@h/d", MySQLAddress("h", 3306, "u", "a:b", "d")),
         ("mysql://u:p%40%2F%3A%23%3F%25+@h/d", MySQLAddress("h", 3306, "u", "p@/:#?%+", "d")),
-        ("mysql://u:p@h/d?ssl=true", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=True)),
-        ("mysql://u:p@h/d?ssl=false", MySQLAddress("h", 3306, "u", "p", "d", None, ssl=False)),
+        ("mysql://u:p@h/d?ssl=true", MySQLAddress("h", 3306, "u", "p", "d", None, Tls.VERIFY)),
+        ("mysql://u:p@h/d?ssl=false", MySQLAddress("h", 3306, "u", "p", "d", None, Tls.PREFER)),
         (
             f"mysql://u:p@h/d?ssl_ca={CA}",
-            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, Tls.VERIFY),
         ),
         (
             f"mysql://u:p@h/d?ssl=true&ssl_ca={CA}",
-            MySQLAddress("h", 3306, "u", "p", "d", __file__, ssl=True),
+            MySQLAddress("h", 3306, "u", "p", "d", __file__, Tls.VERIFY),
         ),
         ("sqlite:///shop.db", SQLitePath(Path("shop.db"))),
         ("sqlite:///.local/shop.db", SQLitePath(Path(".local/shop.db"))),
@@ -344,6 +356,70 @@ def test_database_url_takes_precedence_over_its_secret() -> None:
 def test_a_database_secret_replaces_the_url() -> None:
     found = read(DATABASE_URL="", DATABASE_SECRET_ARN="arn:d")
     assert found.database == DatabaseSecret("arn:d")
+
+
+def test_what_a_database_secret_lacks_can_be_set() -> None:
+    found = read(
+        DATABASE_URL="",
+        DATABASE_SECRET_ARN="arn:d",
+        DATABASE_HOST="db",
+        DATABASE_PORT="3307",
+        DATABASE_NAME="shop",
+        DATABASE_TLS="VERIFY",
+    )
+    assert found.database == DatabaseSecret("arn:d", Tls.VERIFY, "db", 3307, "shop")
+
+
+@pytest.mark.parametrize("url", ["mysql://u:p@h/d", "mysql://u:p@h/d?ssl=false"])
+def test_tls_of_a_database_url_is_at_least_the_setting(url: str) -> None:
+    for tls in Tls:
+        found = read(DATABASE_URL=url, DATABASE_TLS=tls)
+        assert found.database == MySQLAddress("h", 3306, "u", "p", "d", None, tls)
+    found = read(DATABASE_URL="mysql://u:p@h/d?ssl_ca=rds", DATABASE_TLS="REQUIRE")
+    assert found.database == MySQLAddress("h", 3306, "u", "p", "d", "rds", Tls.VERIFY)
+
+
+USER_ARN = "arn:aws:rds-db:eu-central-1:123456789012:dbuser:cluster-ABC/monitor"
+IAM = {
+    "DATABASE_URL": "",
+    "DATABASE_AUTH": "IAM",
+    "DATABASE_USER_ARN": USER_ARN,
+    "DATABASE_HOST": "db",
+    "DATABASE_NAME": "shop",
+    "DATABASE_TLS": "VERIFY",
+}
+
+
+def test_iam_needs_no_secret_of_the_database() -> None:
+    database = read(**IAM).database
+    assert database == IamDatabase(USER_ARN, "db", 3306, "shop")
+    assert (database.user, database.region) == ("monitor", "eu-central-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("DATABASE_USER_ARN", "monitor", "DATABASE_USER_ARN is 'monitor'; with DATABASE_AUTH=IAM"),
+        ("DATABASE_USER_ARN", "", "DATABASE_USER_ARN is ''; with DATABASE_AUTH=IAM it must be arn"),
+        ("DATABASE_HOST", "", "DATABASE_AUTH is 'IAM', which needs DATABASE_HOST and"),
+        ("DATABASE_NAME", "", "DATABASE_AUTH is 'IAM', which needs DATABASE_HOST and"),
+        ("DATABASE_TLS", "REQUIRE", "DATABASE_TLS is 'REQUIRE'; with DATABASE_AUTH=IAM it must be"),
+    ],
+)
+def test_iam_without_what_it_needs_is_refused(name: str, text: str, sentence: str) -> None:
+    assert refusal(**IAM | {name: text}).startswith(sentence)
+
+
+def test_billing_without_tls_needs_allow_http() -> None:
+    url = "http://billing.internal/api"
+    sentence = refusal(BILLING_API_URL=url)
+    assert sentence == (
+        f"BILLING_API_URL is {url!r}, which would send the API key unencrypted; it must be an "
+        "https:// URL, or ALLOW_HTTP must be true."
+    )
+    assert read(BILLING_API_URL=url, ALLOW_HTTP="true").billing_api_url == url
+    for local in ("http://localhost:4000/x", "http://127.0.0.1", "http://[::1]:1"):
+        assert read(BILLING_API_URL=local).billing_api_url == local
 
 
 @pytest.mark.parametrize("seconds", [1, 30])

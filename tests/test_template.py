@@ -13,30 +13,18 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-
-# samtranslator has no types.
-from samtranslator.parser.parser import Parser  # type: ignore[import-untyped]
-from samtranslator.translator.translator import Translator  # type: ignore[import-untyped]
-from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core.metrics import METRICS, NAMESPACE
 from core.settings import Settings
 from core.worker import FINISH_SECONDS
 from handlers import routes
+from tests import cloudformation
+from tests.cloudformation import REQUIRED, SECRET, STACK, Resource, Stack
 
 ROOT = Path(__file__).parents[1]
 EVENTS = ROOT / "events"
 VALIDATOR = ROOT / "tests/stepfunctions/node_modules/asl-validator/dist/bin/asl-validator.js"
-
-SECRET = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:"
-REQUIRED = {
-    "BillingApiUrl": "https://billing.example.com/billing/api/v1/paysession",
-    "ApiKeySecretArn": f"{SECRET}billing/api-key-AbCdEf",
-    "DatabaseSecretArn": f"{SECRET}shop/database-AbCdEf",
-}
-STACK = "shop-monitor"
 
 # Statements on every resource, and why AWS accepts nothing narrower.
 WIDE_STATEMENTS = {
@@ -47,6 +35,17 @@ WIDE_STATEMENTS = {
 AWS_POLICIES = {
     "AmazonAPIGatewayPushToCloudWatchLogs": "AWS made it for API Gateway's one role in an account",
 }
+
+# Types whose names are shared by all regions of an account: CloudWatch's dashboards, IAM and S3.
+GLOBAL_TYPES = {
+    "AWS::CloudWatch::Dashboard",
+    "AWS::IAM::Role",
+    "AWS::IAM::ManagedPolicy",
+    "AWS::S3::Bucket",
+}
+USER_ARN = "arn:aws:rds-db:eu-central-1:123456789012:dbuser:cluster-ABC/monitor"
+BUS = "arn:aws:events:eu-central-1:210987654321:event-bus/central/shop"
+TOPIC = "arn:aws:sns:eu-central-1:123456789012:ops"
 
 # The AWS metrics used here, and the dimension of each.
 AWS_METRICS = {
@@ -60,58 +59,24 @@ AWS_METRICS = {
     ("AWS/SQS", "NumberOfMessagesSent"): "QueueName",
 }
 
-type Resource = dict[str, Any]
 type Metric = tuple[str, str, tuple[tuple[str, object], ...]]  # namespace, name, dimensions
 
 
 @pytest.fixture(scope="module")
 def template() -> dict[str, Any]:
-    parsed: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
-    return parsed
+    return cloudformation.template()
 
 
 @pytest.fixture(scope="module")
-def resources(template: dict[str, Any]) -> dict[str, Resource]:
-    return translated(template, "eu-central-1")
-
-
-def translated(template: Mapping[str, Any], region: str) -> dict[str, Resource]:
-    """The CloudFormation that SAM turns the template into in a region."""
-    packaged = copy.deepcopy(dict(template))
-    packaged["Globals"]["Function"]["CodeUri"] = "s3://bucket/package"  # what `sam package` does
-    defaults = {
-        name: parameter["Default"]
-        for name, parameter in template["Parameters"].items()
-        if "Default" in parameter
-    }
-    sam = Translator({}, Parser(), boto_session=boto3.Session(region_name=region))
-    found: dict[str, Resource] = sam.translate(packaged, defaults | REQUIRED)["Resources"]
-    return found
-
-
-def render(value: Any, names: Mapping[str, str], conditions: Mapping[str, bool]) -> Any:  # noqa: ANN401 (JSON)
-    """Decide conditions and replace references to `names`, as CloudFormation does."""
-    match value:
-        case {"Fn::If": [condition, then, otherwise]}:
-            return render(then if conditions[condition] else otherwise, names, conditions)
-        case {"Ref": str(name)}:
-            return names.get(name, value)
-        case dict():
-            return {key: render(item, names, conditions) for key, item in value.items()}
-        case list():
-            return [render(item, names, conditions) for item in value]
-        case str():
-            return re.sub(r"\$\{([\w:]+)\}", lambda m: names.get(m[1], m[0]), value)
-    return value
+def resources() -> dict[str, Resource]:
+    return cloudformation.translated()
 
 
 @pytest.fixture(scope="module")
 def definition(resources: dict[str, Resource]) -> dict[str, Any]:
     """The loop's definition as Step Functions gets it."""
-    properties = resources["CheckLoop"]["Properties"]
-    separator, lines = properties["DefinitionString"]["Fn::Join"]
-    text: str = separator.join(lines)
-    for name, value in properties["DefinitionSubstitutions"].items():
+    text = json.dumps(cloudformation.definition())
+    for name, value in resources["CheckLoop"]["Properties"]["DefinitionSubstitutions"].items():
         filled = {"CheckIntervalSeconds": "5", "AWS::Partition": "aws"}
         text = text.replace(
             f"${{{name}}}", filled.get(value.get("Ref"), f"arn:aws:lambda:::{name}")
@@ -177,54 +142,42 @@ class TestResources:
         assert not [s for s in statements(resources, {}) if "xray:" in json.dumps(s)]
 
     def test_two_stacks_in_one_account_do_not_collide(self, resources: dict[str, Resource]) -> None:
+        """Nor do stacks of the same name in two regions, which share what is global."""
         names = [
-            value
+            (resource["Type"], str(value))
             for resource in resources.values()
             for key, value in resource.get("Properties", {}).items()
             # Names of stages, metrics and inline policies only count within their own resource.
             if key.endswith("Name") and key not in ("StageName", "MetricName", "PolicyName")
         ]
 
-        fixed = [name for name in names if not re.search(r"'Ref'|AWS::StackName", str(name))]
-        assert fixed == []
+        assert [name for _, name in names if not re.search(r"'Ref'|AWS::StackName", name)] == []
+        of_global = [name for kind, name in names if kind in GLOBAL_TYPES]
+        assert of_global == ["{'Fn::Sub': '${AWS::StackName}-${AWS::Region}'}"]
 
-    def test_a_first_deployment_that_fails_leaves_nothing_behind(
+    def test_the_accounts_log_role_is_kept_unless_asked_and_never_deleted(
         self, resources: dict[str, Resource]
     ) -> None:
-        kept = {
-            name: resource["DeletionPolicy"]
-            for name, resource in resources.items()
-            if "DeletionPolicy" in resource
-        }
+        """Without the role that the account's setting names, all its REST APIs stop logging."""
+        created = {"ApiGatewayAccount", "ApiGatewayLogRole"}
 
-        assert kept == dict.fromkeys(
-            ("ApiGatewayAccount", "ApiGatewayLogRole"), "RetainExceptOnCreate"
-        )
+        assert not created & set(Stack().resources)
+        assert created <= set(Stack({"ApiLogRole": "CREATE"}).resources)
+        for name, resource in resources.items():
+            policies = (resource.get("DeletionPolicy"), resource.get("UpdateReplacePolicy"))
+            assert policies == (("Retain", "Retain") if name in created else (None, None))
 
     def test_the_failed_checks_queue_is_encrypted(self, resources: dict[str, Resource]) -> None:
         assert resources["FailedChecks"]["Properties"]["SqsManagedSseEnabled"] is True
 
-    @pytest.mark.parametrize(
-        ("partition", "region"), [("aws-cn", "cn-north-1"), ("aws-us-gov", "us-gov-west-1")]
-    )
-    def test_other_partitions_do_not_name_the_commercial_one(
-        self, template: dict[str, Any], partition: str, region: str
-    ) -> None:
-        names = {"AWS::Partition": partition, "AWS::Region": region}
-        conditions = dict.fromkeys(template["Conditions"], False) | {
-            "IsInChina": partition == "aws-cn",
-            "IsInGovCloud": partition == "aws-us-gov",
-        }
+    @pytest.mark.parametrize("region", ["cn-north-1", "cn-northwest-1", "us-gov-west-1"])
+    def test_other_partitions_do_not_name_the_commercial_one(self, region: str) -> None:
+        stack = Stack({name: "" for name in REQUIRED if name.endswith("Arn")}, region=region)
 
-        rendered = json.dumps(
-            [
-                render(translated(template, region), names, conditions),
-                render(template["Outputs"], names, conditions),
-            ]
-        )
+        rendered = json.dumps([stack.resources, stack.outputs])
 
-        assert f"arn:{partition}:" in rendered
-        assert "arn:aws:" not in rendered.replace(SECRET, "")
+        assert f"arn:{'aws-cn' if region.startswith('cn-') else 'aws-us-gov'}:" in rendered
+        assert "arn:aws:" not in rendered
         assert not re.findall(r"[\w.-]*console\.aws\.amazon\.com", rendered)
 
     def test_a_failed_check_is_not_retried_but_reported(
@@ -261,19 +214,22 @@ class TestResources:
         groups = of_type(resources, "AWS::Logs::LogGroup")
 
         assert set(groups) == {"CheckLoopLogs", "CheckSessionsLogs", "ApiLogs", "ApiAccessLogs"}
-        for group in groups.values():
-            assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}
+        for days, access in (("0", "14"), ("365", "365")):
+            stack = Stack({"AccessLogRetentionDays": days})
+            for name in groups:
+                expected = access if name == "ApiAccessLogs" else "14"
+                assert stack.properties(name)["RetentionInDays"] == expected
         for function in of_type(resources, "AWS::Lambda::Function").values():
             assert function["LoggingConfig"]["LogGroup"]["Ref"] in groups
 
 
 class TestParameters:
-    def test_each_is_described_labelled_and_in_a_group(self, template: dict[str, Any]) -> None:
+    def test_each_is_described_and_in_a_group(self, template: dict[str, Any]) -> None:
         parameters = template["Parameters"]
         interface = template["Metadata"]["AWS::CloudFormation::Interface"]
         grouped = [name for group in interface["ParameterGroups"] for name in group["Parameters"]]
 
-        assert sorted(grouped) == sorted(parameters) == sorted(interface["ParameterLabels"])
+        assert sorted(grouped) == sorted(parameters)
         assert all(parameter["Description"] for parameter in parameters.values())
 
     def test_the_defaults_are_those_of_the_code(
@@ -306,7 +262,17 @@ class TestParameters:
             ("CheckCadence", "", "5"),
             ("ApiKeySecretArn", REQUIRED["ApiKeySecretArn"], f"{SECRET}billing/key"),
             ("ApiKeySecretArn", "", "the-key"),
-            ("DatabaseSecretArn", REQUIRED["DatabaseSecretArn"], ""),
+            ("CheckCadence", "5s-until-10m,30s-until-1h,5m", "5s-until-10m"),
+            ("DatabaseSecretArn", f"{SECRET}rds!db-0b2f-AbCdEf", f"{SECRET}shop"),
+            ("DatabaseUserArn", f"{USER_ARN}", "monitor"),
+            ("EventBusName", "shop-events", "arn:aws:sns:eu-central-1:123456789012:bus"),
+            ("EventBusName", BUS, f"{BUS}:x"),
+            ("ApiAllowedCidrs", "203.0.113.0/24,2001:db8::/32", "203.0.113.0/24, 10.0.0.0/8"),
+            ("ApiVpcEndpointIds", "vpce-1,vpce-2a", "vpce-1, vpce-2"),
+            ("RolePath", "/shop/monitor/", "shop"),
+            ("PermissionsBoundary", "arn:aws:iam::123456789012:policy/limit", "limit"),
+            ("EncryptionKeyArn", "arn:aws:kms:eu-west-1:123456789012:key/1-a", "alias/shop"),
+            ("AlarmTopicArn", "arn:aws-cn:sns:cn-north-1:123456789012:ops", "ops"),
             ("SecretsKeyArn", "", "alias/shop"),
             ("BillingStatusMap", '{"paid": "success"}', "paid=success"),
             ("SessionExpiresAfter", "24h", "a day"),
@@ -352,11 +318,10 @@ class TestPermissions:
     def test_no_statement_allows_an_action_by_a_wildcard(
         self, resources: dict[str, Resource]
     ) -> None:
-        found = list(statements(resources))
+        found = [s for s in statements(resources) if s["Effect"] == "Allow"]
 
         assert len(found) > 10
         for statement in found:
-            assert statement["Effect"] == "Allow"
             assert not [action for action in as_list(statement["Action"]) if "*" in action]
 
     def test_only_what_aws_cannot_narrow_covers_every_resource(
@@ -365,7 +330,7 @@ class TestPermissions:
         wide = {
             statement.get("Sid")
             for statement in statements(resources)
-            if "*" in json.dumps(statement["Resource"])
+            if "*" in json.dumps(statement["Resource"]) and statement["Effect"] == "Allow"
         }
 
         assert wide == set(WIDE_STATEMENTS)
@@ -399,23 +364,27 @@ class TestPermissions:
         env = environment(template, resources, {"ApiKeySecretArn": ""}, conditions={})
         readable = [
             statement["Resource"]
-            for statement in statements(resources, {"HasSecretsKey"})
+            for statement in statements(resources, {"HasSecretsKey", "HasDatabaseSecret"})
             if "secretsmanager:GetSecretValue" in as_list(statement["Action"])
         ]
 
         assert env["APIKEY_SECRET_ARN"] == env["DATABASE_SECRET_ARN"]
         assert readable == [{"Ref": "DatabaseSecretArn"}]
 
+    @pytest.mark.parametrize(
+        ("bus", "resource"),
+        [
+            ("shop", "arn:aws:events:eu-central-1:123456789012:event-bus/shop"),
+            (BUS, BUS),
+        ],
+    )
     def test_the_functions_publish_only_to_the_configured_bus(
-        self, resources: dict[str, Resource]
+        self, bus: str, resource: str
     ) -> None:
-        [bus] = [
-            statement["Resource"]["Fn::Sub"]
-            for statement in statements(resources)
-            if "events:PutEvents" in as_list(statement["Action"])
-        ]
+        stack = Stack({"EventBusName": bus, "StatusUpdates": "true"})
 
-        assert bus.endswith(":event-bus/${EventBusName}")
+        [found] = [s for s in stack.statements() if s["Action"] == "events:PutEvents"]
+        assert found["Resource"] == resource
 
     def test_the_loop_and_the_worker_invoke_only_the_worker(
         self, resources: dict[str, Resource]
@@ -531,8 +500,14 @@ class TestMonitoring:
             "LoopFailedAlarm",
         }
         for alarm in alarms.values():
-            assert alarm["AlarmActions"] == [{"Ref": "Alarms"}]
             assert alarm["AlarmDescription"]
+        for given, topic in (("", {"Ref": "Alarms"}), (TOPIC, TOPIC)):
+            stack = Stack({"AlarmTopicArn": given, "AlarmEmail": "ops@example.com"})
+            assert ("Alarms" in stack.resources) == (not given)
+            assert ("AlarmSubscription" in stack.resources) == (not given)
+            for name in alarms:
+                assert stack.properties(name)["AlarmActions"] == [topic]
+                assert stack.properties(name)["OKActions"] == [topic]
 
     def test_two_minutes_without_a_completed_pass_raise_an_alarm(
         self, resources: dict[str, Resource]

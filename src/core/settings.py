@@ -1,7 +1,7 @@
 """What the operator configures, read once from the environment; errors are one clear sentence."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -13,8 +13,13 @@ from core.billing import status_words
 from core.billing.status_words import StatusReader
 from core.database.address import (
     DATABASE_URL_FORM,
+    USER_ARN,
+    USER_ARN_FORM,
+    Auth,
     DatabaseAddress,
     DatabaseSecret,
+    IamDatabase,
+    Tls,
     parse_database_url,
 )
 from core.domain import cadence
@@ -33,6 +38,7 @@ class Settings:
     api_key: str | None = field(repr=False)
     api_key_secret_arn: str | None
     billing_api_url: str
+    allow_http: bool
     interval_seconds: int
     cadence: Cadence
     backoff_max_seconds: int
@@ -60,6 +66,7 @@ class Settings:
                     f"{name} is {given[name]!r}, but no status is ever written without "
                     "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
+        allow_http = _boolean(given, "ALLOW_HTTP")
         debug = _boolean(given, "DEBUG")
         log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, min_value=0, max_value=10_000)
         api_key = given.get("APIKEY")
@@ -68,7 +75,11 @@ class Settings:
             database=_database(given),
             api_key=checked_api_key("APIKEY", api_key) if api_key else None,
             api_key_secret_arn=None if api_key else given.get("APIKEY_SECRET_ARN"),
-            billing_api_url=_billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
+            billing_api_url=_encrypted(
+                _billing_api_url(given.get("BILLING_API_URL", BILLING_API_URL)),
+                allow_http=allow_http,
+            ),
+            allow_http=allow_http,
             interval_seconds=interval,
             cadence=_cadence(given.get("CHECK_CADENCE", f"{interval}s")),
             backoff_max_seconds=_number(
@@ -98,10 +109,31 @@ class Settings:
 
 
 def _database(given: Mapping[str, str]) -> DatabaseAddress:
+    tls = Tls(_word(given, "DATABASE_TLS", [*Tls], Tls.PREFER))
+    auth = _word(given, "DATABASE_AUTH", [*Auth], Auth.SECRET)
+    host, name = given.get("DATABASE_HOST"), given.get("DATABASE_NAME")
+    port = _number(given, "DATABASE_PORT", int, 3306, min_value=1, max_value=65_535)
     if url := given.get("DATABASE_URL"):
-        return parse_database_url(url)
+        return parse_database_url(url, tls=tls)
+    if auth == Auth.IAM:
+        user_arn = given.get("DATABASE_USER_ARN", "")
+        if not USER_ARN.fullmatch(user_arn):
+            raise SettingsError(
+                f"DATABASE_USER_ARN is {user_arn!r}; with DATABASE_AUTH=IAM it must be "
+                f"{USER_ARN_FORM}."
+            )
+        if not (host and name):
+            raise SettingsError(
+                "DATABASE_AUTH is 'IAM', which needs DATABASE_HOST and DATABASE_NAME too; set both."
+            )
+        if tls is not Tls.VERIFY:
+            raise SettingsError(
+                f"DATABASE_TLS is {tls.value!r}; with DATABASE_AUTH=IAM it must be VERIFY, because "
+                "the token is sent to whoever answers."
+            )
+        return IamDatabase(user_arn, host, port, name)
     if arn := given.get("DATABASE_SECRET_ARN"):
-        return DatabaseSecret(arn)
+        return DatabaseSecret(arn, tls, host, port, name)
     raise SettingsError(
         f"DATABASE_URL is not set; it must be {DATABASE_URL_FORM}, "
         "or DATABASE_SECRET_ARN must name a secret."
@@ -146,6 +178,17 @@ def _billing_api_url(text: str) -> str:
     if not usable:
         raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
     return text.rstrip("/")
+
+
+def _encrypted(url: str, *, allow_http: bool) -> str:
+    """Return billing's URL, if the API key does not leave this machine unencrypted."""
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+    if scheme == "http" and not allow_http and host not in ("localhost", "127.0.0.1", "::1"):
+        raise SettingsError(
+            f"BILLING_API_URL is {url!r}, which would send the API key unencrypted; it must be an "
+            "https:// URL, or ALLOW_HTTP must be true."
+        )
+    return url
 
 
 def _cadence(text: str) -> Cadence:
@@ -216,6 +259,15 @@ def _number[N: (int, float)](
             f"{name} is {text!r}; it must be {kind} from {min_value} to {max_value}."
         )
     return value
+
+
+def _word(given: Mapping[str, str], name: str, words: Sequence[str], default: str) -> str:
+    text = given.get(name, default)
+    if text not in words:
+        raise SettingsError(
+            f"{name} is {text!r}; it must be {', '.join(words[:-1])} or {words[-1]}."
+        )
+    return text
 
 
 def _boolean(given: Mapping[str, str], name: str) -> bool:

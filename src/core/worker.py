@@ -10,9 +10,9 @@ from typing import NamedTuple
 import httpx
 import uvloop
 
-from core.aws import secrets_manager
+from core.aws import rds_token, secrets_manager
 from core.billing.client import BillingClient
-from core.database.address import DatabaseSecret, MySQLAddress, SQLitePath
+from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress, SQLitePath
 from core.database.mysql import MySQLDatabase
 from core.database.port import Database
 from core.domain.model import JsonObject, Reason, iso
@@ -197,8 +197,10 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
             from core.database.sqlite import SQLiteDatabase  # noqa: PLC0415 (not for a cold worker)
 
             return SQLiteDatabase(path, clock=clock)
-        case DatabaseSecret(arn):
-            return MySQLDatabase(partial(secrets_manager.read_database, arn), clock=clock)
+        case DatabaseSecret() as secret:
+            return MySQLDatabase(partial(secrets_manager.read_database, secret), clock=clock)
+        case IamDatabase() as database:
+            return MySQLDatabase(partial(rds_token.sign_in, database), clock=clock)
 
 
 def _publisher(settings: Settings) -> Publisher | None:

@@ -12,7 +12,7 @@ import pytest
 from moto import mock_aws
 
 from core.aws import secrets_manager
-from core.database.address import MySQLAddress
+from core.database.address import DatabaseSecret, MySQLAddress, Tls
 from core.domain.model import Outcome
 from core.errors import SettingsError
 from core.settings import Settings
@@ -53,6 +53,10 @@ def manager() -> Iterator[Manager]:
     secrets_manager._manager.cache_clear()
 
 
+def read_database(arn: str) -> MySQLAddress:
+    return secrets_manager.read_database(DatabaseSecret(arn))
+
+
 RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
 
 
@@ -64,7 +68,7 @@ def test_the_api_key_is_the_secrets_text_or_its_apikey_field(manager: Manager, t
 def test_one_secret_may_hold_the_api_key_and_the_database_address(manager: Manager) -> None:
     arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
     assert secrets_manager.read_api_key(arn) == "the-key"
-    assert secrets_manager.read_database(arn).host == "db"
+    assert read_database(arn).host == "db"
 
 
 @pytest.mark.parametrize("text", ['{"OTHER": "hidden-key"}', '{"APIKEY": 5}', "{}", "hidden key"])
@@ -82,7 +86,7 @@ def test_a_missing_secret_is_named_in_the_error(manager: Manager) -> None:
 
 
 def test_the_database_address_is_read_from_a_secret_in_rds_form(manager: Manager) -> None:
-    found = secrets_manager.read_database(manager.put(json.dumps(RDS)))
+    found = read_database(manager.put(json.dumps(RDS)))
     assert found == MySQLAddress("db", 3307, "u", "p@ss", "shop")
 
 
@@ -92,26 +96,49 @@ def test_an_incomplete_database_secret_is_refused_with_what_is_missing(
 ) -> None:
     text = json.dumps({key: value for key, value in RDS.items() if key != missing})
     with pytest.raises(SettingsError, match=f"which lacks {missing}; it must be") as refused:
-        secrets_manager.read_database(manager.put(text))
+        read_database(manager.put(text))
     assert "p@ss" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("more", "ssl"),
-    [({"ssl": True}, True), ({"ssl": "true"}, True), ({"ssl": False}, False), ({}, False)],
+    ("more", "tls"),
+    [
+        ({"ssl": True}, Tls.VERIFY),
+        ({"ssl": "true"}, Tls.VERIFY),
+        ({"ssl": False}, Tls.PREFER),
+        ({}, Tls.PREFER),
+    ],
 )
 def test_a_database_secret_can_ask_for_the_systems_certificates(
-    manager: Manager, more: dict[str, object], ssl: bool
+    manager: Manager, more: dict[str, object], tls: Tls
 ) -> None:
-    found = secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
-    assert (found.ssl, found.ssl_ca) == (ssl, None)
+    found = read_database(manager.put(json.dumps(RDS | more)))
+    assert (found.tls, found.ssl_ca) == (tls, None)
 
 
 def test_a_database_secret_can_name_a_private_ca(manager: Manager, tmp_path: Path) -> None:
     ca_file = tmp_path / "ca.pem"
     ca_file.write_text("a certificate")
-    found = secrets_manager.read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
-    assert (found.ssl, found.ssl_ca) == (True, str(ca_file))
+    found = read_database(manager.put(json.dumps(RDS | {"ssl_ca": str(ca_file)})))
+    assert (found.tls, found.ssl_ca) == (Tls.VERIFY, str(ca_file))
+
+
+def test_a_secret_that_rds_manages_is_completed_by_settings(manager: Manager) -> None:
+    arn = manager.put('{"username": "u", "password": "p@ss"}')
+    with pytest.raises(SettingsError, match="which lacks host, dbname; it must be"):
+        read_database(arn)
+    secret = DatabaseSecret(arn, Tls.VERIFY, "db", 3307, "shop")
+    found = secrets_manager.read_database(secret)
+    assert found == MySQLAddress("db", 3307, "u", "p@ss", "shop", None, Tls.VERIFY)
+    full = secret._replace(arn=manager.put(json.dumps(RDS | {"port": 3308, "host": "own"})))
+    found = secrets_manager.read_database(full)
+    assert (found.host, found.port) == ("own", 3308)  # the secret's own values come first
+
+
+@pytest.mark.parametrize("ca", ["rds", "-----BEGIN CERTIFICATE-----\nx"])
+def test_a_database_secret_can_contain_a_ca(manager: Manager, ca: str) -> None:
+    found = read_database(manager.put(json.dumps(RDS | {"ssl_ca": ca})))
+    assert (found.tls, found.ssl_ca) == (Tls.VERIFY, ca)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +149,7 @@ def test_a_database_secret_can_name_a_private_ca(manager: Manager, tmp_path: Pat
             "has the ssl_ca '/nowhere/ca.pem', which is not a file here",
         ),
         ({"ssl_ca": ["a"]}, "has the ssl_ca"),
+        ({"ssl_ca": "x" * 5000}, "has the ssl_ca"),
         ({"ssl": "perhaps"}, "has 'perhaps' for ssl"),
         ({"port": 0}, "has the port '0'"),
         ({"port": 65_536}, "has the port '65536'"),
@@ -132,7 +160,7 @@ def test_an_unusable_database_secret_is_refused_with_the_reason(
     manager: Manager, more: dict[str, object], what: str
 ) -> None:
     with pytest.raises(SettingsError) as refused:
-        secrets_manager.read_database(manager.put(json.dumps(RDS | more)))
+        read_database(manager.put(json.dumps(RDS | more)))
     assert f"which {what}" in str(refused.value)
     assert "p@ss" not in str(refused.value)
 

@@ -3,6 +3,7 @@
 import pytest
 
 from core.aws import secrets_manager
+from core.database.address import DatabaseSecret
 from core.errors import SettingsError
 
 
@@ -30,4 +31,4 @@ def test_a_secret_without_an_address_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(secrets_manager, "_manager", lambda: Manager(value))
     with pytest.raises(SettingsError, match="DATABASE_SECRET_ARN names the secret the-arn"):
-        secrets_manager.read_database("the-arn")
+        secrets_manager.read_database(DatabaseSecret("the-arn"))

@@ -96,6 +96,7 @@ async def test_a_secret_that_cannot_be_read_leaves_the_key_of_now(
         {
             "DATABASE_URL": "sqlite:///unused",
             "BILLING_API_URL": API,
+            "ALLOW_HTTP": "true",
             "APIKEY_SECRET_ARN": "the-arn",
         }
     )

@@ -235,7 +235,7 @@ def test_unreachable_billing_is_recorded_and_checked_once_it_is_back(
     refusing = f"http://127.0.0.1:{port}/billing"
     unreachable = {
         refusing: "network_error",
-        "http://nowhere.invalid/billing": "network_error",
+        "https://nowhere.invalid/billing": "network_error",
         "https://127.0.0.1:1/billing": "network_error",
         f"http://127.0.0.1:{full_backlog_port}/billing": "timeout",
     }

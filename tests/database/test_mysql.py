@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pymysql
 import pytest
 
-from core.database.address import MySQLAddress
+from core.database.address import MySQLAddress, Tls
 from core.database.mysql import ATTEMPTS, MySQLDatabase
 from core.database.port import Transaction
 from core.errors import StoreError
@@ -146,7 +146,7 @@ def test_both_sides_of_a_real_deadlock_finish_their_work(store: Store, mariadb_s
 def test_tls_is_used_and_verified_on_request(mariadb_shop: MySQLShop) -> None:
     address = address_of(mariadb_shop)
     strict = MySQLAddress(
-        address.host, address.port, address.user, address.password, address.database, ssl=True
+        address.host, address.port, address.user, address.password, address.database, tls=Tls.VERIFY
     )
     with pytest.raises(StoreError, match=r"(?i)ssl|certificate"):
         Store(MySQLDatabase(lambda *, refresh: strict)).prepare()

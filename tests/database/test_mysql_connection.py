@@ -11,8 +11,9 @@ import pymysql
 import pytest
 import trustme
 
-from core.database.address import MySQLAddress
+from core.database.address import MySQLAddress, Tls
 from core.database.mysql import ATTEMPTS, MySQLDatabase
+from core.database.mysql_connection import _context
 from core.database.port import Transaction
 from core.errors import StoreError
 from core.worker import Worker
@@ -132,7 +133,7 @@ def test_an_unusable_ca_file_gives_a_one_sentence_error(
     ca_file = tmp_path / "ca.pem"
     if text is not None:
         ca_file.write_text(text)
-    failure(replace(address, ssl=True, ssl_ca=str(ca_file), password="hidden-pass"))
+    failure(replace(address, tls=Tls.VERIFY, ssl_ca=str(ca_file), password="hidden-pass"))
 
 
 def test_a_password_that_cannot_be_encoded_is_not_shown(address: MySQLAddress) -> None:
@@ -201,7 +202,7 @@ def tls_server(
     key.chmod(0o644)
     with mariadb_server(directory, f"--ssl-cert={chain}", f"--ssl-key={key}") as url:
         shop = MySQLShop(url, "mysql")
-        yield replace(address_of(shop), host="localhost", database="mysql", ssl=True)
+        yield replace(address_of(shop), host="localhost", database="mysql", tls=Tls.VERIFY)
 
 
 @pytest.fixture
@@ -220,6 +221,48 @@ def cipher(address: MySQLAddress) -> object:
 
 def test_tls_is_verified_with_a_private_ca(tls_server: MySQLAddress, ca_file: str) -> None:
     assert cipher(replace(tls_server, ssl_ca=ca_file))
+
+
+def test_tls_is_verified_with_a_ca_in_the_address(tls_server: MySQLAddress, ca_file: str) -> None:
+    assert cipher(replace(tls_server, ssl_ca=Path(ca_file).read_text()))
+    with pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
+        cipher(replace(tls_server, ssl_ca="rds"))
+
+
+def test_tls_can_be_required_without_verifying(
+    tls_server: MySQLAddress, address: MySQLAddress
+) -> None:
+    assert cipher(replace(tls_server, host="127.0.0.1", tls=Tls.REQUIRE))
+    with pytest.raises(StoreError, match="SSL is required but the server doesn't support it"):
+        cipher(replace(address, tls=Tls.REQUIRE))
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted"),
+    [
+        ("shop.abc.eu-central-1.rds.amazonaws.com", True),
+        ("SHOP.CLUSTER-abc.us-east-1.RDS.amazonaws.com", True),
+        ("db.internal", False),
+        ("shop.rds.amazonaws.com.evil.example", False),
+        ("rds.amazonaws.com", False),
+    ],
+)
+def test_the_cas_of_rds_are_trusted_for_its_hosts_only(host: str, trusted: bool) -> None:
+    context = _context(MySQLAddress(host, 3306, "u", "p", "d", None, Tls.VERIFY))
+    assert context is not None
+    names = {str(ca["subject"]) for ca in context.get_ca_certs()}
+    assert any("Amazon RDS eu-central-1 Root CA" in name for name in names) == trusted
+    assert context.check_hostname
+    assert context.verify_mode is ssl.CERT_REQUIRED
+
+
+def test_the_cas_of_rds_are_valid_for_decades() -> None:
+    context = _context(MySQLAddress("h", 3306, "u", "p", "d", "rds", Tls.VERIFY))
+    assert context is not None
+    cas = context.get_ca_certs()
+    assert len(cas) == 81
+    assert all("Amazon RDS" in str(ca["subject"]) for ca in cas)
+    assert min(ssl.cert_time_to_seconds(str(ca["notAfter"])) for ca in cas) > 2_800_000_000
 
 
 def test_tls_is_verified_with_the_systems_cas(
@@ -252,7 +295,7 @@ def test_a_certificate_of_another_ca_is_refused(tls_server: MySQLAddress, tmp_pa
 
 def test_a_server_without_tls_is_refused_if_tls_is_required(address: MySQLAddress) -> None:
     with pytest.raises(StoreError, match="SSL is required but the server doesn't support it"):
-        cipher(replace(address, ssl=True))
+        cipher(replace(address, tls=Tls.VERIFY))
 
 
 def test_health_reports_an_unusable_database_without_raising(
@@ -260,7 +303,7 @@ def test_health_reports_an_unusable_database_without_raising(
 ) -> None:
     settings = settings_for(mariadb_shop)
     assert isinstance(settings.database, MySQLAddress)
-    gone = replace(settings.database, ssl=True, ssl_ca=str(tmp_path / "deleted.pem"))
+    gone = replace(settings.database, tls=Tls.VERIFY, ssl_ca=str(tmp_path / "deleted.pem"))
     worker = Worker(replace(settings, database=gone))
     health = worker.health()
     worker.close()

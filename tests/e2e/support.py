@@ -33,7 +33,7 @@ START_SECONDS = 120.0
 # Locally, APIKEY and DATABASE_URL replace the secrets.
 LOCAL = (
     "--parameter-overrides",
-    f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn=''",
+    f"Architecture={ARCHITECTURE} ApiKeySecretArn='' DatabaseSecretArn='' AllowHttp=true",
 )
 
 

@@ -112,7 +112,12 @@ def deployment(
         )
         before = resources(url)
         stack = aws.Stack(url, package, show)
-        parameters = arns | {"BillingApiUrl": billing.url}
+        # ApiLogRole and what accounts require; functions then run under a boundary.
+        parameters = arns | {
+            "BillingApiUrl": billing.url,
+            "ApiLogRole": "CREATE",
+            "RolePath": "/shop/",
+        }
         stack.deploy(parameters)
         curl(stack.outputs()["HealthUrl"])  # it creates the monitor's tables
         yield Deployment(stack, parameters, shop, billing, before)
@@ -226,6 +231,17 @@ def test_disabled_monitor_ends_its_loop_but_keeps_its_trigger(deployment: Deploy
     assert deployment.executions().keys() == executions.keys()
     url = deployment.stack.outputs()["TriggerUrl"]
     assert curl(url, "-X", "POST", api_key=deployment.stack.api_key()).status == 200
+
+
+def test_api_can_require_signed_requests_instead_of_the_key(deployment: Deployment) -> None:
+    key = deployment.stack.api_key()
+    deployment.stack.deploy({"ApiAuth": "IAM"})
+    outputs = deployment.stack.outputs()
+
+    signed = ("--aws-sigv4", f"aws:amz:{aws.REGION}:execute-api", "--user", "test:test")
+    assert curl(outputs["HealthUrl"]).status in (200, 503)
+    assert curl(outputs["TriggerUrl"], "-X", "POST", api_key=key).status == 403
+    assert curl(outputs["TriggerUrl"], "-X", "POST", *signed).status == 200
 
 
 def test_deleted_stack_leaves_only_what_the_docs_name(deployment: Deployment) -> None:

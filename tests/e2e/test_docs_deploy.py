@@ -96,9 +96,10 @@ def test_commands_of_the_page_deploy_a_working_monitor(terminal: Terminal, shop:
         for parameter in ("ApiKeySecretArn", "DatabaseSecretArn")
     }
     terminal.run(next(lines))
-    remove_metric_math_alarms(terminal.directory)
+    adapt(terminal.directory)
     with running_billing(api_key=API_KEY) as billing:
-        given = arns | {"BillingApiUrl": billing.url}
+        # The tests' MariaDB has no certificate.
+        given = arns | {"BillingApiUrl": billing.url, "DatabaseTls": "PREFER"}
         guided = next(lines)
         assert "--guided" in guided
         terminal.run(guided, answers(given))
@@ -123,7 +124,7 @@ def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) 
     before = parameters(stack)
 
     terminal.run(build)
-    remove_metric_math_alarms(terminal.directory)
+    adapt(terminal.directory)
     terminal.run(update)
     assert parameters(stack) == before
     terminal.run(switch_off)
@@ -134,15 +135,28 @@ def test_update_and_switching_off_keep_the_other_parameters(terminal: Terminal) 
     assert delete == "sam delete --config-env dev"
 
 
+def test_cadence_reaches_the_stack_as_the_page_writes_it(terminal: Terminal) -> None:
+    """SAM cuts it at its first space otherwise, which is still a valid cadence."""
+    stack = aws.Stack(terminal.environment["AWS_ENDPOINT_URL"], terminal.directory, show)
+    [command] = commands("Parameters")
+
+    terminal.run(command)
+    assert parameters(stack)["CheckCadence"] == "5s-until-10m,30s-until-1h,5m"
+    terminal.run(
+        'sam deploy --config-env dev --parameter-overrides CheckCadence="5s until 10m, 5m"'
+    )
+    assert parameters(stack)["CheckCadence"] == "5s"
+
+
 def test_page_shows_the_build_for_arm64() -> None:
     assert commands("arm64") == ['make build ARGS="--parameter-overrides Architecture=arm64"']
 
 
-def remove_metric_math_alarms(project: Path) -> None:
-    """Remove what the emulator does not support, so that the page's commands work unchanged."""
+def adapt(project: Path) -> None:
+    """Adapt the built template to the emulator, so that the page's commands work unchanged."""
     file = project / ".aws-sam/build/template.yaml"
     template = yaml_parse(file.read_text(encoding="utf-8"))
-    aws.remove_metric_math_alarms(template)
+    aws.adapt(template, file.parent)
     file.write_text(json.dumps(template), encoding="utf-8")
 
 

@@ -24,14 +24,18 @@ def test_missing_tick_is_named() -> None:
         deploy.check_for_gaps([tick for tick in ONE_MINUTE if tick.second != 35])
 
 
-def test_only_metric_math_alarms_are_removed() -> None:
+def test_only_metric_math_alarms_are_removed(tmp_path: Path) -> None:
     def alarm(**properties: object) -> dict[str, object]:
         return {"Type": "AWS::CloudWatch::Alarm", "Properties": properties}
 
-    template = {"Resources": {"A": alarm(Metrics=[]), "B": alarm(MetricName="Errors")}}
+    loop = {"Type": "AWS::Serverless::StateMachine", "Properties": {"DefinitionUri": "loop.yaml"}}
+    alarms = {"A": alarm(Metrics=[]), "B": alarm(MetricName="Errors")}
+    template: aws.Template = {"Resources": {"CheckLoop": loop, **alarms}, "Conditions": {}}
+    (tmp_path / "loop.yaml").write_text("StartAt: Minute")
 
-    assert aws.remove_metric_math_alarms(template) == ["A"]
-    assert set(template["Resources"]) == {"B"}
+    assert aws.adapt(template, tmp_path) == ["A"]
+    assert set(template["Resources"]) == {"CheckLoop", "B"}
+    assert loop["Properties"] == {"Definition": {"StartAt": "Minute"}}
 
 
 def test_database_user_in_the_docs_is_the_tested_one() -> None:

@@ -1,10 +1,12 @@
 """Two monitors on one database: what is recorded of them, and when they are told of each other."""
 
+import asyncio
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -17,7 +19,7 @@ from core.settings import Settings
 from core.store.other_monitors import MAX_VALUE_LENGTH, monitor_of
 from core.store.store import Store
 from core.worker import Worker
-from testkit.clock import FakeClock
+from testkit.clock import NOON, FakeClock
 from testkit.history import SECOND
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered, settings_for
 from tests.due_sessions import add_due_sessions
@@ -143,6 +145,38 @@ def test_two_regions_with_equal_settings_share_a_database(shop: Shop, clock: Fak
         " GROUP BY settings"
     )
     assert (Monitor.from_text(text).name, passes) == ("east", 30)  # none of the other is needed
+
+
+def test_a_region_that_hangs_in_a_pass_delays_its_sessions_by_a_lease(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    """Nothing it does afterwards counts."""
+    add_sessions(sqlite_shop, numbered(20))
+    asked, workers = threading.Event(), list[Worker]()
+
+    async def hang(_: httpx.Request) -> httpx.Response:
+        asked.set()
+        return await asyncio.Future()
+
+    def hanging_region() -> None:
+        transport = httpx.MockTransport(hang)
+        settings = settings_for(sqlite_shop, STATUS_UPDATES="true")
+        workers.append(Worker(settings, transport=transport, clock=lambda: NOON, name="us"))
+        with suppress(asyncio.CancelledError):
+            workers[0].check_open_checkout_sessions(NOON)
+        workers[0].close()
+
+    region = threading.Thread(target=hanging_region)
+    region.start()
+    assert asked.wait(10)
+    with monitor(sqlite_shop, clock, "eu", STATUS_UPDATES="true") as eu:
+        assert eu.check_open_checkout_sessions(clock.now).checked == 0  # the other region has them
+        clock.advance(30)
+        assert eu.check_open_checkout_sessions(clock.now).status_changes == 20
+        workers[0].stop()
+        region.join()
+        assert is_alone(eu)
+    assert sqlite_shop.run("SELECT DISTINCT status FROM checkout_session") == [("success",)]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ Powertools' parameters import boto3, which takes a second: they are imported wit
 import functools
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
 from core.aws.clients import client_config
-from core.database.address import MySQLAddress
+from core.database.address import PEM, RDS, DatabaseSecret, MySQLAddress, Tls, is_ca
 from core.errors import SettingsError
 from core.settings import checked_api_key
 
@@ -46,30 +45,35 @@ def read_api_key(arn: str, *, refresh: bool = False) -> str:
     return checked_api_key("APIKEY_SECRET_ARN", key.strip())
 
 
-def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
+def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddress:
     """The address in a secret of the form that RDS makes; `port`, `ssl`, `ssl_ca` are optional.
 
     Raises:
         SettingsError: the secret cannot be read, or has another form.
     """
-    parsed = _parsed(_read("DATABASE_SECRET_ARN", arn, refresh=refresh))
+    parsed = _parsed(_read("DATABASE_SECRET_ARN", secret.arn, refresh=refresh))
     if not isinstance(parsed, dict):
         parsed = {}
+    parsed = {"host": secret.host, "port": secret.port, "dbname": secret.name} | {
+        key: value for key, value in parsed.items() if value is not None
+    }
 
     def refuse(what: str) -> Never:
         raise SettingsError(
-            f"DATABASE_SECRET_ARN names the secret {arn}, which {what}; it must be a JSON object "
-            f"with {', '.join(DATABASE_KEYS)}, and port if it is not 3306; for verified TLS, "
-            "ssl_ca with the path of a CA file, or ssl with true for the system's CAs."
+            f"DATABASE_SECRET_ARN names the secret {secret.arn}, which {what}; it must be a JSON "
+            f"object with {', '.join(DATABASE_KEYS)}, and port if it is not 3306 (DATABASE_HOST, "
+            "DATABASE_PORT and DATABASE_NAME stand in for what it lacks); for verified TLS, ssl_ca "
+            f"with a CA in PEM format, the path of its file, or {RDS}, or ssl with true for the "
+            "system's CAs."
         )
 
     if missing := [key for key in DATABASE_KEYS if not parsed.get(key)]:
         refuse(f"lacks {', '.join(missing)}")
-    port = str(parsed.get("port", 3306))
+    port = str(parsed["port"])
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MAX_PORT:
         refuse(f"has the port {port!r}")
     ssl_ca = parsed.get("ssl_ca") or None
-    if ssl_ca is not None and not (isinstance(ssl_ca, str) and Path(ssl_ca).is_file()):
+    if ssl_ca is not None and not (isinstance(ssl_ca, str) and (PEM in ssl_ca or is_ca(ssl_ca))):
         refuse(f"has the ssl_ca {ssl_ca!r}, which is not a file here")
     ssl = str(parsed.get("ssl", ssl_ca is not None)).lower()
     if ssl not in ("true", "false") or (ssl == "false" and ssl_ca is not None):
@@ -81,7 +85,7 @@ def read_database(arn: str, *, refresh: bool = False) -> MySQLAddress:
         password=str(parsed["password"]),
         database=str(parsed["dbname"]),
         ssl_ca=ssl_ca,
-        ssl=ssl == "true",
+        tls=Tls.VERIFY if ssl == "true" else secret.tls,
     )
 
 

@@ -1,7 +1,8 @@
-"""Where the database is: the forms that `DATABASE_URL` may have."""
+"""Where the database is, and how a connection to it is encrypted."""
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Never
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -13,6 +14,24 @@ DATABASE_URL_FORM = (
     "or sqlite:///path/to/file"
 )
 
+RDS = "rds"  # as the name of a CA: the CAs of Amazon RDS, and no other
+PEM = "-----BEGIN CERTIFICATE-----"
+
+
+class Tls(StrEnum):
+    """How a connection is encrypted, at least."""
+
+    PREFER = "PREFER"  # if the server offers it; nothing is verified
+    REQUIRE = "REQUIRE"  # always; nothing is verified
+    VERIFY = "VERIFY"  # always, and the certificate is for this host, from a CA that is trusted
+
+
+class Auth(StrEnum):
+    """How the user signs in to a server whose address is not in DATABASE_URL."""
+
+    SECRET = "SECRET"  # noqa: S105 (no password: it says where one is)
+    IAM = "IAM"  # with a token of the function's role
+
 
 @dataclass(frozen=True, slots=True)
 class MySQLAddress:
@@ -23,8 +42,8 @@ class MySQLAddress:
     user: str
     password: str = field(repr=False)
     database: str
-    ssl_ca: str | None = None  # a private CA's file
-    ssl: bool = False  # TLS required, certificate verified by ssl_ca or the system's CAs
+    ssl_ca: str | None = None  # a private CA's file or its PEM, or RDS; None: the system's CAs
+    tls: Tls = Tls.PREFER
 
 
 class SQLitePath(NamedTuple):
@@ -34,16 +53,54 @@ class SQLitePath(NamedTuple):
 
 
 class DatabaseSecret(NamedTuple):
-    """The Secrets Manager secret that holds the address of a MySQL server."""
+    """The Secrets Manager secret that holds the address of a MySQL server.
+
+    `host`, `port` and `name` stand in for what it lacks: a secret that RDS manages has only the
+    user and the password.
+    """
 
     arn: str
+    tls: Tls = Tls.PREFER
+    host: str | None = None
+    port: int = 3306
+    name: str | None = None
 
 
-type DatabaseAddress = MySQLAddress | SQLitePath | DatabaseSecret
+class IamDatabase(NamedTuple):
+    """An RDS database whose user has no password, but signs in with the function's role."""
+
+    user_arn: str  # USER_ARN_FORM
+    host: str
+    port: int
+    name: str
+
+    @property
+    def user(self) -> str:
+        return self.user_arn.partition("/")[2]
+
+    @property
+    def region(self) -> str:
+        return self.user_arn.split(":")[3]
 
 
-def parse_database_url(text: str) -> MySQLAddress | SQLitePath:
+USER_ARN_FORM = "arn:aws:rds-db:<region>:<account>:dbuser:<resource id>/<user>"
+USER_ARN = re.compile(r"arn:aws[a-z-]*:rds-db:[a-z0-9-]+:\d{12}:dbuser:[\w-]+/[!-~]{1,32}")
+
+type DatabaseAddress = MySQLAddress | SQLitePath | DatabaseSecret | IamDatabase
+
+
+def is_ca(text: str) -> bool:
+    """Whether `ssl_ca` may be this: RDS, or a file that exists."""
+    try:
+        return text == RDS or Path(text).is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
+def parse_database_url(text: str, *, tls: Tls = Tls.PREFER) -> MySQLAddress | SQLitePath:
     """Parse a `DATABASE_URL`. Percent-encoding in user, password and database is decoded.
+
+    `ssl=true` and `ssl_ca` raise `tls` to VERIFY.
 
     Raises:
         SettingsError: another form. The message shows only the scheme of the text, because the
@@ -73,10 +130,10 @@ def parse_database_url(text: str) -> MySQLAddress | SQLitePath:
     ssl = options.pop("ssl", "true" if ssl_ca else "false")
     if options or ssl not in ("true", "false") or ssl_ca == "" or (ssl_ca and ssl == "false"):
         _refuse_database_url(text, "has an option other than ssl_ca=<file> or ssl=true|false")
-    if ssl_ca is not None and not Path(ssl_ca).is_file():
+    if ssl_ca is not None and not is_ca(ssl_ca):
         raise SettingsError(
             f"DATABASE_URL names the CA file {ssl_ca!r} in ssl_ca, which does not exist; "
-            "it must be the path of a file in PEM format."
+            f"it must be the path of a file in PEM format, or {RDS}."
         )
     return MySQLAddress(
         host=url.hostname,
@@ -85,7 +142,7 @@ def parse_database_url(text: str) -> MySQLAddress | SQLitePath:
         password=unquote(url.password or ""),
         database=database,
         ssl_ca=ssl_ca,
-        ssl=ssl == "true",
+        tls=Tls.VERIFY if ssl == "true" else tls,
     )
 
 

@@ -4,8 +4,10 @@ PyMySQL raises a MySQLError for errors of the server or the network. Any other e
 connection becomes a StoreError here, in one sentence.
 """
 
+import re
 import ssl
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pymysql
@@ -13,13 +15,18 @@ from pymysql import converters
 from pymysql.connections import Connection
 from pymysql.constants import FIELD_TYPE
 
-from core.database.address import MySQLAddress
+from core.database.address import PEM, RDS, MySQLAddress, Tls
 from core.errors import StoreError
 
 CONNECT_SECONDS = 5
 # The client waits a little longer than the server works, so that the server ends a statement first.
 STATEMENT_SECONDS = 10
 SERVER_STATEMENT_SECONDS = 8
+# The CAs of Amazon RDS are not public ones, so the system does not have them. A region's CA that is
+# missing here can be given in ssl_ca.
+RDS_CAS = Path(__file__).with_name("rds-ca.pem")
+_RDS_HOST = re.compile(r"[\w.-]+\.rds\.amazonaws\.com(\.cn)?", re.IGNORECASE)
+
 # For rows, and for tables that an ALTER or a LOCK TABLES holds (the default is a year).
 LOCK_WAIT_SECONDS = 3
 
@@ -68,7 +75,7 @@ def _connection(address: MySQLAddress, *, time_limit: bool) -> Connection:
         write_timeout=STATEMENT_SECONDS,
         conv=_CONVERSIONS,
         # Without it PyMySQL uses TLS where the server offers it, and verifies nothing.
-        ssl=_verifying(address.ssl_ca) if address.ssl else None,
+        ssl=_context(address),
     )
     try:
         _set_session(connection, time_limit=time_limit)
@@ -107,12 +114,34 @@ def _set_session(connection: Connection, *, time_limit: bool) -> None:
         cursor.execute(f"SET {settings}")
 
 
-def _verifying(ca_file: str | None) -> ssl.SSLContext:
+def _context(address: MySQLAddress) -> ssl.SSLContext | None:
+    match address.tls:
+        case Tls.PREFER:
+            return None
+        case Tls.REQUIRE:
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context
+        case Tls.VERIFY:
+            return _verifying(address.ssl_ca, is_rds=bool(_RDS_HOST.fullmatch(address.host)))
+
+
+def _verifying(ca: str | None, *, is_rds: bool) -> ssl.SSLContext:
     """TLS that accepts only a certificate for that host, from that CA or from the system's CAs.
 
     It needs a context of its own, because PyMySQL does not check the host's name without a CA file.
     """
-    context = ssl.create_default_context(cafile=ca_file)
+    if ca is None:
+        context = ssl.create_default_context()
+        if is_rds:
+            context.load_verify_locations(RDS_CAS)
+    elif ca == RDS:
+        context = ssl.create_default_context(cafile=RDS_CAS)
+    elif PEM in ca:
+        context = ssl.create_default_context(cadata=ca)
+    else:
+        context = ssl.create_default_context(cafile=ca)
     # Python requires extensions that are missing in the CA which a MySQL server makes for itself.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context

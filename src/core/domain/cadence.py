@@ -39,7 +39,7 @@ class Cadence(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Cadence":
-        """`5s`, or `5s until 10m, 30s until 1h, 5m`.
+        """`5s`, or `5s until 10m, 30s until 1h, 5m`, with `-` where a space cannot be written.
 
         Raises:
             ValueError: the text has another form, an age that does not grow, a step that checks
@@ -48,7 +48,7 @@ class Cadence(NamedTuple):
         *younger, oldest = (part.strip() for part in text.split(","))
         steps = []
         for part in younger:
-            every, separator, until = part.partition(" until ")
+            every, separator, until = part.replace("-", " ").partition(" until ")
             if not separator:
                 raise ValueError(f"the step {part!r} lacks 'until' and an age")
             steps.append(Step(parse_duration(every), parse_duration(until)))

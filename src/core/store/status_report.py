@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from core.database.address import DatabaseSecret, MySQLAddress, SQLitePath
+from core.database.address import (
+    Auth,
+    DatabaseAddress,
+    DatabaseSecret,
+    IamDatabase,
+    MySQLAddress,
+    SQLitePath,
+    Tls,
+)
 from core.database.port import (
     Connection,
     Database,
@@ -339,20 +347,12 @@ def _pass(row: Row, alive: Mapping[datetime, bool], now: datetime) -> JsonObject
 def settings_in_force(settings: Settings) -> JsonObject:
     """Every setting by the name of its variable; for a secret, only whether it is set."""
     reader = settings.status_reader
-    database_url = database_secret_arn = None
-    match settings.database:
-        case MySQLAddress(host, port, _, _, name):
-            database_url = f"mysql://{host}:{port}/{name}"
-        case SQLitePath(path):
-            database_url = f"sqlite:///{path}"
-        case DatabaseSecret(arn):
-            database_secret_arn = arn
     return {
         "APIKEY": "set" if settings.api_key else None,
         "APIKEY_SECRET_ARN": settings.api_key_secret_arn,
-        "DATABASE_URL": database_url,
-        "DATABASE_SECRET_ARN": database_secret_arn,
+        **_database_settings(settings.database),
         "BILLING_API_URL": settings.billing_api_url,
+        "ALLOW_HTTP": settings.allow_http,
         "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
         "CHECK_CADENCE": str(settings.cadence),
         "CHECK_BACKOFF_MAX_SECONDS": settings.backoff_max_seconds,
@@ -367,6 +367,33 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
     }
+
+
+def _database_settings(address: DatabaseAddress) -> JsonObject:
+    found: JsonObject = {
+        "DATABASE_URL": None,
+        "DATABASE_SECRET_ARN": None,
+        "DATABASE_HOST": None,
+        "DATABASE_PORT": None,
+        "DATABASE_NAME": None,
+        "DATABASE_TLS": Tls.PREFER,
+        "DATABASE_AUTH": Auth.SECRET,
+        "DATABASE_USER_ARN": None,
+    }
+    match address:
+        case MySQLAddress():
+            found["DATABASE_URL"] = f"mysql://{address.host}:{address.port}/{address.database}"
+            found["DATABASE_TLS"] = address.tls
+        case SQLitePath(path):
+            found["DATABASE_URL"] = f"sqlite:///{path}"
+        case DatabaseSecret(arn, tls, host, port, name):
+            found |= {"DATABASE_SECRET_ARN": arn, "DATABASE_TLS": tls}
+            found |= {"DATABASE_HOST": host, "DATABASE_PORT": port, "DATABASE_NAME": name}
+        case IamDatabase(user_arn, host, port, name):
+            found |= {"DATABASE_USER_ARN": user_arn, "DATABASE_AUTH": Auth.IAM}
+            found |= {"DATABASE_HOST": host, "DATABASE_PORT": port, "DATABASE_NAME": name}
+            found["DATABASE_TLS"] = Tls.VERIFY
+    return found
 
 
 def _shown_id(value: Value) -> str:
