@@ -13,13 +13,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from core.billing.client import (
-    KEY_READ_AGAIN_SECONDS,
     MAX_BODY_BYTES,
     MAX_RETRY_AFTER_SECONDS,
     BillingClient,
     parse_retry_after,
     path_segment,
 )
+from core.billing.request_headers import KEY_READ_AGAIN_SECONDS
 from core.domain.model import Answer, Outcome
 from local.billing import SimulatedBilling
 from testkit.clock import NOON
@@ -225,9 +225,9 @@ class Rotated:
     def client(self) -> BillingClient:
         return BillingClient(
             api_url=API,
-            api_key="old",
+            credentials={"APIKEY": "old"},
             timeout_seconds=LONG,
-            read_key_again=self._read,
+            read_credentials_again=self._read,
             transport=transport_of(self.router),
             monotonic=lambda: self.now,
         )
@@ -240,9 +240,9 @@ class Rotated:
         right = request.headers["x-api-key"] == self.accepted
         return httpx.Response(200 if right else self.refusal)
 
-    def _read(self) -> str:
+    def _read(self) -> dict[str, str]:
         self.reads += 1
-        return self.held
+        return {"APIKEY": self.held}
 
 
 @pytest.mark.parametrize("refusal", [401, 403])
@@ -286,18 +286,18 @@ async def test_a_new_key_that_is_also_refused_is_tried_once() -> None:
 async def test_reading_the_key_again_counts_towards_the_timeout() -> None:
     """A secret that does not answer makes the check a timeout."""
 
-    def read() -> str:
+    def read() -> dict[str, str]:
         ended.wait(LONG)
-        return "new"
+        return {"APIKEY": "new"}
 
     ended = threading.Event()
     router = respx.MockRouter()
     router.get(url__startswith=API).respond(401)
     client = BillingClient(
         api_url=API,
-        api_key="old",
+        credentials={"APIKEY": "old"},
         timeout_seconds=SHORT,
-        read_key_again=read,
+        read_credentials_again=read,
         transport=transport_of(router),
     )
     async with asyncio.timeout(LONG / 2):
@@ -332,7 +332,7 @@ async def test_an_answer_carries_the_pause_that_billing_asks_for(
 ) -> None:
     client = BillingClient(
         api_url="http://billing/api",
-        api_key="key",
+        credentials={"APIKEY": "key"},
         timeout_seconds=10,
         transport=httpx.MockTransport(lambda _: httpx.Response(status, headers=headers)),
         now=lambda: NOON,

@@ -203,7 +203,8 @@ def _code(error: "ClientError") -> str:
 
 
 def detail(event: StatusChangedEvent) -> JsonObject:
-    """The event's `detail`."""
+    """The event's `detail`; amount and currency only where billing's answer has them."""
+    paid = {"amount": event.amount, "currency": event.currency}
     return {
         "event_id": event_id(event),
         "session_id": event.session_id,
@@ -213,6 +214,7 @@ def detail(event: StatusChangedEvent) -> JsonObject:
         "new_status": event.new_status.value,
         "billing_status": event.billing_status,
         "changed_at": iso(event.changed_at),
+        **{name: value for name, value in paid.items() if value is not None},
     }
 
 

@@ -25,6 +25,7 @@ BILLING_TROUBLE = {
     Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
     Outcome.RATE_LIMITED: "Billing limits the rate",
     Outcome.UNKNOWN_STATUS: "Billing's answers have unknown words (see BILLING_STATUS_MAP)",
+    Outcome.MISMATCH: "Billing's answers contradict themselves or the request (see the log)",
     Outcome.DEFERRED: "Sessions that billing has closed cannot be updated yet",
     Outcome.REFUSED: "The shop's database refuses what billing says",
     Outcome.INTERNAL_ERROR: "The monitor has unexpected errors (see its log)",

@@ -218,7 +218,11 @@ class _Pass:
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
         self._reconciles = manual or (summary.led and view.state.may_reconcile)
-        self._log = PassLog(max_active=settings.log_lines_active, waits=self._reconciles)
+        self._log = PassLog(
+            max_active=settings.log_lines_active,
+            waits=self._reconciles,
+            sent_headers=settings.headers_to_name,
+        )
         self._pause = SharedPause(store.state, view.pause, until=view.paused_until)
         self._writer = Writer(store, database, self._pause, self._log)
         self._tally = _Tally(view.last_counts.open)

@@ -315,4 +315,6 @@ def _event(one: _Open, now: datetime) -> StatusChangedEvent:
         billing_status=change.answer.billing_status,
         first_seen_at=change.claim.first_seen_at,
         changed_at=now,
+        amount=change.answer.amount,
+        currency=change.answer.currency,
     )

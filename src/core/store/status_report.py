@@ -25,7 +25,7 @@ from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.verdict import Facts, judge
-from core.settings import Settings
+from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
@@ -336,6 +336,8 @@ def _pass(row: Row, alive: Mapping[datetime, bool], now: datetime) -> JsonObject
 def settings_in_force(settings: Settings) -> JsonObject:
     """Every setting by the name of its variable; for a secret, only whether it is set."""
     reader = settings.status_reader
+    credentials = settings.credentials or {}
+    ok, not_found = settings.billing_status_codes
     database_url = database_secret_arn = None
     match settings.database:
         case MySQLAddress(host, port, _, _, name):
@@ -345,11 +347,15 @@ def settings_in_force(settings: Settings) -> JsonObject:
         case DatabaseSecret(arn):
             database_secret_arn = arn
     return {
-        "APIKEY": "set" if settings.api_key else None,
+        **{name: "set" if name in credentials else None for name in CREDENTIALS},
         "APIKEY_SECRET_ARN": settings.api_key_secret_arn,
         "DATABASE_URL": database_url,
         "DATABASE_SECRET_ARN": database_secret_arn,
         "BILLING_API_URL": settings.billing_api_url,
+        "BILLING_HEADERS": str(settings.billing_headers),  # their names
+        "BILLING_TOKEN_URL": settings.billing_token_url,
+        "BILLING_OK": listed(ok),
+        "BILLING_NOT_FOUND": listed(not_found),
         "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
         "CHECK_CADENCE": str(settings.cadence),
         "CHECK_BACKOFF_MAX_SECONDS": settings.backoff_max_seconds,
@@ -359,6 +365,9 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "STATUS_UPDATES": reader is not None,
         "BILLING_STATUS_PATH": reader.path if reader else None,
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,
+        "BILLING_ID_PATH": reader.id_path if reader else None,
+        "BILLING_AMOUNT_PATH": reader.amount_path if reader else None,
+        "BILLING_CURRENCY_PATH": reader.currency_path if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
         "EVENT_BUS_NAME": settings.event_bus_name,
         "LOG_LINES_ACTIVE": settings.log_lines_active,
