@@ -239,22 +239,22 @@ def test_the_variables_of_status_updates_are_refused_the_same_way(
         (
             {"BILLING_HEADERS": '{"A": "{TOKEN}"}'},
             (
-                "BILLING_HEADERS has {TOKEN}, but BILLING_TOKEN_URL is not set; set it, or use another "
-                "placeholder."
+                "BILLING_HEADERS has {TOKEN}, but BILLING_TOKEN_URL is not set; set it, or use "
+                "another placeholder."
             ),
         ),
         (
             {"BILLING_TOKEN_URL": "https://auth/x", "BILLING_HEADERS": '{"A": "{APIKEY}"}'},
             (
-                "BILLING_TOKEN_URL is set, but BILLING_HEADERS does not have {TOKEN}; put it into a "
-                "value, or leave BILLING_HEADERS out."
+                "BILLING_TOKEN_URL is set, but BILLING_HEADERS does not have {TOKEN}; put it into "
+                "a value, or leave BILLING_HEADERS out."
             ),
         ),
         (
             {"BILLING_TOKEN_URL": "https://auth/x", "APIKEY": "hidden"},
             (
-                "BILLING_TOKEN_URL needs BILLING_CLIENT_ID and BILLING_CLIENT_SECRET, not set here; set "
-                "variables of these names, or APIKEY_SECRET_ARN to a secret with them."
+                "BILLING_TOKEN_URL needs BILLING_CLIENT_ID and BILLING_CLIENT_SECRET, not set here; "
+                "set variables of these names, or APIKEY_SECRET_ARN to a secret with them."
             ),
         ),
         (
