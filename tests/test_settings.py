@@ -253,8 +253,8 @@ def test_the_variables_of_status_updates_are_refused_the_same_way(
         (
             {"BILLING_TOKEN_URL": "https://auth/x", "APIKEY": "hidden"},
             (
-                "BILLING_TOKEN_URL needs BILLING_CLIENT_ID and BILLING_CLIENT_SECRET, not set here; "
-                "set variables of these names, or APIKEY_SECRET_ARN to a secret with them."
+                "BILLING_TOKEN_URL needs BILLING_CLIENT_ID and BILLING_CLIENT_SECRET, not set "
+                "here; set variables of these names, or APIKEY_SECRET_ARN to a secret with them."
             ),
         ),
         (

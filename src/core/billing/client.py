@@ -16,7 +16,7 @@ from core.billing.request_headers import RequestHeaders
 from core.billing.status_words import StatusReader
 from core.billing.token import Token, TokenError, no_token, read_token, token_request
 from core.billing.transport import Get, ReqwestTransport
-from core.domain.model import Answer, Outcome
+from core.domain.model import Answer, Outcome, SessionStatus
 
 # More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
@@ -151,15 +151,11 @@ class BillingClient:
         if reading.status is None:
             unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
             return Answer(unusable, code, seconds, detail=reading.seen)
-        return Answer(
-            outcome,
-            code,
-            seconds,
-            status=reading.status,
-            billing_status=reading.seen,
-            in_progress=reading.in_progress,
-            amount=reading.amount,
-            currency=reading.currency,
+        answer = Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
+        if reading.status is SessionStatus.OPEN and not reading.in_progress:  # nearly all
+            return answer
+        return answer._replace(
+            in_progress=reading.in_progress, amount=reading.amount, currency=reading.currency
         )
 
     async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:

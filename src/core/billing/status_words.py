@@ -96,8 +96,10 @@ class StatusReader:
         meaning = self.words.get(word.lower())
         if meaning is None:
             return StatusReading(None, repr(_shortened(word)))
-        if meaning.status is SessionStatus.OPEN:
-            return StatusReading(meaning.status, word, in_progress=meaning is Meaning.IN_PROGRESS)
+        if meaning is Meaning.OPEN:
+            return StatusReading(SessionStatus.OPEN, word)
+        if meaning is Meaning.IN_PROGRESS:
+            return StatusReading(SessionStatus.OPEN, word, in_progress=True)
         return self._read_closing(parsed, word, meaning)
 
     def _read_closing(self, parsed: object, word: str, meaning: Meaning) -> StatusReading:
