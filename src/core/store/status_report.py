@@ -5,6 +5,7 @@ number of open sessions comes from the leader's last complete reconciliation.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -34,6 +35,7 @@ from core.store.queue import oldest_due
 PASSES = 60  # of ticks
 MANUAL_PASSES = 20  # since then
 FAILING = CHANGES = 10
+NEWEST = 200  # sessions among which checkouts are compared
 MISSED = 60  # missed ticks that are listed; all are counted
 HISTORY = timedelta(hours=1)  # searched for missed ticks and failures
 # A cold start takes seconds: a slot without a pass is missed after an interval and this long.
@@ -93,6 +95,7 @@ class _StatusReport:
             paused_until=_in_force(paused_until, now),
             has_api_key=has_api_key,
             other_monitors=self._other_monitors(now),
+            shared_checkouts=self._shared_checkouts(),
             expected_ticks=slots,
             missed_ticks=len(missed),
             last_missed=missed[0] if missed else None,
@@ -294,6 +297,21 @@ class _StatusReport:
             return as_datetime(first[0][0])
         earlier = [session["failing_since"] for session in failing if session["failing_since"]]
         return min([as_datetime(first[0][0]), *map(datetime.fromisoformat, earlier)])
+
+    def _shared_checkouts(self) -> dict[str, list[str]]:
+        """The checkouts that several of the newest open sessions have, with those sessions."""
+        rows = self._connection.query(
+            # Not `WHERE s.status`: no statistics may make it read every open session.
+            "SELECT c.session_id, s.billing_checkout_id, COALESCE(s.status, '') = 'open'"
+            " FROM (SELECT session_id, rowid AS number FROM checkout_session_check"
+            f" ORDER BY rowid DESC LIMIT {NEWEST:d}) c"
+            " LEFT JOIN checkout_session s ON s.id = c.session_id ORDER BY c.number"
+        )
+        sessions: defaultdict[str, list[str]] = defaultdict(list)
+        for session_id, checkout_id, is_open in rows:
+            if is_open and checkout_id:
+                sessions[_shown_id(checkout_id)].append(_shown_id(session_id))
+        return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
