@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,12 @@ class Passes:
         return self.shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(attempts,)]
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
-        with self._store() as (store, thread):
+        settings = settings_for(self.shop, **env)
+        with self._store(settings.late_payments_for) as (store, thread):
             return await check_open_checkout_sessions(
                 store,
                 self.billing,
-                settings_for(self.shop, **env),
+                settings,
                 options or PassOptions(Reason.TICK, self.clock.now),
                 database_thread=thread,
                 start_worker=self.start_worker,
@@ -135,9 +136,15 @@ class Passes:
             )
 
     @contextmanager
-    def _store(self) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
+    def _store(
+        self, late_payments_for: timedelta | None = None
+    ) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
         with ThreadPoolExecutor(1) as thread:
-            store = Store(database_of(self.shop, self.clock), self.publisher)
+            store = Store(
+                database_of(self.shop, self.clock),
+                self.publisher,
+                late_payments_for=late_payments_for,
+            )
             try:
                 yield store, thread
             finally:

@@ -1,6 +1,7 @@
 """Every setting: its default, the values it accepts, and the error for any other."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -45,6 +46,7 @@ OPTIONAL = (
     "BILLING_STATUS_PATH",
     "BILLING_STATUS_MAP",
     "SESSION_EXPIRES_AFTER",
+    "LATE_PAYMENTS_FOR",
     "EVENT_BUS_NAME",
     "LOG_LINES_ACTIVE",
     "DEBUG",
@@ -199,6 +201,7 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         ("BILLING_ID_PATH", "[", "it must be a JMESPath expression, e.g. id or data.id."),
         ("BILLING_AMOUNT_PATH", "[", "it must be a JMESPath expression"),
         ("BILLING_CURRENCY_PATH", "[", "it must be a JMESPath expression"),
+        ("LATE_PAYMENTS_FOR", "a week", "it must be a number with s, m, h or d, e.g. 7d, or 0."),
         ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
     ],
 )
@@ -275,6 +278,13 @@ def test_unusable_credentials_are_refused_without_showing_one(
 ) -> None:
     assert refusal(**env) == why
     assert "hidden" not in why
+
+
+def test_late_payments_are_looked_for_a_week_with_status_updates() -> None:
+    week = timedelta(days=7)
+    assert read().late_payments_for is None
+    assert read(STATUS_UPDATES="true").late_payments_for == week
+    assert read(STATUS_UPDATES="true", LATE_PAYMENTS_FOR="0").late_payments_for is None
 
 
 def test_headers_and_a_token_need_only_what_they_name() -> None:

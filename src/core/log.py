@@ -50,6 +50,18 @@ def _log_check(claim: Claim, answer: Answer) -> None:
     write(check_line(claim, answer), extra=fields)
 
 
+def log_paid_late(session_id: str, billing_checkout_id: str, billing_status: str) -> None:
+    logger.warning(
+        f"💶 Checkout session {shown(session_id)} ({shown(billing_checkout_id)}) was paid after it "
+        f"had become timeout; billing says {shown(billing_status)}",
+        extra={
+            "session_id": session_id,
+            "billing_checkout_id": billing_checkout_id,
+            "billing_status": billing_status,
+        },
+    )
+
+
 class PassLog:
     """The lines of one pass, at most LINES_PER_OUTCOME of each outcome.
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from urllib.parse import urlsplit
 
 import httpx
@@ -52,6 +53,7 @@ class Settings:
     max_workers: int
     status_reader: StatusReader | None  # None: no status is written
     expires_after_seconds: int | None
+    late_payments_for: timedelta | None  # None: expired sessions are not looked at again
     event_bus_name: str | None
     log_lines_active: int | None  # in one pass; None: no limit
     debug: bool
@@ -99,6 +101,7 @@ class Settings:
             max_workers=_number(given, "MAX_WORKERS", int, 10, min_value=1, max_value=1000),
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
+            late_payments_for=_late_payments_for(given) if status_updates else None,
             event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),
             log_lines_active=None if debug else log_lines,
             debug=debug,
@@ -319,6 +322,16 @@ def _expires_after(text: str | None) -> int | None:
     except ValueError:
         raise SettingsError(
             f"SESSION_EXPIRES_AFTER is {text!r}; it must be a number with s, m, h or d, e.g. 24h."
+        ) from None
+
+
+def _late_payments_for(given: Mapping[str, str]) -> timedelta | None:
+    text = given.get("LATE_PAYMENTS_FOR", "7d")
+    try:
+        return timedelta(seconds=parse_duration(text)) if text != "0" else None
+    except ValueError:
+        raise SettingsError(
+            f"LATE_PAYMENTS_FOR is {text!r}; it must be a number with s, m, h or d, e.g. 7d, or 0."
         ) from None
 
 

@@ -72,7 +72,12 @@ class Worker:
         self._start_worker = start_worker
         self._database = open_database(settings, clock=clock)
         monitor = monitor_of(settings, name)
-        self._store = Store(self._database, _publisher(settings), monitor=monitor)
+        self._store = Store(
+            self._database,
+            _publisher(settings),
+            monitor=monitor,
+            late_payments_for=settings.late_payments_for,
+        )
         self._billing = _billing(settings, transport)
         # asyncio's own loop makes two system calls for each answer that comes from Rust's threads.
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)

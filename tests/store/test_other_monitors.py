@@ -162,6 +162,7 @@ def test_two_regions_with_equal_settings_share_a_database(shop: Shop, clock: Fak
         ("BILLING_AMOUNT_PATH", "amount"),
         ("BILLING_CURRENCY_PATH", "currency"),
         ("SESSION_EXPIRES_AFTER", "24h"),
+        ("LATE_PAYMENTS_FOR", "0"),
         ("EVENT_BUS_NAME", "shop-events"),
     ],
 )

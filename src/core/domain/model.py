@@ -130,7 +130,11 @@ type Decision = Recheck | StatusChange
 
 
 class StatusChangedEvent(NamedTuple):
-    """What others are told of a status change."""
+    """What others are told of a status change.
+
+    With `expired_at`, the status did not change: its session became `timeout` at that time, and a
+    payment was found at `changed_at`.
+    """
 
     session_id: str
     billing_checkout_id: str | None
@@ -141,6 +145,7 @@ class StatusChangedEvent(NamedTuple):
     changed_at: datetime
     amount: Amount | None = None
     currency: str | None = None
+    expired_at: datetime | None = None
 
 
 class Refusal(NamedTuple):

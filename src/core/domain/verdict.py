@@ -71,6 +71,7 @@ class Facts:
     other_monitors: Sequence[OtherMonitor] = ()
     # Among the newest sessions: checkouts that several open ones have, with the ids of those.
     shared_checkouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    paid_late: Sequence[str] = ()  # sessions that were paid after they had become `timeout`
     failing_since: datetime | None = None  # since when most checks of each pass have failed
     failing_code: int | None = None  # the HTTP status of the failing answers, if they have one
     expected_ticks: int = 0  # in the last hour
@@ -153,6 +154,11 @@ def _notes(facts: Facts) -> list[str]:
         f"them all: {', '.join(sessions[:MAX_NAMED])}."
         for checkout, sessions in list(facts.shared_checkouts.items())[:MAX_NAMED]
     ]
+    if facts.paid_late:
+        notes.append(
+            "Paid within the last day after they had become timeout, and still timeout: "
+            f"{', '.join(facts.paid_late)}."
+        )
     if facts.failed:
         kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
         notes.append(f"{_failed(facts)}: {kinds}.")

@@ -24,6 +24,7 @@ from core.domain.other_monitors import OTHER_MONITOR
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
+from core.passes.late_payments import look_for_late_payments
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
 from core.passes.writer import Progress, Writer
@@ -152,6 +153,14 @@ async def check_open_checkout_sessions(
     summary = await check_pass.complete(began, billing, may_check=may_check)
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
+        if billing is not None and may_check and summary.paused_until is None:
+            await look_for_late_payments(
+                store.late_payments,
+                billing.check,
+                database,
+                at_once=settings.max_concurrency,
+                until=began + options.start_seconds,
+            )
     return summary
 
 

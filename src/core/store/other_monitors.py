@@ -28,6 +28,7 @@ SHOW_EVERY = timedelta(minutes=1)
 
 def monitor_of(settings: Settings, name: str) -> Monitor:
     """The monitor that these settings make. MAX_CONCURRENCY and others may differ between two."""
+    late = settings.late_payments_for
     reader, codes = settings.status_reader, settings.billing_status_codes
     values: dict[str, SettingValue] = {
         "BILLING_API_URL": settings.billing_api_url,
@@ -45,6 +46,7 @@ def monitor_of(settings: Settings, name: str) -> Monitor:
         words = json.dumps(dict(reader.words), sort_keys=True)
         values["BILLING_STATUS_PATH"] = reader.path
         values["BILLING_STATUS_MAP"] = f"#{_checksum(words)}"
+        values["LATE_PAYMENTS_FOR"] = int(late.total_seconds()) if late else None
         values["BILLING_ID_PATH"] = reader.id_path
         values["BILLING_AMOUNT_PATH"] = reader.amount_path
         values["BILLING_CURRENCY_PATH"] = reader.currency_path

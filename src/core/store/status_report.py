@@ -31,6 +31,7 @@ from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
 from core.store.queue import oldest_due
+from core.store.status_changes import KEEP_CHANGES
 
 PASSES = 60  # of ticks
 MANUAL_PASSES = 20  # since then
@@ -96,6 +97,7 @@ class _StatusReport:
             has_api_key=has_api_key,
             other_monitors=self._other_monitors(now),
             shared_checkouts=self._shared_checkouts(),
+            paid_late=self._paid_late(now),
             expected_ticks=slots,
             missed_ticks=len(missed),
             last_missed=missed[0] if missed else None,
@@ -313,6 +315,15 @@ class _StatusReport:
                 sessions[_shown_id(checkout_id)].append(_shown_id(session_id))
         return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
+    def _paid_late(self, now: datetime) -> list[str]:
+        """The sessions whose late payment was found within a day, the newest first."""
+        rows = self._connection.query(
+            "SELECT session_id FROM checkout_session_change WHERE paid_late_at > %s"
+            f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
+            (now - KEEP_CHANGES,),
+        )
+        return [_shown_id(session_id) for (session_id,) in rows]
+
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
             "SELECT session_id, billing_checkout_id, new_status, billing_status, changed_at"
@@ -356,6 +367,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
     reader = settings.status_reader
     credentials = settings.credentials or {}
     ok, not_found = settings.billing_status_codes
+    late = settings.late_payments_for
     database_url = database_secret_arn = None
     match settings.database:
         case MySQLAddress(host, port, _, _, name):
@@ -387,6 +399,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "BILLING_AMOUNT_PATH": reader.amount_path if reader else None,
         "BILLING_CURRENCY_PATH": reader.currency_path if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
+        "LATE_PAYMENTS_FOR": int(late.total_seconds()) if late else None,
         "EVENT_BUS_NAME": settings.event_bus_name,
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,
