@@ -87,7 +87,6 @@ CASES: dict[str, dict[str, str | tuple[str, str]]] = {
     "the headers have a key and a text": {
         "BILLING_HEADERS": f'{{"Authorization": "Basic {{APIKEY:base64}}", "X-Key": "{KEY}"}}'
     },
-    "the headers are wrong": {"BILLING_HEADERS": f'{{"X-Key: {KEY}": "{KEY}{{"}}'},
     "billing's URL has a password": {"BILLING_API_URL": f"http://u:{KEY}@localhost/x"},
 }
 

@@ -73,9 +73,7 @@ async def test_a_late_payment_is_published_once_and_shown_for_a_day(
     assert passes.shop.run("SELECT COUNT(*) FROM checkout_session_change") == [(0,)]
 
 
-@pytest.mark.parametrize(
-    "answer", [OPEN, FAILED, Answer(Outcome.NOT_FOUND, 404), Answer(Outcome.RATE_LIMITED, 429)]
-)
+@pytest.mark.parametrize("answer", [FAILED, Answer(Outcome.RATE_LIMITED, 429)])
 async def test_an_unpaid_session_is_looked_at_ever_less_often(
     passes: Passes, billing: FakeBilling, answer: Answer
 ) -> None:
