@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import cold_start, loop, machine, passes, throughput
+from bench import cold_start, loop, machine, passes, throughput, writes
 from bench.machine import Machine
 from bench.report import Results, progress
 
@@ -19,6 +19,8 @@ CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "loop": loop.at_size,
     "gaps": loop.gaps,
     "slow": passes.slow_billing,
+    "writes": writes.writes,
+    "snapshot": writes.snapshot,
     "million": passes.million,
     "workers": passes.workers,
     "reuse": passes.reuse,

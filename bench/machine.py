@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pymysql
+
 from bench.clients import Job
 from bench.nginx import NGINX_MODULE, Billing, billing_stub
 from bench.programs import Client, Program
 from bench.report import progress
 from local.mariadb import mariadb_server
+from testkit import queue
 from testkit.shops import Shop, SQLiteShop, add_sessions, mysql_shop, statements
 
 PACKAGES = {
@@ -95,7 +99,42 @@ def adopt(client: Client, job: Job, shop: Shop) -> None:
 
 
 def make_due(shop: Shop) -> None:
-    shop.run("UPDATE checkout_session_check SET next_check_at = first_seen_at")
+    if _has_batches(shop):
+        queue.make_due(shop, "2026-01-01")
+    else:
+        shop.run("UPDATE checkout_session_check SET next_check_at = first_seen_at")
+
+
+def fill_queue(shop: Shop, columns: str = "", values: str = "") -> None:
+    """Queue all open sessions, due now, with more columns of their rows if need be."""
+    due = "UTC_TIMESTAMP(3)"
+    if _has_batches(shop):
+        shop.run(
+            "INSERT IGNORE INTO checkout_session_batch (id, next_check_at, due_at)"
+            f" SELECT DISTINCT 1 + {_NUMBER} DIV 50, {due}, {due} FROM checkout_session"
+        )
+        shop.run(
+            f"INSERT IGNORE INTO checkout_session_check (session_id, batch_id, first_seen_at"
+            f"{columns}) SELECT id, 1 + {_NUMBER} DIV 50, {due}{values} FROM checkout_session"
+        )
+    else:
+        shop.run(
+            f"INSERT IGNORE INTO checkout_session_check (session_id, next_check_at, first_seen_at"
+            f"{columns}) SELECT id, {due}, {due}{values} FROM checkout_session"
+        )
+
+
+# `fill_shop` numbers its sessions in this column.
+_NUMBER = "CAST(billing_order_id AS UNSIGNED)"
+
+
+def _has_batches(shop: Shop) -> bool:
+    """Whether the tables are not of an earlier checkout."""
+    try:
+        shop.run("SELECT 1 FROM checkout_session_batch LIMIT 1")
+    except (pymysql.ProgrammingError, sqlite3.OperationalError):
+        return False
+    return True
 
 
 def install() -> None:

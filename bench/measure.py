@@ -24,6 +24,7 @@ from core.log import logger
 from handlers import check
 from local.mariadb import mariadb_server
 from testkit import tls_billing
+from testkit.queue import make_due
 from testkit.shops import Shop, add_sessions, mysql_shop
 
 LATENCY_SECONDS = 0.1
@@ -101,7 +102,7 @@ def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
         assert {found.checked for found in passes} == {OPEN}
         time.sleep(0.2)  # the last acknowledgements are delayed
         wires[version] = service.counts() - before
-    shop.run("UPDATE checkout_session_check SET next_check_at = '2099-01-01'")
+    make_due(shop, "2099-01-01")
     idle = [_at_next_tick()[1] for _ in range(ROUNDS)]
     tick, _ = _at_next_tick()
     again = [_invoke(tick) for _ in range(ROUNDS)]

@@ -20,13 +20,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
-from core.domain.model import Answer, Outcome, Reason, Recheck, Recorded, StatusChange
+from core.domain.batch import MAX_BATCH
+from core.domain.model import Answer, Outcome, Reason, Recorded, StatusChange
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
+from core.store.queue import Results
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
 from testkit.shops import statements
@@ -118,7 +121,7 @@ class Simulation:
         # Without it SQLite walks the shop's sessions by their ids, as MySQL does with it.
         self._execute("DROP INDEX checkout_session_status")
         ages = (LIVES_SECONDS * (1 - n / self.open) for n in range(self.open))
-        for some in itertools.batched(ages, 1000, strict=False):
+        for some in itertools.batched(ages, 20_000, strict=False):
             self._queue([(age, self._slot_within(self._every(age))) for age in some])
 
     def run(self, each_tick: Callable[[float], None] = lambda _at: None) -> Outcomes:
@@ -199,17 +202,27 @@ class Simulation:
 
     def _queue(self, sessions: list[tuple[float, datetime]]) -> None:
         """Make sessions that the monitor knows: their ages in seconds, and when each is due."""
-        rows: list[Value] = []
-        for age, due in sessions:
-            session_id = f"s{next(self.numbers)}"
-            self.due[session_id] = due
-            rows += [session_id, due, self.now() - timedelta(seconds=age)]
-        insert = (
-            "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at) VALUES "
-            + ", ".join(["(%s, %s, %s)"] * len(sessions))
-        )
-        self._execute(insert, rows)
-        self._open([str(session_id) for session_id in rows[::3]])
+        by_due = sorted(sessions, key=itemgetter(1))
+        for due, same in itertools.groupby(by_due, key=itemgetter(1)):
+            for some in itertools.batched(same, MAX_BATCH, strict=False):
+                batch_id = next(self.numbers)
+                rows: list[Value] = []
+                for age, _ in some:
+                    session_id = f"s{next(self.numbers)}"
+                    self.due[session_id] = due
+                    rows += [session_id, batch_id, self.now() - timedelta(seconds=age), "active"]
+                self._execute(
+                    "INSERT INTO checkout_session_batch (id, next_check_at, due_at)"
+                    " VALUES (%s, %s, %s)",
+                    (batch_id, due, due),
+                )
+                self._execute(
+                    "INSERT INTO checkout_session_check"
+                    " (session_id, batch_id, first_seen_at, last_outcome, last_status_code) VALUES "
+                    + ", ".join(["(%s, %s, %s, %s, 200)"] * len(some)),
+                    rows,
+                )
+                self._open([str(session_id) for session_id in rows[::4]])
 
     def _open(self, session_ids: Sequence[str]) -> None:
         insert = (
@@ -260,11 +273,9 @@ class _WatchedStore(Store):
         self._due = due
 
     @override
-    def record(
-        self, rechecks: Sequence[Recheck], changes: Sequence[StatusChange], now: datetime
-    ) -> Recorded:
-        self._due |= {recheck.claim.session_id: recheck.next_check_at for recheck in rechecks}
-        return super().record(rechecks, changes, now)
+    def record(self, results: Results, changes: Sequence[StatusChange], now: datetime) -> Recorded:
+        self._due |= {r.claim.session_id: r.next_check_at for r in results.all_rechecks}
+        return super().record(results, changes, now)
 
 
 def not_later_than(lateness: Counter[int], share: float) -> float:

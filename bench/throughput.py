@@ -107,8 +107,9 @@ def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
 
 def _recorded(shop: Shop) -> float:
     """Checks recorded since the warm-up, which checked each session once."""
-    [(attempts, sessions)] = shop.run("SELECT SUM(attempts), COUNT(*) FROM checkout_session_check")
-    return float(attempts - sessions)
+    [(checked,)] = shop.run("SELECT SUM(checked) FROM checkout_session_run")
+    [(sessions,)] = shop.run("SELECT COUNT(*) FROM checkout_session")
+    return float(checked - sessions)
 
 
 def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ...]) -> None:

@@ -103,11 +103,21 @@ class History:
         checkout_id: str | None,
         **columns: Any,  # noqa: ANN401
     ) -> None:
-        """Add an open, healthy session; its next check is due in the next slot."""
+        """Add an open, healthy session in a batch of its own; it is due in the next slot."""
         add_sessions(self.shop, {session_id: checkout_id})
+        batch_id = next(self._ids)
+        due = columns.get("next_check_at", self.slot + 5 * SECOND)
+        batch = {
+            "id": batch_id,
+            "next_check_at": due,
+            "due_at": due,
+            "claimed_until": columns.pop("claimed_until", None),
+        }
+        self._insert("checkout_session_batch", [batch])
         row = {
             "session_id": session_id,
-            "next_check_at": self.slot + 5 * SECOND,
+            "batch_id": batch_id,
+            "next_check_at": due,
             "first_seen_at": self.now - 600 * SECOND,
             "last_checked_at": self.now - SECOND,
             "last_outcome": "active",

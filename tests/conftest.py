@@ -1,15 +1,19 @@
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import pytest
+import trustme
 
 from local.mariadb import mariadb_server
 from testkit.clock import FakeClock
 from testkit.shops import MySQLShop, Shop, SQLiteShop, mysql_shop, statements
+from tests.kept_shop import KeptShop
 from tests.support import FakeBilling, Passes
 
 NO_SERVER = (
@@ -22,8 +26,20 @@ NO_SERVER = (
 MYSQL = os.environ.get("TEST_MYSQL_URL")
 SERVERS = ["mariadb", *(["mysql"] if MYSQL or os.environ.get("CI") else [])]
 
+MEMORY = Path("/dev/shm")
+
 # MariaDB prefers its anonymous user at localhost to a user at '%', so users are made at both.
 PLACES = ("'%'", "localhost")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_ca(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The system trusts one CA: reading all of them takes 25 ms a connection."""
+    file = tmp_path_factory.mktemp("ca") / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +61,16 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     elif shutil.which("mariadb-install-db"):
-        with mariadb_server(tmp_path_factory.mktemp("mariadb")) as url:
+        no_waiting = "--innodb-flush-log-at-trx-commit=0"  # for the disk, at every commit
+        with mariadb_server(tmp_path_factory.mktemp("mariadb"), no_waiting) as url:
             yield url
     else:
         yield None
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,54 +78,82 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         callspec = getattr(item, "callspec", None)
-        engine = callspec.params.get("shop") if callspec else None
-        if "mariadb" in fixtures or engine in SERVERS:
+        engines = callspec.params.values() if callspec else ()
+        if {"mariadb", "mariadb_shop", "own_server"} & {*fixtures} or any(
+            e in SERVERS for e in engines
+        ):
             item.add_marker(pytest.mark.server)
 
 
+@pytest.fixture(scope="session")
+def kept_mariadb(mariadb: str | None) -> Iterator[KeptShop]:
+    yield from kept_shop(mariadb)
+
+
+@pytest.fixture(scope="session")
+def kept_mysql() -> Iterator[KeptShop]:
+    yield from kept_shop(MYSQL)
+
+
+def kept_shop(server: str | None) -> Iterator[KeptShop]:
+    if server is None:
+        without_a_server()
+    else:
+        kept = KeptShop(server)
+        yield kept
+        kept.drop()
+
+
+@pytest.fixture
+def sqlite_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, if there is one: on a disk, SQLite waits for it at every commit."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK):
+        with TemporaryDirectory(dir=MEMORY) as directory:
+            yield Path(directory)
+    else:
+        yield tmp_path
+
+
 @contextmanager
-def a_shop(engine: str, mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
+def a_shop(request: pytest.FixtureRequest, engine: str) -> Iterator[Shop]:
+    """An empty shop; if the test is marked `new_database`, without the monitor's tables."""
     if engine == "sqlite":
-        embedded = SQLiteShop(tmp_path / "shop.db")
+        embedded = SQLiteShop(request.getfixturevalue("sqlite_path") / "shop.db")
         for statement in statements("sqlite"):
             embedded.run(statement)
         yield embedded
         return
-    server = mariadb if engine == "mariadb" else MYSQL
-    if server is None:
-        without_a_server()
-    else:
-        with mysql_shop(server) as shop:
+    kept: KeptShop = request.getfixturevalue(f"kept_{engine}")
+    if request.node.get_closest_marker("new_database"):
+        with mysql_shop(kept.server) as shop:
             yield shop
+    else:
+        yield kept.emptied()
 
 
 @pytest.fixture(params=["sqlite", *SERVERS])
-def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     """An empty shop on each engine."""
-    # Not an argument: the tests on SQLite must not start a server.
-    mariadb = request.getfixturevalue("mariadb") if request.param == "mariadb" else None
-    with a_shop(request.param, mariadb, tmp_path) as shop:
+    with a_shop(request, request.param) as shop:
         yield shop
 
 
 @pytest.fixture(params=SERVERS)
-def server_shop(
-    request: pytest.FixtureRequest, mariadb: str | None, tmp_path: Path
-) -> Iterator[Shop]:
+def server_shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     """An empty shop on each server."""
-    with a_shop(request.param, mariadb, tmp_path) as shop:
+    with a_shop(request, request.param) as shop:
         yield shop
 
 
 @pytest.fixture
-def sqlite_shop(tmp_path: Path) -> Iterator[Shop]:
-    with a_shop("sqlite", None, tmp_path) as shop:
+def sqlite_shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    with a_shop(request, "sqlite") as shop:
         yield shop
 
 
 @pytest.fixture
-def mariadb_shop(mariadb: str | None, tmp_path: Path) -> Iterator[Shop]:
-    with a_shop("mariadb", mariadb, tmp_path) as shop:
+def mariadb_shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    with a_shop(request, "mariadb") as shop:
         yield shop
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,13 +108,13 @@ class Passes:
         store.prepare()
         store.close()
 
-    def recorded(self, attempts: int) -> bool:
-        """Whether that many checks have been recorded in all."""
-        return self.shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(attempts,)]
+    def recorded(self, checks: int) -> bool:
+        """Whether the passes have recorded that many checks in all."""
+        return self.shop.run("SELECT SUM(checked) FROM checkout_session_run") == [(checks,)]
 
     async def run(self, options: PassOptions | None = None, **env: str) -> Summary:
         settings = settings_for(self.shop, **env)
-        with self._store(settings.late_payments_for) as (store, thread):
+        with self._store(settings) as (store, thread):
             return await check_open_checkout_sessions(
                 store,
                 self.billing,
@@ -126,24 +126,24 @@ class Passes:
             )
 
     async def trigger(self, session_ids: Sequence[str] | None = None) -> Summary:
-        with self._store() as (store, thread):
+        settings = settings_for(self.shop)
+        with self._store(settings) as (store, thread):
             return await trigger_checkout_session_check(
                 store,
                 self.billing,
-                settings_for(self.shop),
+                settings,
                 database_thread=thread,
                 session_ids=session_ids,
             )
 
     @contextmanager
-    def _store(
-        self, late_payments_for: timedelta | None = None
-    ) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
+    def _store(self, settings: Settings) -> Iterator[tuple[Store, ThreadPoolExecutor]]:
         with ThreadPoolExecutor(1) as thread:
             store = Store(
                 database_of(self.shop, self.clock),
                 self.publisher,
-                late_payments_for=late_payments_for,
+                late_payments_for=settings.late_payments_for,
+                batch_size=settings.max_concurrency,
             )
             try:
                 yield store, thread

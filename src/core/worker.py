@@ -77,6 +77,7 @@ class Worker:
             _publisher(settings),
             monitor=monitor,
             late_payments_for=settings.late_payments_for,
+            batch_size=settings.max_concurrency,
         )
         self._billing = _billing(settings, transport)
         # asyncio's own loop makes two system calls for each answer that comes from Rust's threads.

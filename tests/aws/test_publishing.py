@@ -258,6 +258,7 @@ def test_a_slow_bus_gets_five_calls_at_once(client: Client) -> None:
     assert threading.active_count() == threads
 
 
+@pytest.mark.slow
 def test_four_hundred_events_at_a_bus_of_two_tenths_take_two_seconds(client: Client) -> None:
     client.fault = lambda _entries: time.sleep(0.2)
     began = time.monotonic()

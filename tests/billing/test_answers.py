@@ -117,7 +117,7 @@ def test_whatever_a_body_holds_reading_it_gives_a_reading(path: str, body: bytes
 TEXTS = st.binary(max_size=60).filter(lambda text: b"\r" not in text and b"\n" not in text)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.integers(100, 999) | st.sampled_from([200, 401, 403, 404, 429, 503]),
     TEXTS | st.text(max_size=20).map(lambda text: text.encode()),

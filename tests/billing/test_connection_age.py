@@ -288,6 +288,7 @@ async def test_a_moved_service_is_asked_at_its_new_address_in_a_minute() -> None
     await until(lambda: not old.open)
 
 
+@pytest.mark.slow
 async def test_clients_that_were_made_together_do_not_age_together() -> None:
     service, clock = Service(), Clock()
     async with serving(service, None) as url, client_of(url, clock) as client:
@@ -350,6 +351,7 @@ def test_pings_are_few_and_leave_time_for_a_second_attempt(timeout_seconds: floa
         assert ping + pong <= 0.8 * timeout_seconds + 1e-9
 
 
+@pytest.mark.slow
 async def test_slow_answers_over_a_slow_network_are_answers(tls: ssl.SSLContext) -> None:
     service = Service(latency=0.3, round_trip=0.25)
     service.max_pings = 2
@@ -359,6 +361,7 @@ async def test_slow_answers_over_a_slow_network_are_answers(tls: ssl.SSLContext)
     assert service.pings == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout_seconds", [1.0, 3.0])
 async def test_a_service_that_counts_pings_has_no_reason_to_hang_up(
     timeout_seconds: float, tls: ssl.SSLContext

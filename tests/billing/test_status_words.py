@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.billing.status_words import WORDS, StatusReader, StatusReading, parse_words
@@ -119,6 +119,7 @@ def test_a_closing_answer_gives_its_amount(
     assert (reading.amount, reading.currency) == read
 
 
+@settings(max_examples=50)
 @given(st.binary() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps))
 def test_any_body_can_be_read(body: bytes | str) -> None:
     raw = body.encode() if isinstance(body, str) else body

@@ -109,17 +109,15 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
 
 
 @pytest.fixture(params=["sqlite"])
-def world(  # noqa: PLR0917 (fixtures)
+def world(
     request: pytest.FixtureRequest,
-    mariadb: str | None,
-    tmp_path: Path,
     clock: FakeClock,
     faulty_billing: FaultyBilling,
     bus: Bus,
     capfd: pytest.CaptureFixture[str],
 ) -> Iterator[World]:
     """A world on SQLite; a test selects other engines with `indirect`."""
-    with a_shop(request.param, mariadb, tmp_path) as shop:
+    with a_shop(request, request.param) as shop:
         world = World(shop, clock, faulty_billing, bus, lambda: "".join(capfd.readouterr()))
         try:
             yield world
@@ -128,17 +126,15 @@ def world(  # noqa: PLR0917 (fixtures)
 
 
 @pytest.fixture(params=SERVERS)
-def proxied(  # noqa: PLR0917 (fixtures)
+def proxied(
     request: pytest.FixtureRequest,
-    mariadb: str | None,
-    tmp_path: Path,
     clock: FakeClock,
     faulty_billing: FaultyBilling,
     bus: Bus,
     capfd: pytest.CaptureFixture[str],
 ) -> Iterator[ProxiedWorld]:
     """A world on each server, with a proxy in front of its database."""
-    with a_shop(request.param, mariadb, tmp_path) as shop:
+    with a_shop(request, request.param) as shop:
         assert isinstance(shop, MySQLShop)
         with Proxy(shop.server) as proxy:
             world = World(shop, clock, faulty_billing, bus, lambda: "".join(capfd.readouterr()))

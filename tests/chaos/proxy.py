@@ -102,9 +102,10 @@ class Proxy:
         ):
             for sock in (client, server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._log_in(_Wire(client), _Wire(server))
+            wires = _Wire(client), _Wire(server)
+            self._log_in(*wires)
             while True:
-                self._forward(_Wire(client), _Wire(server))
+                self._forward(*wires)
 
     def _log_in(self, client: "_Wire", server: "_Wire") -> None:
         client.send(_without_tls(server.read()))
@@ -146,6 +147,7 @@ class Proxy:
 class _Wire:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._received = b""  # and not read yet
 
     def read(self) -> bytes:
         head = self._exactly(4)
@@ -155,12 +157,12 @@ class _Wire:
         self._sock.sendall(data)
 
     def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            more = self._sock.recv(size - len(data))
+        while len(self._received) < size:
+            more = self._sock.recv(65_536)
             if not more:
                 raise EOFError
-            data += more
+            self._received += more
+        data, self._received = self._received[:size], self._received[size:]
         return data
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from core.settings import Settings
 from local.api import running_api
 from local.workers import Workers
 from testkit.shops import add_sessions
+from tests.chaos.conftest import Cases
 from tests.chaos.world import KEY, World
 
 SESSIONS = {f"ok-{n}": f"fine-{n}" for n in range(8)}
@@ -79,17 +81,17 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_any_request_body_gets_a_correct_answer(api: str, world: World, body: str) -> None:
-    content, status = BODIES[body]
-    answer = httpx.post(f"{api}/api/test/checkout-sessions", content=content, timeout=30)
-    assert answer.status_code == status, answer.text[:300]
-    assert answer.json()["success"] is (status == 200)
-    assert KEY not in answer.text
-    assert "Traceback" not in answer.text
-    assert len(answer.content) < 5000
-    httpx.post(f"{api}/api/test/checkout-sessions", timeout=30)
-    world.invariants(recheck=False)  # these workers use a real clock
+def test_any_request_body_gets_a_correct_answer(api: str, world: World, cases: Cases) -> None:
+    for name, (content, status) in BODIES.items():
+        with cases.case(name):
+            answer = httpx.post(f"{api}/api/test/checkout-sessions", content=content, timeout=30)
+            assert answer.status_code == status, answer.text[:300]
+            assert answer.json()["success"] is (status == 200)
+            assert KEY not in answer.text
+            assert "Traceback" not in answer.text
+            assert len(answer.content) < 5000
+            httpx.post(f"{api}/api/test/checkout-sessions", timeout=30)
+            world.invariants(recheck=False)  # these workers use a real clock
 
 
 HEADERS: dict[str, dict[str, str]] = {
@@ -102,21 +104,24 @@ HEADERS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("headers", HEADERS)
-def test_unusual_headers_change_nothing(api: str, headers: str) -> None:
-    answer = httpx.get(f"{api}/api/health", headers=HEADERS[headers], timeout=30)
-    assert answer.status_code in (200, 400, 403, 431, 503)
-    assert "evil.example" not in answer.text
+def test_unusual_headers_change_nothing(api: str, cases: Cases) -> None:
+    for name, headers in HEADERS.items():
+        with cases.case(name):
+            answer = httpx.get(f"{api}/api/health", headers=headers, timeout=30)
+            assert answer.status_code in (200, 400, 403, 431, 503)
+            assert "evil.example" not in answer.text
 
 
-@pytest.mark.parametrize(
-    "path", ["/api/%2e%2e/", "/api/health%00", "/api//health", "/%ff", "/x" * 500]
-)
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "TRACE"])
-def test_unknown_path_is_refused_without_internal_details(api: str, method: str, path: str) -> None:
-    answer = httpx.request(method, f"{api}{path}", timeout=30)
-    assert answer.status_code in (400, 403, 404, 405)
-    assert "Traceback" not in answer.text
+METHODS = ["GET", "POST", "DELETE", "TRACE"]
+UNKNOWN_PATHS = ["/api/%2e%2e/", "/api/health%00", "/api//health", "/%ff", "/x" * 500]
+
+
+def test_unknown_path_is_refused_without_internal_details(api: str, cases: Cases) -> None:
+    for method, path in product(METHODS, UNKNOWN_PATHS):
+        with cases.case(f"{method} {path}"):
+            answer = httpx.request(method, f"{api}{path}", timeout=30)
+            assert answer.status_code in (400, 403, 404, 405)
+            assert "Traceback" not in answer.text
 
 
 def test_fifty_triggers_at_once_share_three_workers(api: str, world: World) -> None:

@@ -13,6 +13,7 @@ import pytest
 from core.domain.model import Outcome
 from local.mariadb import mariadb_server
 from testkit.clock import FakeClock
+from testkit.queue import claimed
 from testkit.shops import MySQLShop, add_sessions, connect, mysql_shop, statements
 from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus
@@ -29,7 +30,7 @@ on_mariadb = pytest.mark.parametrize("proxied", ["mariadb"], indirect=True)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_connection_cut_at_each_statement(proxied: ProxiedWorld, cases: Cases, when: str) -> None:
     """The worker reconnects, so that a pass survives one cut."""
-    step = 1 if proxied.engine == "mariadb" else 3
+    step = 1 if proxied.engine == "mariadb" else 5
     for number in range(1, proxied.statements_per_pass() + 1, step):
         proxied.reset()
         getattr(proxied.proxy, when)[number] = cut
@@ -88,7 +89,7 @@ CODES = {
 def test_server_error_at_some_statement(proxied: ProxiedWorld, cases: Cases) -> None:
     rng = random.Random(SEED)
     for code, message in CODES.items():
-        for number in proxied.sample_statements(3, rng):
+        for number in proxied.sample_statements(2, rng):
             proxied.reset()
             proxied.proxy.before[number] = refuse(code, message)
             with cases.case(f"{code} at statement {number}"):
@@ -155,7 +156,7 @@ SHOP_ACTIONS: dict[str, Callable[[ProxiedWorld], Action]] = {
 def test_shop_acts_between_two_statements(proxied: ProxiedWorld, cases: Cases) -> None:
     rng = random.Random(SEED)
     for name, make_action in SHOP_ACTIONS.items():
-        for number in proxied.sample_statements(5, rng):
+        for number in proxied.sample_statements(3, rng):
             proxied.reset()
             proxied.proxy.before[number] = make_action(proxied)
             with cases.case(f"the shop {name} before statement {number}"):
@@ -208,8 +209,8 @@ def test_row_refused_by_the_shops_database_delays_no_other(
     add_sessions(world.shop, {f"paid-{n}": f"paid-{n}" for n in range(50)})
     world.billing.statuses = {f"paid-{n}": "paid" for n in range(50)}
     world.shop.run(REFUSALS[refusal])
-    # The first backoff is one or two slots at random; in 24 ticks some of them are two.
-    ticks = 24
+    # The first backoff is one or two slots at random; in 18 ticks some of them are two.
+    ticks = 18
     for _ in range(ticks):
         assert world.tick() is not None
         world.advance()
@@ -327,16 +328,12 @@ IDS: dict[str, Sequence[str | int]] = {
         "",
     ],
     "VARCHAR(64) CHARACTER SET latin1": ["café", "A", "ÿ"],
-    "VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin": ["a", "A", "b"],
-    "VARCHAR(64) CHARACTER SET utf8mb3": ["日本", "a"],
     "VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin": ["a", "A", "ä"],
     "VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci": ["a", "ß"],
     "VARCHAR(64) CHARACTER SET utf16": ["a", "😀"],
     "VARCHAR(64) CHARACTER SET cp1251": ["я"],
     "VARCHAR(64) CHARACTER SET gbk": ["中"],
-    "CHAR(36) CHARACTER SET ascii": ["0b9d9c1e-3f0c-4b6e-9d0f-0a1b2c3d4e5f", "short"],
     "INT": [-(2**31), -1, 0, 2**31 - 1],
-    "INT UNSIGNED": [0, 2**32 - 1],
     "BIGINT": [-(2**63), 2**63 - 1],
     "BIGINT UNSIGNED": [0, 2**64 - 1],
 }
@@ -405,10 +402,9 @@ def test_hundred_thousand_open_sessions(proxied: ProxiedWorld) -> None:
     summary = world.tick(seconds=6.5)
     assert summary is not None
     assert summary.checked > 0
-    rows = world.shop.run(
-        "SELECT COUNT(*), SUM(claimed_until IS NOT NULL), SUM(attempts) FROM checkout_session_check"
-    )
-    assert rows == [(900 * 112, 0, summary.checked)]
+    rows = world.shop.run("SELECT COUNT(*), COUNT(last_outcome) FROM checkout_session_check")
+    assert rows == [(900 * 112, summary.checked)]
+    assert claimed(world.shop) == 0
 
 
 def test_clock_skew_of_hours_between_tick_and_worker_changes_nothing(proxied: ProxiedWorld) -> None:

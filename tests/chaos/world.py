@@ -24,6 +24,7 @@ from core.settings import Settings
 from core.store.status_report import HISTORY, read_status
 from core.worker import Worker, open_database
 from testkit.clock import FakeClock
+from testkit.queue import LAST_CHECK, OF_SESSIONS
 from testkit.shops import Shop, settings_for
 from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus
@@ -139,16 +140,16 @@ class World:
         self.advance()
         self.tick(worker)
         was_open = set(self.open_sessions())
-        before = self._attempts()
+        before = self._last_checks()
         for _ in range(10):
             # A pause may last MAX_RETRY_AFTER_SECONDS.
             self.advance(max(RECHECK_SECONDS, self._pause_seconds() + 1))
             assert self.tick(worker) is not None, f"the next pass fails: {self.errors[-1]}"
-            after = self._attempts()
+            after = self._last_checks()
             left = [
                 i
                 for i in was_open & set(self.open_sessions())
-                if after.get(i, 0) <= before.get(i, 0)
+                if after.get(i, "") <= before.get(i, "")
             ]
             if not left:
                 break
@@ -156,9 +157,10 @@ class World:
         known = {str(i) for (i,) in self.shop.run("SELECT session_id FROM checkout_session_check")}
         assert known == set(self.open_sessions()), "the queue differs from the open sessions"
 
-    def _attempts(self) -> dict[str, int]:
-        rows = self.shop.run("SELECT session_id, attempts FROM checkout_session_check")
-        return {str(i): int(attempts) for i, attempts in rows}
+    def _last_checks(self) -> dict[str, str]:
+        """When each session was checked last; '' if it never was."""
+        rows = self.shop.run(f"SELECT c.session_id, {LAST_CHECK} {OF_SESSIONS}")
+        return {str(i): str(at or "") for i, at in rows}
 
     def _pause_seconds(self) -> float:
         [(until,)] = self.shop.run(

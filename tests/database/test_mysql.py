@@ -117,7 +117,10 @@ def test_both_sides_of_a_real_deadlock_finish_their_work(store: Store, mariadb_s
 
         def work(transaction: Transaction) -> None:
             nonlocal crossed
-            sql = "UPDATE checkout_session_check SET attempts = attempts + 1 WHERE session_id = %s"
+            sql = (
+                "UPDATE checkout_session_check SET"
+                " consecutive_failures = consecutive_failures + 1 WHERE session_id = %s"
+            )
             transaction.execute(sql, (first,))
             if not crossed:
                 crossed = True
@@ -134,7 +137,10 @@ def test_both_sides_of_a_real_deadlock_finish_their_work(store: Store, mariadb_s
         thread.start()
     for thread in threads:
         thread.join()
-    assert mariadb_shop.run("SELECT attempts FROM checkout_session_check") == [(2,), (2,)]
+    assert mariadb_shop.run("SELECT consecutive_failures FROM checkout_session_check") == [
+        (2,),
+        (2,),
+    ]
 
 
 def test_tls_is_used_and_verified_on_request(mariadb_shop: MySQLShop) -> None:

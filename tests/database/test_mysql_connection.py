@@ -55,7 +55,7 @@ def test_a_read_only_server_makes_a_write_reconnect(
     assert mariadb_shop.run("SELECT id FROM checkout_session") == [("a",)]
 
 
-@pytest.mark.parametrize("code", [1290, 1792, 1836, 1047, 2006, 2013, 1927, 1053])
+@pytest.mark.parametrize("code", [1290, 1792, 1836, 1047, 2006, 2013, 1927, 1053, 4031])
 def test_after_a_failover_one_fresh_connection_is_tried(database: MySQLDatabase, code: int) -> None:
     ids: list[object] = []
 

@@ -14,21 +14,20 @@ SESSIONS = {
     "session_b": "checkout_404_1",
     "session_c": "checkout_reset_1",
 }
-# last_outcome, last_status_code, consecutive_failures, attempts
+# last_outcome, last_status_code, consecutive_failures
 RECORDED = {
-    "session_a": ("active", 200, 0, 1),
-    "session_b": ("not_found", 404, 0, 1),
-    "session_c": ("network_error", None, 1, 1),
+    "session_a": ("active", 200, 0),
+    "session_b": ("not_found", 404, 0),
+    "session_c": ("network_error", None, 1),
 }
 
 
-def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int, int]]:
+def recorded(shop: Shop) -> Mapping[str, tuple[str, int | None, int]]:
     return {
         row["session_id"]: (
             row["last_outcome"],
             row["last_status_code"],
             row["consecutive_failures"],
-            row["attempts"],
         )
         for row in shop.rows("checkout_session_check")
     }

@@ -11,6 +11,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from core.errors import SettingsError, StoreError
 from handlers import check
 from local.billing import SimulatedBilling
+from testkit.queue import make_due
 from testkit.shops import Shop, add_sessions
 from tests.support import event
 
@@ -37,7 +38,7 @@ def test_a_second_pass_reuses_the_connection(
     add_sessions(sqlite_shop, {"a": "checkout_active_1"})
     check.handler({}, context)
     opened = simulated.connections
-    sqlite_shop.run("UPDATE checkout_session_check SET next_check_at = '2026-01-01T00:00:00.000Z'")
+    make_due(sqlite_shop, "2026-01-01T00:00:00.000Z")
     assert check.handler({}, context)["checked"] == 1
     assert simulated.connections == opened
 
@@ -79,7 +80,7 @@ def test_a_helper_checks_what_is_due_and_leaves_the_lead_to_others(
     late = event("helper")
     assert check.handler(late, context)["checked"] == 0  # nothing is in the queue yet
     assert check.handler({**late, "helper": False}, context)["checked"] == 1
-    sqlite_shop.run("UPDATE checkout_session_check SET next_check_at = '2026-01-01T00:00:00.000Z'")
+    make_due(sqlite_shop, "2026-01-01T00:00:00.000Z")
     led = sqlite_shop.run("SELECT last_tick FROM checkout_session_pause")
     assert check.handler(late, context)["checked"] == 1
     assert sqlite_shop.run("SELECT last_tick FROM checkout_session_pause") == led

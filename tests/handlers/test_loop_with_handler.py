@@ -1,4 +1,4 @@
-"""The template's loop with the real check handler: an hour on a virtual clock."""
+"""The template's loop with the real check handler: half an hour on a virtual clock."""
 
 import random
 from collections import Counter

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from testkit.queue import CLAIMED_UNTIL, OF_SESSIONS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -115,7 +117,7 @@ def test_sample_sessions_are_checked_at_every_tick_and_the_api_answers(tmp_path:
             "SELECT tick FROM checkout_session_run WHERE reason = 'tick' ORDER BY tick"
         )
     ]
-    [(claimed,)] = connection.execute("SELECT COUNT(claimed_until) FROM checkout_session_check")
+    [(claimed,)] = connection.execute(f"SELECT COUNT({CLAIMED_UNTIL}) {OF_SESSIONS}")
     connection.close()
     assert len(ticks) == len(set(ticks)) > 0
     assert all(tick.endswith(".000Z") for tick in ticks)

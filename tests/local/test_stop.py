@@ -23,6 +23,7 @@ from core.settings import Settings
 from local import workers
 from local.workers import Workers
 from testkit.clock import NOON
+from testkit.queue import CLAIMED_UNTIL, OF_SESSIONS
 from testkit.shops import SQLiteShop, add_sessions, numbered, statements
 from tests.local.test_run import ROOT, request, running
 
@@ -88,7 +89,7 @@ def shop_at(directory: Path, word: str) -> SQLiteShop:
 
 def claims(directory: Path) -> int:
     connection = sqlite3.connect(directory / ".local" / "checkout.db")
-    [(found,)] = connection.execute("SELECT COUNT(claimed_until) FROM checkout_session_check")
+    [(found,)] = connection.execute(f"SELECT COUNT({CLAIMED_UNTIL}) {OF_SESSIONS}")
     connection.close()
     return int(found)
 

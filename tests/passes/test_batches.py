@@ -8,12 +8,13 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from core.domain.model import Answer, Claim, Outcome, Reason, Skip
+from core.domain.model import Answer, Outcome, Reason, Skip
 from core.passes import check_pass
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
-from core.store.queue import Queue
+from core.store.queue import Claimed, Queue
 from core.store.store import Store
 from testkit.clock import FakeClock
+from testkit.queue import claimed
 from testkit.shops import Shop, add_sessions, numbered, settings_for
 from tests.due_sessions import add_due_sessions
 from tests.support import FakeBilling, Passes, database_of, until
@@ -27,10 +28,10 @@ def claim_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def note(
         queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
-    ) -> list[Claim]:
-        claimed = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
-        sizes.extend([len(claimed)] if claimed else [])
-        return claimed
+    ) -> Claimed:
+        found = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
+        sizes.extend([len(found.claims)] if found.claims else [])
+        return found
 
     monkeypatch.setattr(Queue, "claim_due", note)
     return sizes
@@ -66,8 +67,7 @@ async def test_claims_not_begun_in_time_are_released(
     add_sessions(passes.shop, numbered(10))
     billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
-    claimed = "SELECT COUNT(*), COUNT(claimed_until) FROM checkout_session_check"
-    await until(lambda: len(claim_sizes) == 2 and passes.shop.run(claimed) == [(10, 1)])
+    await until(lambda: len(claim_sizes) == 2 and claimed(passes.shop) == 1)
     for event in billing.held.values():
         event.set()
     summary = await running
@@ -82,11 +82,11 @@ async def test_a_batch_that_comes_too_late_is_released_and_claimed_again(
     """One slow statement must not postpone every session that is still to be checked."""
     add_sessions(passes.shop, numbered(20))
     claim_due = Queue.claim_due
-    claims: list[list[Claim]] = []
+    claims: list[Claimed] = []
 
     def second_is_late(
         queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
-    ) -> list[Claim]:
+    ) -> Claimed:
         claims.append(claim_due(queue, now, tick=tick, lease=lease, limit=limit))
         # As if the second claim took longer than the pass allows.
         late = len(claims) == 2
@@ -98,8 +98,8 @@ async def test_a_batch_that_comes_too_late_is_released_and_claimed_again(
 
     assert summary.checked == 20
     assert summary.skipped == {}
-    later = {claim.session_id for claimed in claims[2:] for claim in claimed}
-    assert {claim.session_id for claim in claims[1]} <= later
+    later = {claim.session_id for some in claims[2:] for claim in some.claims}
+    assert {claim.session_id for claim in claims[1].claims} <= later
     assert set(billing.asked.values()) == {1}
 
 
@@ -111,22 +111,24 @@ async def test_a_lease_lasts_until_the_slowest_request_is_recorded(
 
     running = asyncio.create_task(passes.run(REQUEST_TIMEOUT_SECONDS="20"))
     await until(lambda: billing.in_flight == 1)
-    claimed = passes.shop.run("SELECT claimed_until FROM checkout_session_check")
-    assert claimed == [("2026-01-15T12:00:30.000Z",)]  # 5 s to begin, 20 s to answer, 5 s to record
+    until_then = passes.shop.run("SELECT claimed_until FROM checkout_session_batch")
+    assert until_then == [
+        ("2026-01-15T12:00:30.000Z",)
+    ]  # 5 s to begin, 20 s to answer, 5 s to record
     answered.set()
     await running
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_concurrency", [1, 2, 5])
-def test_a_thousand_passes_leave_no_claim_behind(
+def test_hundreds_of_passes_leave_no_claim_behind(
     sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling, max_concurrency: int
 ) -> None:
     add_due_sessions(sqlite_shop, clock, 7)
     settings = settings_for(sqlite_shop, MAX_CONCURRENCY=str(max_concurrency))
     with ThreadPoolExecutor(1) as thread, asyncio.Runner() as runner:
         store = Store(database_of(sqlite_shop, clock))
-        for number in range(1, 1001):
+        for number in range(1, 301):
             options = PassOptions(Reason.TICK, clock.now)
             summary = runner.run(
                 check_open_checkout_sessions(
@@ -136,9 +138,8 @@ def test_a_thousand_passes_leave_no_claim_behind(
             assert summary.checked == 7, number
             clock.advance(5)
         thread.submit(store.close).result()
-    assert sqlite_shop.run(
-        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
-    ) == [(7000, 0)]
+    assert sqlite_shop.run("SELECT SUM(checked) FROM checkout_session_run") == [(2100,)]
+    assert claimed(sqlite_shop) == 0
 
 
 class Turns(Executor):

@@ -5,7 +5,7 @@ The loop's clock is always right. The database's clock differs from it by `offse
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -21,7 +21,9 @@ from core.domain.summary import Summary
 from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
+from testkit.queue import DUE_AT, OF_SESSIONS
 from testkit.shops import Shop, add_sessions, numbered, settings_for
+from tests.conftest import SERVERS
 
 MINUTES, HOURS, DAYS = 60, 3600, 86_400
 TABLES = ["checkout_session", "checkout_session_check", "checkout_session_run"]
@@ -91,8 +93,7 @@ class Monitor:
         """Open sessions whose next check lies further ahead than the settings allow."""
         rules = settings_for(self.shop, **self.env).check_rules()
         rows = self.shop.run(
-            "SELECT session_id, next_check_at, first_seen_at, consecutive_failures"
-            " FROM checkout_session_check"
+            f"SELECT session_id, {DUE_AT}, first_seen_at, consecutive_failures {OF_SESSIONS}"
         )
         found = []
         for session_id, next_check_at, first_seen_at, failures in rows:
@@ -111,11 +112,12 @@ class Monitor:
         return int(cadence.every_seconds((self.now - utc(rows[0][0])).total_seconds()))
 
     def set_future(self, update: str, ahead: float) -> None:
-        """Run an update that sets some columns to a time that far ahead."""
+        """Run updates that set some columns to a time that far ahead."""
         time = iso(self.now + timedelta(seconds=ahead))
         if not self.shop.url.startswith("sqlite"):
             time = time.replace("T", " ").rstrip("Z")
-        self.shop.run(update.format(ahead=f"'{time}'"))
+        for statement in update.format(ahead=f"'{time}'").split(";"):
+            self.shop.run(statement)
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -143,11 +145,23 @@ def monitor(shop: Shop) -> Iterator[Monitor]:
     monitor.close()
 
 
+def on_each_engine(on_sqlite: Sequence[int], on_servers: Sequence[int]) -> list[tuple[str, int]]:
+    """Parameters of `shop` with seconds: a few on servers, whose statements are the same."""
+    return [
+        *(("sqlite", seconds) for seconds in on_sqlite),
+        *((server, seconds) for server in SERVERS for seconds in on_servers),
+    ]
+
+
 JUMPS = [-30 * DAYS, -DAYS, -10 * MINUTES, -60, -20, -5, -1]
 JUMPS += [1, 5, 20, 60, 5 * MINUTES, 9 * MINUTES, 10 * MINUTES, 11 * MINUTES, DAYS, 30 * DAYS]
 
 
-@pytest.mark.parametrize("offset", JUMPS, ids=lambda s: f"{s} s")
+@pytest.mark.parametrize(
+    ("shop", "offset"),
+    on_each_engine(JUMPS, [-DAYS, -20, 5, 10 * MINUTES, 30 * DAYS]),
+    indirect=["shop"],
+)
 def test_two_ticks_after_the_clock_is_right_every_session_is_asked_again(
     monitor: Monitor, offset: int
 ) -> None:
@@ -210,7 +224,7 @@ def test_a_shorter_backoff_counts_from_the_next_tick(monitor: Monitor) -> None:
     monitor.env = {"CHECK_BACKOFF_MAX_SECONDS": "86400"}
     monitor.answer = httpx.Response(500)
     monitor.tick()
-    monitor.set_future("UPDATE checkout_session_check SET next_check_at = {ahead}", 20 * HOURS)
+    monitor.set_future(LEFT_BEHIND["due times"], 20 * HOURS)
     assert monitor.tick(2) == [0, 0]  # as the settings allow
     monitor.env = {"CHECK_BACKOFF_MAX_SECONDS": "10"}
     assert monitor.tick() == [3]
@@ -218,14 +232,32 @@ def test_a_shorter_backoff_counts_from_the_next_tick(monitor: Monitor) -> None:
 
 # What a clock that was ahead may have left, as an UPDATE; {ahead} is that time.
 LEFT_BEHIND = {
-    "due times": "UPDATE checkout_session_check SET next_check_at = {ahead}",
-    "claims": "UPDATE checkout_session_check SET claimed_until = {ahead}, next_check_at = {ahead}",
+    "due times": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead};"
+        "UPDATE checkout_session_check SET next_check_at = {ahead}"
+    ),
+    "due times of batches": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead}"
+    ),
+    "claims": (
+        "UPDATE checkout_session_batch SET claimed_until = {ahead}, next_check_at = {ahead},"
+        " due_at = {ahead}"
+    ),
+    "claims of sessions": (
+        "UPDATE checkout_session_batch SET due_at = {ahead};"
+        "UPDATE checkout_session_check SET claimed_until = {ahead}, next_check_at = {ahead}"
+    ),
     "claims on due sessions": "UPDATE checkout_session_check SET claimed_until = {ahead}",
+    "claims on due batches": "UPDATE checkout_session_batch SET claimed_until = {ahead}",
     "a pause": "UPDATE checkout_session_pause SET paused_until = {ahead}, pauses = 3",
     "a leader": "UPDATE checkout_session_pause SET last_tick = {ahead}",
     "a rest": "UPDATE checkout_session_pause SET count_again_at = {ahead}, counted_at = {ahead}",
-    "checks": "UPDATE checkout_session_check SET last_checked_at = {ahead}",
+    "checks": (
+        "UPDATE checkout_session_batch SET checked_at = {ahead};"
+        "UPDATE checkout_session_check SET last_checked_at = {ahead}"
+    ),
     "failures": (
+        "UPDATE checkout_session_batch SET due_at = {ahead};"
         "UPDATE checkout_session_check SET failing_since = {ahead}, consecutive_failures = 9,"
         " next_check_at = {ahead}"
     ),
@@ -233,13 +265,19 @@ LEFT_BEHIND = {
     "a pass": "UPDATE checkout_session_run SET started_at = {ahead}, finished_at = {ahead}",
     "a pass under way": "UPDATE checkout_session_run SET started_at = {ahead}, finished_at = NULL",
     "all of it": (
+        "UPDATE checkout_session_batch SET next_check_at = {ahead}, due_at = {ahead},"
+        " claimed_until = {ahead}, checked_at = {ahead};"
         "UPDATE checkout_session_check SET next_check_at = {ahead}, claimed_until = {ahead},"
         " last_checked_at = {ahead}, first_seen_at = {ahead}"
     ),
 }
 
 
-@pytest.mark.parametrize("ahead", [9 * MINUTES, DAYS, 400 * DAYS], ids=lambda s: f"{s} s")
+@pytest.mark.parametrize(
+    ("shop", "ahead"),
+    on_each_engine([9 * MINUTES, DAYS, 400 * DAYS], [DAYS]),
+    indirect=["shop"],
+)
 @pytest.mark.parametrize("what", LEFT_BEHIND)
 def test_what_lies_in_the_future_delays_no_tick_and_no_manual_pass(
     monitor: Monitor, what: str, ahead: int
@@ -379,9 +417,10 @@ def assert_recovery(shop: Shop, steps: list[tuple[str, Any]], cadence: str) -> N
         monitor.close()
 
 
+@pytest.mark.slow
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(steps=st.lists(STEPS, max_size=12), cadence=st.sampled_from(SHORT_CADENCES))
@@ -399,7 +438,7 @@ def test_after_any_jumps_and_changes_every_session_is_asked_at_its_cadence(
     max_examples=12,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(steps=st.lists(STEPS, max_size=8), cadence=st.sampled_from(SHORT_CADENCES))
+@given(steps=st.lists(STEPS, max_size=8), cadence=st.sampled_from(SHORT_CADENCES[:3]))
 def test_after_any_jumps_and_changes_sessions_are_asked_on_each_server(
     server_shop: Shop, steps: list[tuple[str, Any]], cadence: str
 ) -> None:

@@ -107,29 +107,32 @@ async def test_a_cancelled_pass_keeps_no_place(
     assert (await passes.run(MAX_WORKERS="1")).checked == 3
 
 
-TIMEOUTS = ["0.4", "0.9", "0.98", "0.99", "1", "1.7", "3", "4.95", "4.98", "5", "10", "14.9"]
+# Requests that end within a slot, just before and just after its end, and several slots later.
+TIMEOUTS = [
+    *(("1", timeout) for timeout in ("0.4", "0.98", "1", "1.7", "4.95", "4.98", "5", "14.9")),
+    *(("5", timeout) for timeout in ("1.7", "4.95", "4.98", "5", "14.9")),
+]
 
 
 @pytest.mark.parametrize("start_seconds", [0.001, 0.05], ids=["at once", "soon"])
-@pytest.mark.parametrize("interval", [1, 5])
-@pytest.mark.parametrize("timeout", TIMEOUTS)
+@pytest.mark.parametrize(("interval", "timeout"), TIMEOUTS)
 def test_a_session_that_hangs_each_time_costs_the_others_no_slot(
-    timeout: str, interval: int, start_seconds: float
+    interval: str, timeout: str, start_seconds: float
 ) -> None:
-    """One of ten, 24 ticks; the request ends at any time of a slot."""
+    """One of ten, 18 ticks; the request ends at any time of a slot."""
     monitor = VirtualMonitor(
         lambda checkout, _: 100.0 if checkout == "checkout_3" else 0.1,
         MAX_WORKERS="1",
-        CHECK_INTERVAL_SECONDS=str(interval),
+        CHECK_INTERVAL_SECONDS=interval,
         REQUEST_TIMEOUT_SECONDS=timeout,
     )
     monitor.start_seconds = start_seconds
     monitor.open(10)
-    monitor.run(ticks=24)
+    monitor.run(ticks=18)
     for number in range(10):
         slots = monitor.asked_in_slot(f"checkout_{number}")
         if number != 3:
-            assert [slot for slot in range(24) if slots[slot] != 1] == []
+            assert [slot for slot in range(18) if slots[slot] != 1] == []
     assert monitor.asked["checkout_3"]
 
 
@@ -144,13 +147,13 @@ def test_sessions_that_hang_at_random_cost_the_others_no_slot(hanging: int) -> N
         CHECK_BACKOFF_MAX_SECONDS="0",
     )
     monitor.open(10)
-    monitor.run(ticks=60)
+    monitor.run(ticks=30)
     for number in range(hanging, 10):
         slots = monitor.asked_in_slot(f"checkout_{number}")
-        assert [slot for slot in range(60) if slots[slot] != 1] == []
+        assert [slot for slot in range(30) if slots[slot] != 1] == []
 
 
-@pytest.mark.parametrize("quick", [100, 400, 500, 1000, 1500])
+@pytest.mark.parametrize("quick", [100, 500, 1500])
 @pytest.mark.parametrize("slow_seconds", [0.5, 1.0, 2.0, 4.0])
 def test_billing_that_becomes_slow_is_not_taken_for_one_that_hangs(
     quick: int, slow_seconds: float

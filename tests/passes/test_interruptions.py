@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from core.domain.model import Answer, Claim, Outcome, Reason, Skip
+from core.domain.model import Answer, Outcome, Reason, Skip
 from core.passes.check_pass import PassOptions
-from core.store.queue import Queue
+from core.store.queue import Claimed, Queue
 from testkit.clock import FakeClock
+from testkit.queue import claimed
 from testkit.shops import MySQLShop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, until
 
@@ -64,11 +65,8 @@ async def test_a_cancelled_pass_records_its_results_and_releases_its_claims(
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    recorded, claimed = passes.shop.run(
-        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
-    )[0]
-    assert claimed == 0
-    assert recorded == billing.asked.total() - 15
+    assert claimed(passes.shop) == 0
+    assert passes.recorded(billing.asked.total() - 15)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -82,13 +80,13 @@ async def test_a_pass_cancelled_during_a_slow_claim_leaves_no_claim(
 
     def slow(
         queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
-    ) -> list[Claim]:
-        claimed = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
+    ) -> Claimed:
+        found = claim_due(queue, now, tick=tick, lease=lease, limit=limit)
         if claims:
             claiming.set()
             may_return.wait(10)
-        claims.extend([len(claimed)] if claimed else [])
-        return claimed
+        claims.extend([len(found.claims)] if found.claims else [])
+        return found
 
     monkeypatch.setattr(Queue, "claim_due", slow)
 
@@ -101,9 +99,8 @@ async def test_a_pass_cancelled_during_a_slow_claim_leaves_no_claim(
     may_return.set()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert passes.shop.run(
-        "SELECT SUM(attempts), COUNT(claimed_until) FROM checkout_session_check"
-    ) == [(20, 0)]
+    assert passes.recorded(20)
+    assert claimed(passes.shop) == 0
 
 
 async def test_a_pass_at_its_deadline_abandons_hanging_checks(
@@ -116,4 +113,4 @@ async def test_a_pass_at_its_deadline_abandons_hanging_checks(
     summary = await asyncio.wait_for(passes.run(options), 10)
     assert summary.checked == 2
     assert summary.skipped == {Skip.DEADLINE: 1}
-    assert passes.shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+    assert claimed(passes.shop) == 0

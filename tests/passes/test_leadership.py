@@ -86,6 +86,7 @@ async def test_a_tick_in_the_future_does_not_stop_the_next_ones(
     assert (await passes.run()).led
 
 
+@pytest.mark.usefixtures("recorded_at_once")
 @pytest.mark.slow
 async def test_a_pass_waiting_for_its_last_answer_helps_in_the_next_slot(
     passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from testkit.shops import add_sessions, numbered
 from tests.support import FakeBilling, Passes, until
 
 
+@pytest.mark.usefixtures("recorded_at_once")
 async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

@@ -13,6 +13,7 @@ from core.store.monitor_state import MonitorState
 from core.store.store import Store
 from handlers.routes import message
 from testkit.clock import NOON, FakeClock
+from testkit.queue import claimed
 from testkit.shops import Shop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
@@ -46,7 +47,7 @@ async def test_one_429_stops_every_worker_until_the_pause_ends(
     assert first.paused_until == NOON + timedelta(seconds=30)
     assert requests - before[0] <= 20
     assert first.skipped == {Skip.PAUSED: 500 - requests}
-    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+    assert claimed(mariadb_shop) == 0
     for second in range(5, 30, 5):
         clock.now = NOON + timedelta(seconds=second)
         for worker in workers:
@@ -90,7 +91,7 @@ async def test_a_pause_stops_a_pass_running_in_another_worker(
     summary = await running
     assert summary.paused_until == NOON + timedelta(seconds=30)
     assert summary.skipped[Skip.PAUSED] == 40 - summary.checked > 0
-    assert mariadb_shop.run("SELECT COUNT(claimed_until) FROM checkout_session_check") == [(0,)]
+    assert claimed(mariadb_shop) == 0
 
 
 async def test_a_429_is_shared_at_once_not_with_the_next_results(
@@ -148,7 +149,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
 ) -> None:
     """The next batch is claimed after three of five have begun; the pause comes with the second."""
     monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
-    other = Store(database_of(mariadb_shop, clock))
+    other = Store(database_of(mariadb_shop, clock), batch_size=1)
     answered = asyncio.Event()
 
     class Stalling(FakeBilling):

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from functools import partial
 
 import pytest
 
@@ -19,10 +18,12 @@ from core.passes.pause import SharedPause
 from core.passes.writer import Writer
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
+from testkit.queue import claimed
 from testkit.shops import Shop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 
+@pytest.mark.usefixtures("recorded_at_once")
 async def test_results_are_recorded_while_requests_are_in_flight(
     passes: Passes, billing: FakeBilling
 ) -> None:
@@ -35,6 +36,7 @@ async def test_results_are_recorded_while_requests_are_in_flight(
     await running
 
 
+@pytest.mark.usefixtures("recorded_at_once")
 async def test_results_that_fill_a_statement_are_recorded_at_once(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,11 +45,13 @@ async def test_results_that_fill_a_statement_are_recorded_at_once(
     hanging = billing.held["checkout_active_0"] = asyncio.Event()
 
     running = asyncio.create_task(passes.run())
-    await until(partial(passes.recorded, STATEMENT_ROWS))
+    recorded = "SELECT COUNT(last_outcome) FROM checkout_session_check"
+    await until(lambda: passes.shop.run(recorded) == [(STATEMENT_ROWS,)])
     hanging.set()
     assert (await running).checked == STATEMENT_ROWS + 1
 
 
+@pytest.mark.usefixtures("recorded_at_once")
 async def test_a_running_pass_records_its_progress(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +72,7 @@ async def recording(
 ) -> AsyncIterator[tuple[Writer, Callable[[], Awaitable[Claim]]]]:
     """A pass's writer, and a function that claims one of the due sessions for it."""
     add_sessions(shop, numbered(sessions))
-    store = Store(database_of(shop, clock))
+    store = Store(database_of(shop, clock), batch_size=1)
     with ThreadPoolExecutor(1) as thread:
         database = DatabaseThread(thread)
         await database.run(store.prepare)
@@ -80,10 +84,11 @@ async def recording(
         began = asyncio.get_running_loop().time()
 
         async def claim_one() -> Claim:
-            [claim] = await database.run(
+            found = await database.run(
                 store.queue.claim_due, clock.now, tick=clock.now, lease=LEASE, limit=1
             )
-            await database.run(writer.hold, [claim])
+            await database.run(writer.hold, found)
+            [claim] = found.claims
             return claim
 
         async with writer.running(pass_id, began, began + 60):
@@ -92,7 +97,6 @@ async def recording(
 
 
 LEASE = timedelta(seconds=20)
-CLAIMED = "SELECT COUNT(claimed_until) FROM checkout_session_check"
 
 
 async def test_a_closed_writer_has_given_back_its_claims(
@@ -100,9 +104,9 @@ async def test_a_closed_writer_has_given_back_its_claims(
 ) -> None:
     async with recording(sqlite_shop, clock) as (writer, claim_one):
         await claim_one()
-        assert sqlite_shop.run(CLAIMED) == [(1,)]
+        assert claimed(sqlite_shop) == 1
     assert writer.closing
-    assert sqlite_shop.run(CLAIMED) == [(0,)]
+    assert claimed(sqlite_shop) == 0
 
 
 async def test_the_result_of_a_lapsed_claim_does_not_end_the_next_claim(
@@ -114,7 +118,7 @@ async def test_the_result_of_a_lapsed_claim_does_not_end_the_next_claim(
         clock.advance(20)
         await claim_one()
         writer.write(Recheck(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
-    assert sqlite_shop.run(CLAIMED) == [(0,)]
+    assert claimed(sqlite_shop) == 0
 
 
 async def test_the_longest_pause_of_a_batch_counts(sqlite_shop: Shop, clock: FakeClock) -> None:

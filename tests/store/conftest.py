@@ -40,18 +40,19 @@ def mariadb_store(mariadb_shop: Shop) -> Iterator[Store]:
 
 
 @pytest.fixture
-def lose_an_answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Once called, the answer to the next statement is lost; returns the statements executed."""
+def lose_an_answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Once called, an answer to such a statement is lost; returns the statements executed."""
 
-    def begin() -> list[str]:
-        executed, execute = list[str](), MySQLConnection.execute
+    def begin(to: str = "") -> list[str]:
+        executed, lost, execute = list[str](), list[str](), MySQLConnection.execute
 
         def lose_first(
             connection: MySQLConnection, sql: str, parameters: Sequence[Value] = ()
         ) -> int:
             changed = execute(connection, sql, parameters)
             executed.append(sql)
-            if len(executed) == 1:
+            if sql.startswith(to) and not lost:
+                lost.append(sql)
                 raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
             return changed
 

@@ -134,7 +134,7 @@ def test_two_regions_with_equal_settings_share_a_database(shop: Shop, clock: Fak
         "CHECK_CADENCE": "5s",  # the default in other words
     }
     with monitor(shop, clock, "east") as east, monitor(shop, clock, "west", **allowed) as west:
-        tick(clock, 60, east, west)
+        tick(clock, 30, east, west)
         for worker in (east, west):
             assert is_alone(worker)
             assert verdict(worker)["level"] == "ok"
@@ -142,7 +142,7 @@ def test_two_regions_with_equal_settings_share_a_database(shop: Shop, clock: Fak
         "SELECT settings, COUNT(*) FROM checkout_session_run WHERE tick IS NOT NULL"
         " GROUP BY settings"
     )
-    assert (Monitor.from_text(text).name, passes) == ("east", 60)  # none of the other is needed
+    assert (Monitor.from_text(text).name, passes) == ("east", 30)  # none of the other is needed
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_passes_of_the_version_before_say_nothing(shop: Shop, clock: FakeClock) 
     old = Store(database_of(shop, clock))
     old.prepare()
     with monitor(shop, clock, "a") as a:
-        for _ in range(60):
+        for _ in range(30):
             tick(clock, 1, a)
             summary = Summary(Reason.TICK, clock.now, clock.now)
             old.history.end(old.history.begin(summary), summary)
@@ -224,10 +224,10 @@ def test_rows_of_a_clock_that_was_ahead_are_not_compared(shop: Shop, clock: Fake
     with monitor(shop, clock, "a") as a:
         with monitor(shop, clock, "b", STATUS_UPDATES="true") as b:
             clock.advance(1200)
-            tick(clock, 60, b, a)
+            tick(clock, 30, b, a)
             assert not is_alone(a)
         clock.advance(-1800)
-        tick(clock, 60, a)
+        tick(clock, 30, a)
         assert is_alone(a)
     store = Store(database_of(shop, clock))
     newest = store.look(clock.now, interval_seconds=5).newest_settings

@@ -9,9 +9,10 @@ import pytest
 from core.domain.model import Outcome, Reason
 from core.store.store import Store, View
 from testkit.clock import NOON, FakeClock
+from testkit.queue import claimed
 from testkit.shops import Shop, add_sessions, numbered
-from tests.store.claims import LEASE, claim_all, ids, rechecks
-from tests.support import reconcile
+from tests.store.claims import LEASE, claim_all, claim_unchecked, give_back, ids, rechecks, record
+from tests.support import database_of, reconcile
 
 
 def view(store: Store, tick: datetime | None = None) -> View:
@@ -22,7 +23,9 @@ def test_a_session_closed_before_it_is_claimed_is_not_checked(store: Store, shop
     add_sessions(shop, numbered(2))
     reconcile(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'failure' WHERE id = 's0'")
-    assert ids(claim_all(store, NOON)) == ["s1"]
+    claims = claim_all(store, NOON)
+    assert ids(claims) == ["s1"]
+    record(store, rechecks(claims, NOON, Outcome.ACTIVE))
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s1",)]
 
 
@@ -35,7 +38,7 @@ def test_a_late_result_does_not_restore_a_dropped_session(
     claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success'")
     reconcile(store, NOON)
-    store.record(rechecks(claims, NOON, Outcome.ACTIVE), [], store.now())
+    record(store, rechecks(claims, NOON, Outcome.ACTIVE))
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
@@ -43,7 +46,7 @@ def check_all(store: Store, due_after: Mapping[str, int]) -> None:
     """Check every session; each is due again at NOON plus its number of seconds."""
     for claim in claim_all(store, NOON):
         due = NOON + timedelta(seconds=due_after[claim.session_id])
-        store.record(rechecks([claim], due, Outcome.ACTIVE), [], store.now())
+        record(store, rechecks([claim], due, Outcome.ACTIVE))
 
 
 @pytest.mark.parametrize("reason", [Reason.TICK, Reason.MANUAL])
@@ -51,13 +54,15 @@ def test_the_longest_due_sessions_are_claimed_first(
     store: Store, shop: Shop, clock: FakeClock, reason: Reason
 ) -> None:
     add_sessions(shop, numbered(3))
-    reconcile(store, NOON)
-    check_all(store, {"s0": 15, "s1": 5, "s2": 10})
+    one = Store(database_of(shop, clock), batch_size=1)
+    reconcile(one, NOON)
+    check_all(one, {"s0": 15, "s1": 5, "s2": 10})
     clock.advance(20)
-    claim = partial(store.queue.claim_due, clock.now, tick=clock.now)
+    claim = partial(one.queue.claim_due, clock.now, tick=clock.now)
     if reason is Reason.MANUAL:
-        claim = partial(store.queue.claim_unchecked, clock.now, since=clock.now)
-    order = [claim(lease=LEASE, limit=1)[0].session_id for _ in range(3)]
+        claim = partial(one.queue.claim_unchecked, clock.now, since=clock.now)
+    order = [claim(lease=LEASE, limit=1).claims[0].session_id for _ in range(3)]
+    one.close()
     assert order == ["s1", "s2", "s0"]
 
 
@@ -80,7 +85,7 @@ def test_a_session_is_not_claimed_again_before_its_lease_ends(
     assert len(claim_all(store, NOON)) == 1
     clock.advance(LEASE.total_seconds() - 0.001)
     assert claim_all(store, clock.now) == []
-    assert store.queue.claim_unchecked(store.now(), since=clock.now, lease=LEASE, limit=10) == []
+    assert claim_unchecked(store, clock.now) == []
     assert reconcile(store, clock.now).in_flight == 1
     clock.advance(0.001)
     assert ids(claim_all(store, clock.now)) == ["s0"]
@@ -91,18 +96,10 @@ def test_recording_ends_the_claim_and_sets_the_next_check(
 ) -> None:
     add_sessions(shop, numbered(2))
     reconcile(store, NOON)
-    store.record(
-        rechecks(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE),
-        [],
-        store.now(),
-    )
-    assert (
-        shop.run(
-            "SELECT last_outcome, last_status_code, attempts, consecutive_failures, claimed_until"
-            " FROM checkout_session_check"
-        )
-        == [("active", 200, 1, 0, None)] * 2
-    )
+    record(store, rechecks(claim_all(store, NOON), NOON + timedelta(seconds=5), Outcome.ACTIVE))
+    row = "SELECT last_outcome, last_status_code, consecutive_failures FROM checkout_session_check"
+    assert shop.run(row) == [("active", 200, 0)] * 2
+    assert claimed(shop) == 0
     assert reconcile(store, NOON).not_due == 2
     assert claim_all(store, NOON) == []
     clock.advance(5)
@@ -116,7 +113,7 @@ def test_due_at_the_tick_is_claimed_though_the_clock_is_behind(
     add_sessions(shop, numbered(1))
     reconcile(store, NOON)
     tick = NOON + timedelta(seconds=5)
-    store.record(rechecks(claim_all(store, NOON), tick, Outcome.ACTIVE), [], store.now())
+    record(store, rechecks(claim_all(store, NOON), tick, Outcome.ACTIVE))
     clock.advance(4.9)
     assert reconcile(store, tick).not_due == 0
     assert ids(claim_all(store, tick)) == ["s0"]
@@ -131,7 +128,7 @@ def test_consecutive_failures_are_counted_until_a_success(store: Store, shop: Sh
         (Outcome.NOT_FOUND, 0),
         (Outcome.TIMEOUT, 1),
     ):
-        store.record(rechecks(claim_all(store, NOON), NOON, outcome), [], store.now())
+        record(store, rechecks(claim_all(store, NOON), NOON, outcome))
         assert shop.run(
             "SELECT consecutive_failures, last_outcome FROM checkout_session_check"
         ) == [(failures, outcome.value)]
@@ -142,9 +139,8 @@ def test_released_claims_are_as_due_as_before(store: Store, shop: Shop) -> None:
     add_sessions(shop, numbered(3))
     reconcile(store, NOON)
     before = claim_all(store, NOON)
-    store.queue.release(before[:2])
+    give_back(store, before[:2])
     assert ids(claim_all(store, NOON)) == ids(before[:2])
-    assert shop.run("SELECT SUM(attempts) FROM checkout_session_check") == [(0,)]
 
 
 def test_a_result_after_the_lease_leaves_the_new_claim_alone(
@@ -155,11 +151,12 @@ def test_a_result_after_the_lease_leaves_the_new_claim_alone(
     late = claim_all(store, NOON)
     clock.advance(LEASE.total_seconds())
     [current] = claim_all(store, clock.now)
-    store.record(rechecks(late, NOON, Outcome.TIMEOUT), [], store.now())
-    store.queue.release(late)
+    record(store, rechecks(late, NOON, Outcome.TIMEOUT))
+    give_back(store, late)
     assert claim_all(store, clock.now) == []
-    store.record(rechecks([current], clock.now, Outcome.ACTIVE), [], store.now())
-    assert shop.run("SELECT attempts, last_outcome FROM checkout_session_check") == [(1, "active")]
+    record(store, rechecks([current], clock.now, Outcome.ACTIVE))
+    row = "SELECT consecutive_failures, last_outcome FROM checkout_session_check"
+    assert shop.run(row) == [(0, "active")]
 
 
 def test_a_manual_pass_claims_sessions_that_are_not_due_once(
@@ -168,15 +165,13 @@ def test_a_manual_pass_claims_sessions_that_are_not_due_once(
     """Not again after they were checked in the same pass."""
     add_sessions(shop, numbered(3))
     reconcile(store, NOON)
-    store.record(
-        rechecks(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE), [], store.now()
-    )
+    record(store, rechecks(claim_all(store, NOON), NOON + timedelta(hours=1), Outcome.ACTIVE))
     clock.advance(1)
     since = clock.now
-    claims = store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10)
+    claims = claim_unchecked(store, since)
     assert len(claims) == 3
-    store.record(rechecks(claims, NOON + timedelta(hours=1), Outcome.ACTIVE), [], store.now())
-    assert store.queue.claim_unchecked(store.now(), since=since, lease=LEASE, limit=10) == []
+    record(store, rechecks(claims, NOON + timedelta(hours=1), Outcome.ACTIVE))
+    assert claim_unchecked(store, since) == []
 
 
 def test_a_manual_pass_with_ids_claims_and_counts_only_those(store: Store, shop: Shop) -> None:
@@ -184,16 +179,9 @@ def test_a_manual_pass_with_ids_claims_and_counts_only_those(store: Store, shop:
     add_sessions(shop, {"done": "4"}, status="success")
     given = ["a", "\u65e5\u672c", "done", "nobody", "\U0001f600", "\ud800", "x' OR '1'='1"]
     assert reconcile(store, NOON, given).open == 2
-    claims = store.queue.claim_unchecked(
-        store.now(), since=NOON, lease=LEASE, limit=10, session_ids=given
-    )
+    claims = claim_unchecked(store, NOON, given)
     assert ids(claims) == ["a", "\u65e5\u672c"]
-    assert (
-        store.queue.claim_unchecked(
-            store.now(), since=NOON, lease=LEASE, limit=10, session_ids=["\ud800"]
-        )
-        == []
-    )
+    assert claim_unchecked(store, NOON, ["\ud800"]) == []
 
 
 def test_overdue_is_that_of_the_most_overdue_unclaimed_session(

@@ -48,7 +48,7 @@ def test_reconcile_in_pieces_gives_the_same_result_as_at_once(
     monkeypatch.setattr(reconcile_module, "PIECE_SESSIONS", piece)
     add_due_sessions(shop, clock, 12)
     store = Store(database_of(shop, clock))
-    claims = store.queue.claim_due(store.now(), tick=NOON, lease=timedelta(seconds=20), limit=4)
+    claims = claim_all(store, NOON)
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id IN ('s0', 's11', 's9')")
     add_sessions(shop, {"": "empty", "A": "new", "é": "new", "zz": "new"})
     clock.advance(1)

@@ -11,9 +11,19 @@ from core.errors import StoreError
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, mysql_shop, numbered
-from tests.store.claims import LEASE, claim_all, claim_due, ids, rechecks
+from tests.store.claims import (
+    claim_all,
+    claim_due,
+    claim_unchecked,
+    give_back,
+    ids,
+    rechecks,
+    record,
+)
 from tests.store.fake_bus import PAID
 from tests.support import FakeBilling, Passes, database_of, reconcile
+
+pytestmark = pytest.mark.new_database
 
 
 def test_the_monitors_tables_are_created_once(shop: Shop, clock: FakeClock) -> None:
@@ -78,8 +88,8 @@ def test_the_shops_table_is_not_changed(store: Store, shop: Shop, clock: FakeClo
     before = shop.run("SELECT * FROM checkout_session ORDER BY id")
     reconcile(store, NOON)
     claims = claim_all(store, NOON)
-    store.record(rechecks(claims[:3], NOON, Outcome.NOT_FOUND), [], store.now())
-    store.queue.release(claims[3:])
+    record(store, rechecks(claims[:3], NOON, Outcome.NOT_FOUND))
+    give_back(store, claims[3:])
     assert shop.run("SELECT * FROM checkout_session ORDER BY id") == before
 
 
@@ -108,12 +118,10 @@ def test_any_common_type_and_collation_of_the_shops_id_works(
         store = Store(database_of(shop, clock))
         assert store.prepare() == []
         assert reconcile(store, NOON, [session_id, "😀😀"]).open == 1
-        [claim] = store.queue.claim_unchecked(
-            store.now(), since=NOON, lease=LEASE, limit=5, session_ids=[session_id, "😀😀", "日"]
-        )
+        [claim] = claim_unchecked(store, NOON, [session_id, "😀😀", "日"])
         assert claim.session_id == session_id
-        store.record([Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON)], [], store.now())
-        assert len(store.queue.claim_due(store.now(), tick=NOON, lease=LEASE, limit=5)) == 1
+        record(store, [Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON)])
+        assert len(claim_all(store, NOON)) == 1
         types = shop.run(
             "SELECT column_type, collation_name FROM information_schema.columns"
             " WHERE table_schema = DATABASE() AND column_name IN ('id', 'session_id')"
@@ -202,6 +210,7 @@ def test_the_monitor_only_needs_to_read_the_shops_table(
 ) -> None:
     shop = limited(
         f"SELECT ON {mariadb_shop.database}.checkout_session",
+        f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_batch",
         f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_check",
         f"SELECT, INSERT, UPDATE, DELETE ON {mariadb_shop.database}.checkout_session_run",
         f"SELECT, INSERT, UPDATE ON {mariadb_shop.database}.checkout_session_pause",
@@ -212,9 +221,7 @@ def test_the_monitor_only_needs_to_read_the_shops_table(
     assert store.prepare() == []
     assert reconcile(store, store.now()).open == 2
     claims = claim_due(store)
-    store.record(
-        [Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims], [], store.now()
-    )
+    record(store, [Recheck(claim, Answer(Outcome.ACTIVE, 200), NOON) for claim in claims])
     assert len(claims) == 2
     store.close()
 
@@ -270,7 +277,8 @@ async def test_tables_of_the_first_version_are_upgraded_with_their_rows(
     add_sessions(server_shop, numbered(1))
     summary = await Passes(server_shop, clock, billing).run()
     assert (summary.led, summary.checked) == (True, 1)
-    assert server_shop.run("SELECT attempts FROM checkout_session_check") == [(4,)]
+    kept = "SELECT last_outcome, attempts FROM checkout_session_check"
+    assert server_shop.run(kept) == [("active", 3)]
     # A worker of the first version that is still running can write its row.
     server_shop.run(
         "INSERT INTO checkout_session_run (reason, started_at, finished_at, duration_ms,"
@@ -305,7 +313,7 @@ async def test_status_updates_only_need_to_update_the_status_column(
         f"{right} ON {database}.checkout_session",
         *(
             f"CREATE, SELECT, INSERT, UPDATE, DELETE ON {database}.checkout_session_{table}"
-            for table in ("check", "run", "pause", "change")
+            for table in ("batch", "check", "run", "pause", "change")
         ),
     )
     add_sessions(mariadb_shop, numbered(1))

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from core.domain.model import (
 from core.domain.summary import Summary
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
+from testkit.queue import claimed
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered
+from tests.store.claims import LEASE, claim_all, record
 from tests.store.fake_bus import FAILED, OPEN, PAID, Bus, publishing_passes, statuses
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
@@ -57,7 +58,7 @@ async def test_an_answer_about_a_replaced_checkout_changes_nothing(
     assert (bus.session_ids, summary.status_changes) == ([], 0)
     assert summary.outcomes[Outcome.DEFERRED] == 1
     store = Store(database_of(shop, clock))
-    [claim] = store.queue.claim_due(store.now(), tick=NOON, lease=timedelta(seconds=20), limit=1)
+    [claim] = claim_all(store, NOON)
     store.close()
     assert claim.billing_checkout_id != "checkout_active_0"
 
@@ -84,17 +85,15 @@ def test_a_lapsed_claim_changes_nothing(shop: Shop, clock: FakeClock, bus: Bus) 
     late, current = (Store(database_of(shop, clock), bus) for _ in range(2))
     late.prepare()
     reconcile(late, NOON)
-    lease = timedelta(seconds=20)
-    [lapsed] = late.queue.claim_due(late.now(), tick=NOON, lease=lease, limit=1)
+    [lapsed] = claim_all(late, NOON)
     clock.advance(20)
-    [valid] = current.queue.claim_due(current.now(), tick=clock.now, lease=lease, limit=1)
+    [valid] = claim_all(current, clock.now)
     change = StatusChange(lapsed, FAILED, SessionStatus.FAILURE, clock.now, clock.now)
-    recorded = late.record([], [change], late.now())
+    recorded = record(late, changes=[change])
     assert (statuses(shop), bus.session_ids, recorded.changed) == ({"s0": "open"}, [], [])
-    valid_until = "SELECT COUNT(claimed_until) FROM checkout_session_check"
-    assert shop.run(valid_until) == [(1,)]
+    assert claimed(shop) == 1
     change = StatusChange(valid, PAID, SessionStatus.SUCCESS, clock.now, clock.now)
-    assert current.record([], [change], current.now()).changed == [change]
+    assert record(current, changes=[change]).changed == [change]
     assert (statuses(shop), bus.session_ids) == ({"s0": "success"}, ["s0"])
     late.close()
     current.close()
@@ -107,18 +106,18 @@ def test_a_session_that_is_being_changed_is_not_claimed(
 
     class SlowBus(Bus):
         def publish(self, changes: Sequence[StatusChangedEvent]) -> Collection[str]:
-            clock.advance(lease.total_seconds())
-            claims.extend(other.queue.claim_due(other.now(), tick=clock.now, lease=lease, limit=1))
+            clock.advance(LEASE.total_seconds())
+            claims.extend(claim_all(other, clock.now))
             return super().publish(changes)
 
     add_sessions(server_shop, numbered(1))
-    bus, claims, lease = SlowBus(), list[Claim](), timedelta(seconds=20)
+    bus, claims = SlowBus(), list[Claim]()
     slow, other = (Store(database_of(server_shop, clock), bus) for _ in range(2))
     slow.prepare()
     reconcile(slow, NOON)
-    [claim] = slow.queue.claim_due(slow.now(), tick=NOON, lease=lease, limit=1)
+    [claim] = claim_all(slow, NOON)
     change = StatusChange(claim, PAID, SessionStatus.SUCCESS, NOON, NOON)
-    assert slow.record([], [change], slow.now()).changed == [change]
+    assert record(slow, changes=[change]).changed == [change]
     assert (claims, bus.session_ids) == ([], ["s0"])
     slow.close()
     other.close()
@@ -239,8 +238,8 @@ class Workers:
         self.webhooks.clear()
         self.changed.clear()
         self.history = {f"s{n}": ["open"] for n in range(3)}
-        self.shop.run("DELETE FROM checkout_session_check")
-        self.shop.run("DELETE FROM checkout_session")
+        for table in ("_batch", "_check", ""):
+            self.shop.run(f"DELETE FROM checkout_session{table}")
         add_sessions(self.shop, numbered(3))
         self.note_statuses()
 
@@ -249,9 +248,7 @@ class Workers:
             case ("claim", worker):
                 store = self.stores[worker]
                 reconcile(store, self.clock.now)
-                self.claims[worker] += store.queue.claim_due(
-                    store.now(), tick=self.clock.now, lease=timedelta(seconds=20), limit=3
-                )
+                self.claims[worker] += claim_all(store, self.clock.now)
             case ("record", worker, answer):
                 self.record(worker, answer)
             case ("record inside", worker, answer):
@@ -278,7 +275,7 @@ class Workers:
             rechecks = [Recheck(claim, answer, NOON) for claim in claims]
         else:
             changes = [StatusChange(claim, answer, answer.status, NOON, NOON) for claim in claims]
-        for change in store.record(rechecks, changes, store.now()).changed:
+        for change in record(store, rechecks, changes).changed:
             self.changed.append((change.claim.session_id, change.new_status.value))
 
     def webhook(self, session_id: str) -> None:

@@ -254,9 +254,15 @@ def test_a_report_reads_a_bounded_number_of_rows(
         " SELECT CONCAT('s', a.i, '-', b.i), 'c', 'open' FROM n a, n b"
     )
     history.shop.run(
+        "INSERT INTO checkout_session_batch (id, next_check_at, due_at)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200)"
+        " SELECT i, %s, %s FROM n",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
+    history.shop.run(
         "INSERT INTO checkout_session_check"
-        " (session_id, next_check_at, first_seen_at, last_outcome, consecutive_failures)"
-        " SELECT id, %s, %s, 'timeout', 3 FROM checkout_session",
+        " (session_id, batch_id, next_check_at, first_seen_at, last_outcome, consecutive_failures)"
+        " SELECT id, 1 + CRC32(id) MOD 200, %s, %s, 'timeout', 3 FROM checkout_session",
         (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
     )
     history.passes(720, row=lambda _: {"errors": 10})

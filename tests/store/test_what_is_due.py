@@ -8,7 +8,7 @@ from core.domain.model import Outcome
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
-from tests.store.claims import LEASE, claim_all, rechecks
+from tests.store.claims import LEASE, claim_all, give_back, rechecks, record
 from tests.support import reconcile
 
 
@@ -46,7 +46,9 @@ def test_sessions_due_by_now_or_by_the_tick_are_counted_up_to_a_limit(
 ) -> None:
     """Those that are being checked count too."""
     soon = NOON + timedelta(seconds=5)
-    queued.record(rechecks(claim_all(queued, NOON, limit=2), soon, Outcome.ACTIVE), [], NOON)
+    claims = claim_all(queued, NOON)
+    record(queued, rechecks(claims[:2], soon, Outcome.ACTIVE))
+    give_back(queued, claims[2:])
 
     def count(tick_seconds: float, limit: int = 10) -> int:
         tick = NOON + timedelta(seconds=tick_seconds)

@@ -108,10 +108,11 @@ class MySQLDatabase:
 
     # Without it, the optimizer may sort the whole table instead, and then one pass locks every row
     # and the others find nothing to claim.
-    in_due_order = "FORCE INDEX FOR ORDER BY (checkout_session_check_due)"
+    in_due_order = "FORCE INDEX FOR ORDER BY (checkout_session_batch_due)"
     # For hundreds of rows, the optimizer reads the whole of a table that it thinks is small.
     by_rowid = "FORCE INDEX (PRIMARY)"
     by_session = "FORCE INDEX (checkout_session_check_session)"
+    by_batch = "FORCE INDEX (checkout_session_check_batch)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     join_in_order = "STRAIGHT_JOIN"

@@ -36,21 +36,31 @@ _DONE = frozenset((ER.DUP_FIELDNAME, ER.DUP_KEYNAME))
 # long, out of range, of another character set, not a number, or twice the same.
 _DOES_NOT_FIT = frozenset((1406, 1264, 1265, 1292, 1366, 1062))
 
+BATCH_TABLE = """\
+CREATE TABLE IF NOT EXISTS checkout_session_batch (
+  id BIGINT UNSIGNED NOT NULL PRIMARY KEY,
+  next_check_at DATETIME(3) NOT NULL,
+  due_at DATETIME(3) NOT NULL,
+  claimed_until DATETIME(3) NULL,
+  checked_at DATETIME(3) NULL,
+  KEY checkout_session_batch_due (due_at)
+) ENGINE=InnoDB"""
+
 CHECK_TABLE = """\
 CREATE TABLE IF NOT EXISTS checkout_session_check (
   rowid BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
   session_id {id_type} NOT NULL,
-  next_check_at DATETIME(3) NOT NULL,
+  batch_id BIGINT UNSIGNED NULL,
+  next_check_at DATETIME(3) NULL,
   claimed_until DATETIME(3) NULL,
   first_seen_at DATETIME(3) NOT NULL,
   last_checked_at DATETIME(3) NULL,
   last_outcome VARCHAR(32) NULL,
   last_status_code SMALLINT NULL,
-  attempts INT UNSIGNED NOT NULL DEFAULT 0,
   consecutive_failures INT UNSIGNED NOT NULL DEFAULT 0,
   failing_since DATETIME(3) NULL,
   UNIQUE KEY checkout_session_check_session (session_id),
-  KEY checkout_session_check_due (next_check_at),
+  KEY checkout_session_check_batch (batch_id, next_check_at, claimed_until),
   KEY checkout_session_check_failing (consecutive_failures)
 ) ENGINE=InnoDB"""
 
@@ -106,6 +116,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
 
 MODIFY_ID = "ALTER TABLE {table} MODIFY session_id {id_type} NOT NULL"
 
+HAS_BATCHES = ("batch_id", "YES")
 # What upgrades a table of an earlier version, by the column it lacks (name, nullable).
 UPGRADES = {
     ("checkout_session_check", ("rowid", "NO")): (
@@ -135,6 +146,13 @@ UPGRADES = {
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
         " ADD COLUMN counts VARCHAR(2000) NULL, ADD COLUMN counted_at DATETIME(3) NULL,"
         " ADD COLUMN count_again_at DATETIME(3) NULL"
+    ),
+    # The column attempts and the key checkout_session_check_due stay: workers of the version
+    # before use them until they end.
+    ("checkout_session_check", HAS_BATCHES): (
+        "ALTER TABLE checkout_session_check MODIFY next_check_at DATETIME(3) NULL,"
+        " ADD COLUMN batch_id BIGINT UNSIGNED NULL,"
+        " ADD KEY checkout_session_check_batch (batch_id, next_check_at, claimed_until)"
     ),
 }
 
@@ -188,6 +206,7 @@ def prepare(database: _Database) -> ShopTable:
     refused = [
         statement
         for statement in (
+            BATCH_TABLE,
             CHECK_TABLE.format(id_type=definition),
             RUN_TABLE,
             PAUSE_TABLE,
@@ -334,7 +353,15 @@ def _upgrade(database: _Database, table: str, column: tuple[str, str], statement
     )
     if not columns or column in columns:  # the table does not exist, or is of this version
         return True
-    return _allowed(lambda: database.alter(statement))
+    if not _allowed(lambda: database.alter(statement)):
+        return False
+    if column == HAS_BATCHES:  # the leader's next walk forms them
+        database.run(
+            lambda connection: connection.execute(
+                "UPDATE checkout_session_pause SET count_again_at = NULL"
+            )
+        )
+    return True
 
 
 def _follow(database: _Database, table: str, statement: str) -> bool:

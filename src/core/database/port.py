@@ -49,9 +49,10 @@ class Database(Protocol):
     use by several threads at once.
     """
 
-    in_due_order: str  # makes a SELECT read the index on next_check_at
+    in_due_order: str  # makes a SELECT of checkout_session_batch read its index on due_at
     by_rowid: str  # makes a statement find rows of checkout_session_check by their numbers
     by_session: str  # the same, by their session ids
+    by_batch: str  # the same, by their batches
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     join_in_order: str  # JOIN that reads the table on its left first

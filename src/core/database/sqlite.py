@@ -26,20 +26,29 @@ _UNUSABLE = frozenset(
 )
 
 TABLES = """\
+CREATE TABLE IF NOT EXISTS checkout_session_batch (
+  id INTEGER PRIMARY KEY,
+  next_check_at DATETIME NOT NULL,
+  due_at DATETIME NOT NULL,
+  claimed_until DATETIME,
+  checked_at DATETIME
+);
+CREATE INDEX IF NOT EXISTS checkout_session_batch_due ON checkout_session_batch (due_at);
 CREATE TABLE IF NOT EXISTS checkout_session_check (
   rowid INTEGER PRIMARY KEY, -- as every table of SQLite has it, declared or not
   session_id TEXT NOT NULL UNIQUE,
-  next_check_at DATETIME NOT NULL,
+  batch_id INTEGER,
+  next_check_at DATETIME,
   claimed_until DATETIME,
   first_seen_at DATETIME NOT NULL,
   last_checked_at DATETIME,
   last_outcome TEXT,
   last_status_code INTEGER,
-  attempts INTEGER NOT NULL DEFAULT 0,
   consecutive_failures INTEGER NOT NULL DEFAULT 0,
   failing_since DATETIME
 );
-CREATE INDEX IF NOT EXISTS checkout_session_check_due ON checkout_session_check (next_check_at);
+CREATE INDEX IF NOT EXISTS checkout_session_check_batch
+  ON checkout_session_check (batch_id, next_check_at, claimed_until);
 CREATE INDEX IF NOT EXISTS checkout_session_check_failing
   ON checkout_session_check (consecutive_failures);
 CREATE TABLE IF NOT EXISTS checkout_session_run (
@@ -143,7 +152,7 @@ class SQLiteConnection:
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = by_rowid = by_session = ""
+    in_due_order = by_rowid = by_session = by_batch = ""
     join_in_order = "JOIN"
     is_transactional = True
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
@@ -156,9 +165,10 @@ class SQLiteDatabase:
         self._connection: SQLiteConnection | None = None
 
     def prepare(self) -> Sequence[str]:
-        warnings = self.run(self._make_tables)
-        if not self.run(_has_settings):
-            self.transaction(_add_settings)
+        self.run(self._check_shop)
+        if self.run(_of_version_0_2):
+            self.transaction(_upgrade)
+        warnings = self.run(_make_tables)
         self.prepared = True
         return warnings
 
@@ -217,30 +227,59 @@ class SQLiteDatabase:
         connection.execute("PRAGMA synchronous = NORMAL")
         return SQLiteConnection(connection, self._clock)
 
-    def _make_tables(self, connection: Connection) -> Sequence[str]:
-        """Make what is missing; returns warnings about the shop's table."""
+    def _check_shop(self, connection: Connection) -> None:
         if not connection.query("SELECT 1 FROM sqlite_master WHERE name = 'checkout_session'"):
             raise StoreError(f"The database {self._path} has no table checkout_session.")
         for (outdated,) in connection.query(OUTDATED):
             connection.execute(f"DROP TABLE {outdated!s}")
-        for statement in TABLES.split(";"):
-            connection.execute(statement)
-        indexed = connection.query(
-            "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
-            " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
+
+
+def _make_tables(connection: Connection) -> Sequence[str]:
+    """Make what is missing; returns warnings about the shop's table."""
+    for statement in TABLES.split(";"):
+        connection.execute(statement)
+    indexed = connection.query(
+        "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+        " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
+    )
+    return [] if indexed else [NO_STATUS_INDEX]
+
+
+def _of_version_0_2(connection: Connection) -> bool:
+    return _lacks(connection, "checkout_session_check", "batch_id") or _lacks(
+        connection, "checkout_session_run", "settings"
+    )
+
+
+def _upgrade(transaction: Transaction) -> None:
+    """Upgrade tables of version 0.2.0, unless another worker has just done it."""
+    if _lacks(transaction, "checkout_session_check", "batch_id"):
+        # SQLite cannot let a column be NULL that must not be; the table is copied.
+        columns = (
+            "rowid, session_id, next_check_at, claimed_until, first_seen_at, last_checked_at,"
+            " last_outcome, last_status_code, consecutive_failures, failing_since"
         )
-        return [] if indexed else [NO_STATUS_INDEX]
-
-
-def _has_settings(connection: Connection) -> bool:
-    """Whether the table is not of version 0.2.0."""
-    column = "SELECT 1 FROM pragma_table_info('checkout_session_run') WHERE name = 'settings'"
-    return bool(connection.query(column))
-
-
-def _add_settings(transaction: Transaction) -> None:
-    if not _has_settings(transaction):  # another worker may have added it
+        [create] = [
+            s for s in TABLES.split(";") if "TABLE IF NOT EXISTS checkout_session_check" in s
+        ]
+        transaction.execute(create.replace("checkout_session_check", "checkout_session_copy"))
+        transaction.execute(
+            f"INSERT INTO checkout_session_copy ({columns})"
+            f" SELECT {columns} FROM checkout_session_check"
+        )
+        transaction.execute("DROP TABLE checkout_session_check")
+        transaction.execute("ALTER TABLE checkout_session_copy RENAME TO checkout_session_check")
+        transaction.execute("UPDATE checkout_session_pause SET count_again_at = NULL")
+    if _lacks(transaction, "checkout_session_run", "settings"):
         transaction.execute("ALTER TABLE checkout_session_run ADD COLUMN settings TEXT")
+
+
+def _lacks(connection: Connection, table: str, column: str) -> bool:
+    """Whether the table exists without the column."""
+    columns = {
+        name for (name,) in connection.query(f"SELECT name FROM pragma_table_info('{table}')")
+    }
+    return bool(columns) and column not in columns
 
 
 def _wall_clock() -> datetime:

@@ -91,6 +91,22 @@ class Claim(NamedTuple):
     consecutive_failures: int
     claimed_at: datetime
     claimed_until: datetime  # to the millisecond; identifies the claim
+    batch_id: int | None = None  # None: the claim is on the session's row, not on its batch
+    last_outcome: str | None = None  # None: never checked
+    last_status_code: int | None = None
+    has_due_time: bool = False  # it has one of its own; otherwise its batch's is its
+
+
+class BatchClaim(NamedTuple):
+    """A claim on a batch, and the sessions that it hands out."""
+
+    id: int
+    claimed_at: datetime
+    claimed_until: datetime
+    next_check_at: datetime  # of the sessions that have no due time of their own
+    is_due: bool  # these sessions are handed out; otherwise only some with a due time of their own
+    claims: Sequence["Claim"]
+    closed: Sequence[int]  # the numbers of rows whose session is not open any more
 
 
 class Answer(NamedTuple):

@@ -342,7 +342,7 @@ class _Pass:
             return []
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
-            claims = queue.claim_unchecked(
+            claimed = queue.claim_unchecked(
                 now,
                 since=self._view.now,
                 lease=self._lease,
@@ -350,9 +350,9 @@ class _Pass:
                 session_ids=options.session_ids,
             )
         else:
-            claims = queue.claim_due(now, tick=self._view.tick, lease=self._lease, limit=limit)
-        self._writer.hold(claims)
-        return claims
+            claimed = queue.claim_due(now, tick=self._view.tick, lease=self._lease, limit=limit)
+        self._writer.hold(claimed)
+        return claimed.claims
 
     async def _begin(self, billing: Billing, batch: _Batch, *, remaining: int) -> None:
         """Begin checks of the batch until `remaining` claims are left or time is up."""

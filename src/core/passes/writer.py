@@ -12,7 +12,9 @@ from core.domain.model import Claim, Decision, Outcome, Recheck, Recorded, Statu
 from core.domain.summary import count_errors
 from core.errors import StoreError
 from core.log import PassLog
+from core.passes.held_claims import HeldClaims
 from core.passes.pause import SharedPause
+from core.store.queue import Claimed
 from core.store.status_changes import CHANGES_AT_ONCE
 from core.store.store import Store
 
@@ -61,7 +63,7 @@ class Writer:
         self._written = asyncio.Event()
         self._closing = False
         # Changed on the database's thread only:
-        self._held: dict[int, Claim] = {}  # claimed, and neither recorded nor given back
+        self._held = HeldClaims()
         self.outcomes = Counter[Outcome]()  # of all that has been recorded
         self.status_changes = 0
         self.unpublished = 0
@@ -71,12 +73,12 @@ class Writer:
         """Whether the block has ended, so that nothing more may be claimed."""
         return self._closing
 
-    def hold(self, claims: Iterable[Claim]) -> None:
+    def hold(self, claimed: Claimed) -> None:
         """Take claims, on the database's thread, in the same step in which they were made.
 
         A pass may be stopped before it receives the result of that step.
         """
-        self._held |= {claim.rowid: claim for claim in claims}
+        self._held.hold(claimed)
 
     def progress(self) -> Progress:
         """What this pass holds and has written; call it on the database's thread."""
@@ -167,7 +169,8 @@ class Writer:
         rechecks, self._rechecks = self._rechecks, []
         changes = self._next_changes()
         unwanted, self._unwanted = self._unwanted, []
-        recorded = await self._database.run(self._record, rechecks, changes, unwanted)
+        at = asyncio.get_running_loop().time()
+        recorded = await self._database.run(self._record, rechecks, changes, unwanted, at)
         self._alone.extend(recorded.untried)
         self._written.set()
         if self._changes or self._alone:
@@ -185,26 +188,29 @@ class Writer:
         return [self._alone.popleft()]
 
     def _record(
-        self, rechecks: list[Recheck], changes: list[StatusChange], unwanted: list[Claim]
+        self,
+        rechecks: list[Recheck],
+        changes: list[StatusChange],
+        unwanted: list[Claim],
+        at: float,
     ) -> Recorded:
         decided: list[Decision] = [*rechecks, *changes]
         now = self._pause.agree(decision.answer for decision in decided)
-        if not decided and not unwanted:
-            return Recorded()
-        recorded = self._store.record(rechecks, changes, now)
-        self._store.queue.release(unwanted)
-        self.outcomes += recorded.outcomes
-        self.status_changes += len(recorded.changed)
-        self.unpublished += recorded.unpublished
+        self._held.decide(rechecks, at)
+        self._held.give_back(unwanted)
+        recorded = self._store.record(self._held.take_ready(now, at), changes, now)
         untried = {change.claim.rowid for change in recorded.untried}
-        for claim in [*(decision.claim for decision in decided), *unwanted]:
-            if self._held.get(claim.rowid) is claim and claim.rowid not in untried:
-                del self._held[claim.rowid]
+        self._held.forget(c.claim for c in changes if c.claim.rowid not in untried)
+        self._count(recorded)
         return recorded
 
     def _give_back_rest(self) -> None:
-        self._store.queue.release(self._held.values())
-        self._held.clear()
+        self._count(self._store.record(self._held.take_all(), (), self._store.now()))
+
+    def _count(self, recorded: Recorded) -> None:
+        self.outcomes += recorded.outcomes
+        self.status_changes += len(recorded.changed)
+        self.unpublished += recorded.unpublished
 
 
 async def _wait_for_last_write(writing: asyncio.Task[None]) -> None:

@@ -9,34 +9,50 @@ the same memory for ten sessions as for a million, and holds up a claim or a rec
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 
-from core.database.port import Connection, Database, Value, as_int, placeholders
+from core.database.port import Connection, Database, Transaction, Value, as_int, placeholders
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
-from core.store.queue import MAX_LEASE, UNCLAIMED_IN_JOIN, Queue
+from core.store.queue import MAX_LEASE, UNCLAIMED, Queue
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
 
 
+# When a session is due, where its row is joined with its batch.
+_DUE = "COALESCE(c.next_check_at, b.next_check_at)"
+
+
 @dataclass(slots=True)
-class _Totals:
-    """What some pieces have found."""
+class _Piece:
+    """What a piece of the walk has found, or all pieces so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     ages: Counter[str] = field(default_factory=Counter)
     made_due: int = 0
     not_open: int = 0
+    # What has to change; not added up.
+    new: Sequence[Value] = ()  # ids of sessions that are not in the queue
+    without_batch: Sequence[int] = ()  # numbers of rows, as those that follow
+    late: Sequence[int] = ()
+    late_batches: Collection[int] = ()  # ids
+    closed: Sequence[int] = ()
 
-    def add(self, piece: "_Totals") -> None:
+    @property
+    def has_changes(self) -> bool:
+        found = (self.new, self.without_batch, self.late, self.late_batches, self.closed)
+        return any(found)
+
+    def add(self, piece: "_Piece") -> None:
         self.counts += piece.counts
         self.outcomes += piece.outcomes
         self.ages += piece.ages
-        self.made_due += piece.made_due
+        self.made_due += piece.made_due + len(piece.new) + len(piece.without_batch)
         self.not_open += piece.not_open
 
 
@@ -59,7 +75,7 @@ class Reconciliation:
         self._tick = tick
         self._rules = rules
         self._only = None
-        self._total = _Totals()
+        self._total = _Piece()
         if session_ids is not None:
             self._only = [i for i in session_ids if database.comparable(i)]
             self._total.not_open = len(set(session_ids)) - len(set(self._only))
@@ -96,25 +112,35 @@ class Reconciliation:
     def reconcile_next_piece(self) -> bool:
         """Adopt, drop and count one piece; returns whether there is another one."""
         began = time.perf_counter()
-        piece, more = self._database.run(self._next_piece)
+        piece, last_id = self._database.run(self._read_piece)
+        if piece.has_changes:
+            self._database.transaction(partial(self._change, piece=piece))
         self._total.add(piece)
+        self._after = last_id
         self.took += timedelta(seconds=time.perf_counter() - began)
-        return more
+        return last_id is not None
 
-    def _next_piece(self, connection: Connection) -> tuple[_Totals, bool]:
-        piece = self._piece = _Totals()  # a new one each time: after a deadlock, this runs again
+    def _read_piece(self, connection: Connection) -> tuple[_Piece, Value]:
+        """Count a piece, and find what has to change; also returns its last id."""
+        piece = _Piece()
         now = connection.now()
         if self._only is not None:
             if self._only:
-                self._piece.not_open += self._count_not_open(connection, self._only)
-                self._count_and_adopt(connection, now, None)
-            return piece, False
+                piece.not_open += self._count_not_open(connection, self._only)
+                self._count(connection, piece, now, None)
+            return piece, None
         last_id = self._last_id_of_piece(connection)
-        queued = self._count_and_adopt(connection, now, last_id)
+        queued = self._count(connection, piece, now, last_id)
         if self._rows_in_queue(connection, last_id) > queued:
-            self._drop_closed(connection, last_id)
-        self._after = last_id
-        return piece, last_id is not None
+            piece.closed = self._find_closed(connection, last_id)
+        return piece, last_id
+
+    def _change(self, transaction: Transaction, piece: _Piece) -> None:
+        now = transaction.now()
+        self._queue.adopt(transaction, piece.new, now)
+        self._queue.form_batches(transaction, piece.without_batch, now)
+        self._queue.make_due(transaction, piece.late, piece.late_batches, now)
+        self._queue.drop(transaction, piece.closed)
 
     def _count_not_open(self, connection: Connection, session_ids: Iterable[str]) -> int:
         """How many of the ids have no open session; several spellings may be one session's."""
@@ -137,64 +163,85 @@ class Reconciliation:
         )
         return last[0][0] if last else None
 
-    def _count_and_adopt(self, connection: Connection, now: datetime, up_to: Value) -> int:
-        """Count the open sessions of the piece, adopt the new; returns how many are queued now."""
+    def _count(self, connection: Connection, piece: _Piece, now: datetime, up_to: Value) -> int:
+        """Count the open sessions of the piece; returns how many are in the queue."""
         condition, bounds = self._range("s.id", up_to)
         ages = " ".join(f"WHEN c.first_seen_at > %s THEN '{name}'" for name in list(AGES)[:-1])
-        claimed = (now, now + MAX_LEASE)
-        too_late, late_parameters = self._due_too_late(now)
+        claimed = "({0}claimed_until > %s AND {0}claimed_until <= %s)"
+        valid = (now, now + MAX_LEASE)
+        due_by = max(now, self._tick)
+        wrong, wrong_parameters = self._due_at_wrong_time(now)
         young = [now - timedelta(seconds=seconds) for seconds in list(AGES.values())[:-1]]
         rows = connection.query(
             "SELECT COALESCE(c.last_outcome, ''),"
             f" CASE WHEN c.session_id IS NULL THEN '' {ages} ELSE '{list(AGES)[-1]}' END AS age,"
             " COUNT(*),"
-            " SUM(CASE WHEN c.claimed_until > %s AND c.claimed_until <= %s THEN 1 ELSE 0 END),"
-            f" SUM(CASE WHEN {UNCLAIMED_IN_JOIN} AND c.next_check_at > %s THEN 1 ELSE 0 END),"
-            f" SUM(CASE WHEN {too_late} THEN 1 ELSE 0 END)"
+            f" SUM(CASE WHEN {claimed.format('c.')} OR ({claimed.format('b.')} AND {_DUE} <= %s)"
+            " THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED.format('c.')} AND {_DUE} > %s THEN 1 ELSE 0 END),"
+            " SUM(CASE WHEN c.rowid IS NOT NULL AND b.id IS NULL THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {wrong} THEN 1 ELSE 0 END)"
             " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+            " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
-            (*young, *claimed, *claimed, max(now, self._tick), *late_parameters, *bounds),
+            (*young, *valid, *valid, due_by, *valid, due_by, *wrong_parameters, *bounds),
         )
-        new = queued = late = 0
+        new = queued = without_batch = late = 0
         for outcome, age, *numbers in rows:
-            sessions, in_flight, not_due, due_too_late = map(as_int, numbers)
-            late += due_too_late
+            sessions, in_flight, not_due, unbatched, due_wrong = map(as_int, numbers)
+            without_batch += unbatched
+            late += due_wrong
             if age == "":
                 new = sessions
             else:
                 queued += sessions
-            self._piece.counts += Counter(open=sessions, in_flight=in_flight, not_due=not_due)
-            self._piece.outcomes[str(outcome)] += sessions
-            self._piece.ages[str(age) or next(iter(AGES))] += sessions
+            piece.counts += Counter(open=sessions, in_flight=in_flight, not_due=not_due)
+            piece.outcomes[str(outcome)] += sessions
+            piece.ages[str(age) or next(iter(AGES))] += sessions
+        if new:
+            piece.new = self._find_new(connection, up_to)
+        if without_batch:
+            piece.without_batch = self._find_without_batch(connection, up_to)
         if late:
-            self._make_due(connection, now, up_to)
-        return queued + self._adopt_new(connection, now, up_to) if new else queued
+            self._find_due_at_wrong_time(connection, piece, now, up_to)
+        return queued
 
-    def _due_too_late(self, now: datetime) -> tuple[str, Sequence[Value]]:
-        """The condition for sessions that are due later than the settings allow at their age."""
+    def _due_at_wrong_time(self, now: datetime) -> tuple[str, Sequence[Value]]:
+        """The condition for sessions that are due later than the settings allow at their age.
+
+        Or earlier than their batch: workers of version 0.2.0 do not know of batches.
+        """
         steps, parameters = [], list[Value]()
         for wait in self._rules.longest_waits():
-            step = "c.next_check_at > %s AND (c.consecutive_failures = 0 OR c.next_check_at > %s)"
+            step = f"{_DUE} > %s AND (c.consecutive_failures = 0 OR {_DUE} > %s)"
             parameters += [now + wait.healthy, now + wait.failing]
             if wait.max_age is not None:
                 step += " AND c.first_seen_at > %s"
                 parameters.append(now - wait.max_age)
             steps.append(f"({step})")
-        return f"({' OR '.join(steps)})", parameters
+        unclaimed = f"{UNCLAIMED.format('c.')} AND {UNCLAIMED.format('b.')}"
+        return (
+            f"({unclaimed} AND ({_DUE} < b.due_at OR {' OR '.join(steps)}))",
+            [*(now, now + MAX_LEASE) * 2, *parameters],
+        )
 
-    def _make_due(self, connection: Connection, now: datetime, up_to: Value) -> None:
+    def _find_due_at_wrong_time(
+        self, connection: Connection, piece: _Piece, now: datetime, up_to: Value
+    ) -> None:
         condition, bounds = self._range("c.session_id", up_to)
-        too_late, parameters = self._due_too_late(now)
+        wrong, parameters = self._due_at_wrong_time(now)
         rows = connection.query(
-            f"SELECT c.rowid FROM checkout_session_check c WHERE {too_late}{condition}",
+            "SELECT c.rowid, b.id, c.next_check_at FROM checkout_session_check c"
+            " JOIN checkout_session_batch b ON b.id = c.batch_id"
+            f" WHERE {wrong}{condition}",
             (*parameters, *bounds),
         )
-        self._queue.make_due(connection, (as_int(rowid) for (rowid,) in rows), now)
-        self._piece.made_due += len(rows)
+        piece.late = [as_int(rowid) for rowid, _, due in rows if due is not None]
+        piece.late_batches = {as_int(batch_id) for _, batch_id, due in rows if due is None}
+        piece.made_due += len(rows)
 
-    def _adopt_new(self, connection: Connection, now: datetime, up_to: Value) -> int:
-        """Queue the open sessions of the piece that are not in the queue; returns how many."""
-        # Read first, without a lock, then insert by id: INSERT … SELECT may lock the shop's rows.
+    def _find_new(self, connection: Connection, up_to: Value) -> list[Value]:
+        # Read without a lock, then inserted by id: INSERT … SELECT may lock the shop's rows.
         condition, bounds = self._range("s.id", up_to)
         ids = connection.query(
             "SELECT s.id FROM checkout_session s"
@@ -202,9 +249,17 @@ class Reconciliation:
             f" WHERE s.status = 'open' AND c.session_id IS NULL{condition}",
             bounds,
         )
-        self._queue.adopt(connection, (session_id for (session_id,) in ids), now)
-        self._piece.made_due += len(ids)
-        return len(ids)
+        return [session_id for (session_id,) in ids]
+
+    def _find_without_batch(self, connection: Connection, up_to: Value) -> list[int]:
+        condition, bounds = self._range("c.session_id", up_to)
+        rows = connection.query(
+            f"SELECT c.rowid FROM checkout_session_check c {self._database.by_session}"
+            " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
+            f" WHERE b.id IS NULL{condition}",
+            bounds,
+        )
+        return [as_int(rowid) for (rowid,) in rows]
 
     def _rows_in_queue(self, connection: Connection, up_to: Value) -> int:
         condition, bounds = self._range("session_id", up_to)
@@ -215,7 +270,7 @@ class Reconciliation:
         )
         return as_int(rows)
 
-    def _drop_closed(self, connection: Connection, up_to: Value) -> None:
+    def _find_closed(self, connection: Connection, up_to: Value) -> list[int]:
         condition, bounds = self._range("c.session_id", up_to)
         closed = connection.query(
             f"SELECT c.rowid FROM checkout_session_check c {self._database.by_session}"
@@ -223,7 +278,7 @@ class Reconciliation:
             f" WHERE s.id IS NULL{condition}",
             bounds,
         )
-        self._queue.drop(connection, (as_int(rowid) for (rowid,) in closed))
+        return [as_int(rowid) for (rowid,) in closed]
 
     def _range(self, column: str, up_to: Value = None) -> tuple[str, Sequence[Value]]:
         """The condition that selects this piece's ids, and its parameters."""

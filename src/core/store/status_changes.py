@@ -6,7 +6,7 @@ an id differently that its collation takes as equal.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -22,6 +22,7 @@ from core.database.port import (
     number_list,
     placeholders,
 )
+from core.domain.batch import CheckRecord
 from core.domain.model import (
     Outcome,
     Recorded,
@@ -32,7 +33,7 @@ from core.domain.model import (
 )
 from core.errors import RefusedError, StoreError
 from core.log import logger
-from core.store.queue import CheckRecord, Queue, group_by_token
+from core.store.queue import Queue
 
 # In one transaction. Few, so that it locks few of the shop's rows (with hundreds of ids MariaDB may
 # also read the whole table); enough for a bus that takes 0.2 s a call, which gets them in parallel.
@@ -106,7 +107,7 @@ class StatusChanges:
         refusal = self._refusal_of_any_row(why)
         if refusal is None and len(changes) > 1:
             return Recorded(untried=changes)
-        self._database.run(partial(self._record_refused, changes=changes))
+        self._database.transaction(partial(self._record_refused, changes=changes))
         message = refusal or _message(why)
         return Recorded(
             outcomes={Outcome.REFUSED: len(changes)},
@@ -165,14 +166,14 @@ class StatusChanges:
                 "change that is not made",
                 of_any_row=True,
             )
-        claimed = self._lock_claimed(transaction, changes)
+        now = transaction.now()
+        claimed = self._queue.lock_claimed(transaction, [c.claim for c in changes], now)
         rows = self._lock_open(transaction, claimed)
         still_open = [_Open(c, rows[c.claim.rowid]) for c in changes if c.claim.rowid in rows]
         same = [one for one in still_open if one.row.billing_checkout_id == _asked(one.change)]
         # The shop holds these locks because it is writing: neither wait for it nor overrule it.
         locked = self._open(transaction, [rowid for rowid in claimed if rowid not in rows])
         gone = [rowid for rowid in claimed if rowid not in rows and rowid not in locked]
-        now = transaction.now()
         deferred = [
             # A session with a new checkout is checked again at once.
             *(_deferred(one.change, until=now) for one in still_open if one not in same),
@@ -184,19 +185,6 @@ class StatusChanges:
         closed = len(gone) + len(changed)
         outcomes = {Outcome.CLOSED: closed, Outcome.DEFERRED: len(changes) - closed}
         return Recorded(+Counter(outcomes), changed, len(same) - len(changed))
-
-    def _lock_claimed(self, transaction: Transaction, changes: Iterable[StatusChange]) -> list[int]:
-        """The numbers of the rows whose claim is still valid, locked until the commit."""
-        rowids: list[int] = []
-        for claimed_until, numbers in group_by_token(change.claim for change in changes).items():
-            rows = transaction.query(
-                "SELECT rowid FROM checkout_session_check"
-                f" WHERE claimed_until = %s AND rowid IN {number_list(numbers)}"
-                f" {self._database.lock_rows_or_wait}",
-                (claimed_until,),
-            )
-            rowids += [as_int(rowid) for (rowid,) in rows]
-        return rowids
 
     def _lock_open(self, transaction: Transaction, rowids: Sequence[int]) -> dict[int, _ShopRow]:
         """The shop's rows that are open and not locked by it, locked until the commit."""
@@ -305,12 +293,15 @@ class StatusChanges:
         expired = change.new_status is SessionStatus.TIMEOUT and bool(_asked(change))
         return now + LATE_CHECK_FIRST if expired and self._late_payments_for else None
 
-    def _record_refused(self, connection: Connection, changes: Sequence[StatusChange]) -> None:
+    def _record_refused(self, transaction: Transaction, changes: Sequence[StatusChange]) -> None:
+        now = transaction.now()
+        claimed = self._queue.lock_claimed(transaction, [c.claim for c in changes], now)
         records = [
             CheckRecord(c.claim, Outcome.REFUSED, c.answer.status_code, c.retry_after_refusal_at)
             for c in changes
+            if c.claim.rowid in claimed
         ]
-        self._queue.write_records(connection, records, connection.now())
+        self._queue.write_records(transaction, records, now)
 
 
 def _message(error: Exception) -> str:

@@ -30,7 +30,7 @@ from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
-from core.store.queue import oldest_due
+from core.store.queue import LAST_CHECK, oldest_due
 from core.store.status_changes import KEEP_CHANGES
 
 PASSES = 60  # of ticks
@@ -244,12 +244,15 @@ class _StatusReport:
 
     def _failing(self) -> list[dict[str, Any]]:
         rows = self._connection.query(
+            # The few are found first, by their index, whatever is joined to them.
             "SELECT c.session_id, s.billing_checkout_id, c.last_outcome, c.last_status_code,"
-            " c.consecutive_failures, c.failing_since, c.last_checked_at, c.next_check_at"
-            " FROM checkout_session_check c"
+            f" c.consecutive_failures, c.failing_since, {LAST_CHECK},"
+            " COALESCE(c.next_check_at, b.next_check_at)"
+            " FROM (SELECT * FROM checkout_session_check WHERE consecutive_failures > 0"
+            f" ORDER BY consecutive_failures DESC LIMIT {FAILING:d}) AS c"
+            " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
             " LEFT JOIN checkout_session s ON s.id = c.session_id"
-            " WHERE c.consecutive_failures > 0"
-            f" ORDER BY c.consecutive_failures DESC LIMIT {FAILING:d}"
+            " ORDER BY c.consecutive_failures DESC"
         )
         return [
             {

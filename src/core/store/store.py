@@ -10,15 +10,16 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from core.database.port import Connection, Database, as_datetime_or_none, as_text_or_none
+from core.domain.batch import MAX_BATCH
 from core.domain.cadence import slot_at
 from core.domain.decision import CheckRules
-from core.domain.model import OpenCounts, Pause, Recheck, Recorded, StatusChange
+from core.domain.model import OpenCounts, Pause, Recorded, StatusChange
 from core.domain.other_monitors import Monitor
 from core.store.late_payments import LatePayments
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.other_monitors import OtherMonitors, newest_settings
 from core.store.pass_history import PassHistory
-from core.store.queue import Queue, oldest_due
+from core.store.queue import Queue, Results, oldest_due
 from core.store.reconcile import Reconciliation
 from core.store.status_changes import Publisher, StatusChanges
 
@@ -82,9 +83,10 @@ class Store:
         *,
         monitor: Monitor | None = None,  # None: passes do not record who makes them
         late_payments_for: timedelta | None = None,  # None: expired sessions are not looked at
+        batch_size: int = MAX_BATCH,
     ) -> None:
         self._database = database
-        self.queue = Queue(database)
+        self.queue = Queue(database, batch_size)
         self.status_changes = StatusChanges(database, self.queue, publisher, late_payments_for)
         self.late_payments = LatePayments(database, publisher, late_payments_for)
         self.state = MonitorState(database)
@@ -142,12 +144,10 @@ class Store:
             self.history.forget_old()
             self.status_changes.forget_old()
 
-    def record(
-        self, rechecks: Sequence[Recheck], changes: Sequence[StatusChange], now: datetime
-    ) -> Recorded:
-        """Write what was decided: rechecks, and up to CHANGES_AT_ONCE status changes."""
-        self.queue.record(rechecks, now)
-        outcomes = Counter(recheck.answer.outcome for recheck in rechecks)
+    def record(self, results: Results, changes: Sequence[StatusChange], now: datetime) -> Recorded:
+        """Write what was decided: results of checks, and up to CHANGES_AT_ONCE status changes."""
+        self.queue.write(results, now)
+        outcomes = Counter(recheck.answer.outcome for recheck in results.all_rechecks)
         return Recorded(outcomes=outcomes) + self.status_changes.make(changes)
 
     def close(self) -> None:

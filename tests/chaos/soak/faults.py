@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pymysql
 
+from testkit.queue import CLAIMED_UNTIL, DUE_AT, OF_SESSIONS
 from testkit.shops import MySQLShop, add_sessions, connect
 from tests.chaos.billing import FAULTS, LIMITS, Fault, FaultyBilling
 from tests.chaos.bus import Bus
@@ -326,10 +327,10 @@ class Soak:
         New sessions that are not in the queue yet are left out.
         """
         for session_id, until, due in self.shop.run(
-            "SELECT c.session_id, c.claimed_until, c.next_check_at FROM checkout_session_check c"
+            f"SELECT c.session_id, {CLAIMED_UNTIL}, {DUE_AT} {OF_SESSIONS}"
             " JOIN checkout_session s ON s.id = c.session_id WHERE s.status = 'open'"
-            " AND (c.claimed_until > UTC_TIMESTAMP(3) + INTERVAL %s SECOND"
-            " OR c.next_check_at > UTC_TIMESTAMP(3) + INTERVAL %s SECOND)",
+            f" AND ({CLAIMED_UNTIL} > UTC_TIMESTAMP(3) + INTERVAL %s SECOND"
+            f" OR {DUE_AT} > UTC_TIMESTAMP(3) + INTERVAL %s SECOND)",
             (LEASE, BACKOFF + INTERVAL),
         ):
             self.violations.append(f"{session_id} is claimed until {until} and due at {due}")

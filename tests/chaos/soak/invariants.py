@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from core.billing.status_words import WORDS
+from testkit.queue import CLAIMED_UNTIL, DUE_AT, LAST_CHECK
 from tests.chaos.soak.faults import INTERVAL, LEASE, PASSWORD, Soak
 from tests.chaos.world import KEY, UNANSWERED
 
@@ -48,9 +49,9 @@ def _run_table_violations(soak: Soak) -> Iterator[str]:
 def _session_violations(soak: Soak, healed_at: datetime) -> Iterator[str]:
     soon = datetime.now(UTC) + timedelta(seconds=LEASE + INTERVAL)
     for session_id, checkout, order, checked_at, due, until in soak.shop.run(
-        "SELECT s.id, s.billing_checkout_id, s.billing_order_id, c.last_checked_at,"
-        " c.next_check_at, c.claimed_until"
-        " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+        f"SELECT s.id, s.billing_checkout_id, s.billing_order_id, {LAST_CHECK}, {DUE_AT},"
+        f" {CLAIMED_UNTIL} FROM checkout_session s LEFT JOIN (checkout_session_check c"
+        " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id) ON c.session_id = s.id"
         " WHERE s.status = 'open'"
     ):
         if order is not None:
