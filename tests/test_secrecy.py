@@ -60,7 +60,7 @@ def database_url(mariadb_shop: MySQLShop) -> str:
     """The URL of a user whose password has every character that a URL must encode."""
     user = f"u{mariadb_shop.database[-12:]}"
     for place in ("'%%'", "localhost"):
-        mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY %s", (PASSWORD,))
+        mariadb_shop.run(f"CREATE OR REPLACE USER {user}@{place} IDENTIFIED BY %s", (PASSWORD,))
         mariadb_shop.run(
             f"GRANT ALL ON {mariadb_shop.database}.* TO {user}@{place.replace('%%', '%')}"
         )
