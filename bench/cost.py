@@ -163,6 +163,11 @@ def pass_seconds(checks: float, stack: Stack, latency: float, measured: Mapping[
     return without_checks(stack, measured) + float(max(waiting, working))
 
 
+def _workers(checks: float, stack: Stack, load: Load, measured: Mapping[str, Any]) -> int:
+    """How many passes of a tick finish within an interval."""
+    return math.ceil(pass_seconds(checks, stack, load.latency, measured) / stack.interval)
+
+
 def without_checks(stack: Stack, measured: Mapping[str, Any]) -> float:
     """The seconds of a pass that finds nothing due: database and processor."""
     time = measured["time"]
@@ -178,7 +183,7 @@ def bill(
     slots = MONTH_SECONDS // stack.interval
     checks = load.checks_a_tick(stack.interval)
     alone = pass_seconds(checks, stack, load.latency, measured)
-    workers = math.ceil(alone / stack.interval)
+    workers = _workers(checks, stack, load, measured)
     worked = alone + (workers - 1) * without_checks(stack, measured)
     duplicates = round(stack.executions * stack.ticks) - slots
     duplicate_seconds = float(measured["time"]["again_database_ms"]) / 1000
@@ -256,6 +261,36 @@ def data_out(
     return items
 
 
+def database(
+    load: Load, stack: Stack, measured: Mapping[str, Any], prices: Mapping[str, Any]
+) -> list[Item]:
+    """What a month's passes make the database write."""
+    slots, stored = MONTH_SECONDS // stack.interval, measured["database"]
+    checks = load.checks_a_tick(stack.interval)
+    workers = _workers(checks, stack, load, measured)
+
+    def month(what: str) -> float:
+        return float(slots * (workers * stored[f"idle_{what}"] + checks * stored[f"check_{what}"]))
+
+    redo, aurora = month("redo_bytes"), prices["aurora"]
+    requests = max(month("commits"), redo / aurora["io_bytes"])
+    return [
+        Item(
+            "binary log, to every replica, backup and change stream", 0.0, _gb(month("log_bytes"))
+        ),
+        Item("redo log", 0.0, _gb(redo)),
+        Item(
+            "Aurora, if billed by I/O (an estimate)",
+            requests * aurora["io"],
+            f"{requests / 1e6:.1f} million",
+        ),
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"
+
+
 def total(items: Sequence[Item]) -> float:
     return sum(item.dollars for item in items)
 
@@ -273,6 +308,21 @@ def table(bills: Mapping[int, Sequence[Item]], data: Mapping[int, Sequence[Item]
         f"| **total** | {' | '.join(sums)} |",
         *(_row(items) for items in zip(*data.values(), strict=True)),
     ]
+    return "\n".join(lines)
+
+
+def database_table(written: Mapping[int, Sequence[Item]]) -> str:
+    """What is written for each number of open sessions, side by side, in Markdown."""
+    lines = [
+        f"| a month | {' | '.join(f'{open_:,} open' for open_ in written)} |",
+        "|---|" + "---:|" * len(written),
+    ]
+    for items in zip(*written.values(), strict=True):
+        cells = [
+            f"{item.amount}, ${item.dollars:,.2f}" if item.dollars else item.amount
+            for item in items
+        ]
+        lines.append(f"| {items[0].name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -310,6 +360,7 @@ def parser() -> argparse.ArgumentParser:
     add("--architecture", choices=("x86_64", "arm64"))
     add("--two-secrets", action="store_true")
     add("--tracing", action="store_true")
+    add("--database", action="store_true", help="what the database writes, instead of the bill")
     add("--measure", action="store_true", help="run passes first and rewrite measured.toml")
     add("--write", action="store_true", help="rewrite the tables of docs/cost.md")
     return parser
@@ -338,6 +389,8 @@ def computed(arguments: argparse.Namespace) -> str:
         for open_ in arguments.open
     ]
     given_all = stack, read(MEASURED), read(PRICES)
+    if arguments.database:
+        return database_table({load.open: database(load, *given_all) for load in loads})
     return table(
         {load.open: bill(load, *given_all) for load in loads},
         {load.open: data_out(load, *given_all) for load in loads},

@@ -1,7 +1,7 @@
-"""Measure real passes for `make cost`: bytes logged and sent, and processor time.
+"""Measure real passes for `make cost`: bytes logged, sent and stored, and processor time.
 
-Runs the handler of the worker's Lambda on a MariaDB (TEST_DATABASE_URL, or its own) against a
-billing service over TLS that answers after 100 ms (testkit/tls_billing.py).
+Runs the handler of the worker's Lambda on a MariaDB that logs rows, against a billing service over
+TLS that answers after 100 ms (testkit/tls_billing.py).
 """
 
 import contextlib
@@ -11,13 +11,15 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bench.writes import LOG_ROWS, written
 from core.domain.cadence import slot_at
 from core.domain.model import iso
 from core.log import logger
@@ -25,11 +27,12 @@ from handlers import check
 from local.mariadb import mariadb_server
 from testkit import tls_billing
 from testkit.queue import make_due
-from testkit.shops import Shop, add_sessions, mysql_shop
+from testkit.shops import MySQLShop, add_sessions, mysql_shop
 
 LATENCY_SECONDS = 0.1
 OPEN, IN_FLIGHT = 1_000, 100
 ROUNDS = 4
+PAST = "2026-01-01"
 INTERVAL = 3  # seconds, longer than a pass
 # Typical lengths: ids of a session and a checkout, a stack's name, an API key.
 SESSION, CHECKOUT, STACK, KEY = (
@@ -70,9 +73,7 @@ def measure() -> str:
     """Run the passes and return the text of measured.toml."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = os.environ.get("TEST_DATABASE_URL") or stack.enter_context(
-            mariadb_server(directory)
-        )
+        server = stack.enter_context(mariadb_server(directory, *LOG_ROWS))
         services = {
             version: stack.enter_context(
                 tls_billing.service(directory, LATENCY_SECONDS, http2=version == "http2")
@@ -84,26 +85,35 @@ def measure() -> str:
             "DATABASE_URL": shop.url,
             "APIKEY": KEY,
             "CHECK_INTERVAL_SECONDS": str(INTERVAL),
+            "CHECK_CADENCE": "1d",  # so that only what is made due here is checked
             "POWERTOOLS_SERVICE_NAME": STACK,
             "SSL_CERT_FILE": str(services["http2"].authority),
         }
         return _measured(shop, services)
 
 
-def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
+def _measured(shop: MySQLShop, services: Mapping[str, tls_billing.Service]) -> str:
     add_sessions(shop, {SESSION.format(n): CHECKOUT.format(n) for n in range(OPEN)})
     wires = {}
     for version, service in services.items():
         os.environ["BILLING_API_URL"] = service.url
         check.worker.cache_clear()
+        _at_next_tick()  # it makes the tables
+        make_due(shop, PAST)
         _at_next_tick()  # it opens the connections
-        before = service.counts()
-        passes = [_at_next_tick()[1] for _ in range(ROUNDS)]
+        before, passes, checking = service.counts(), [], Counter[str]()
+        for _ in range(ROUNDS):
+            make_due(shop, PAST)
+            stored = written(shop)
+            passes.append(_at_next_tick()[1])
+            checking += _since(stored, shop)
         assert {found.checked for found in passes} == {OPEN}
         time.sleep(0.2)  # the last acknowledgements are delayed
         wires[version] = service.counts() - before
-    make_due(shop, "2099-01-01")
+    stored = written(shop)
     idle = [_at_next_tick()[1] for _ in range(ROUNDS)]
+    idling = _since(stored, shop)
+    assert {found.checked for found in idle} == {0}
     tick, _ = _at_next_tick()
     again = [_invoke(tick) for _ in range(ROUNDS)]
     check.worker().close()
@@ -130,6 +140,10 @@ def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
             "metrics": best.metrics,
         },
     }
+    parts["database"] = {
+        **{f"idle_{name}": total / ROUNDS for name, total in idling.items()},
+        **{f"check_{name}": (checking[name] - idling[name]) / ROUNDS / OPEN for name in idling},
+    }
     for version, counts in wires.items():
         parts[f'wire."{version}"'] = {
             "sent": counts.sent / counts.requests,
@@ -147,6 +161,13 @@ def _measured(shop: Shop, services: Mapping[str, tls_billing.Service]) -> str:
             for name, value in values.items()
         )
     return lines
+
+
+def _since(before: Sequence[int], shop: MySQLShop) -> Counter[str]:
+    """What the database has written since then."""
+    names = ("redo_bytes", "log_bytes", "commits")
+    after = written(shop)
+    return Counter({n: b - a for n, a, b in zip(names, before, after, strict=True)})
 
 
 def _at_next_tick() -> tuple[datetime, Invocation]:

@@ -79,6 +79,7 @@ class Simulation:
         in_flight: int = IN_FLIGHT,
         workers: int = WORKERS,
         latency: float = LATENCY_SECONDS,
+        cadence: str = CADENCE,
     ) -> None:
         self.open = open_sessions
         self.seconds = seconds
@@ -86,7 +87,7 @@ class Simulation:
             {
                 "DATABASE_URL": "sqlite:///unused",
                 "APIKEY": "none",
-                "CHECK_CADENCE": CADENCE,
+                "CHECK_CADENCE": cadence,
                 "MAX_CONCURRENCY": str(in_flight),
                 "MAX_WORKERS": str(workers),
             }
@@ -310,12 +311,20 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="MaxConcurrency")
     parser.add_argument("--workers", type=int, default=WORKERS, help="MaxWorkers")
     parser.add_argument("--latency", type=float, default=LATENCY_SECONDS, help="billing's, seconds")
+    parser.add_argument("--cadence", default=CADENCE, help="CHECK_CADENCE")
     given = parser.parse_args()
     seconds = given.minutes * 60
     tell(f"Making {given.open:,} open sessions …")
     with simulated(
-        given.open, seconds, given.memory, given.in_flight, given.workers, given.latency
+        given.open,
+        seconds,
+        given.memory,
+        given.in_flight,
+        given.workers,
+        given.latency,
+        given.cadence,
     ) as simulation:
+        prepared = simulation.database.meter.seconds
 
         def progress(at: float) -> None:
             if at % 30 == 0:
@@ -324,16 +333,19 @@ def main() -> None:
 
         seen = simulation.run(progress)
         left = simulation.left()
+        database = (simulation.database.meter.seconds - prepared) / seconds
     print(
-        f"{given.open:,} open sessions for {given.minutes} minutes, CHECK_CADENCE={CADENCE!r}, "
-        f"{given.memory} MB, {given.in_flight} in flight, at most {given.workers} workers, "
+        f"{given.open:,} open sessions for {given.minutes} minutes,"
+        f" CHECK_CADENCE={given.cadence!r}, {given.memory} MB, {given.in_flight} in flight,"
+        f" at most {given.workers} workers, "
         f"billing answers after {given.latency * 1000:.0f} ms\n"
         f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
         f"sessions over a minute late at the end: {left:,}\n"
         f"seconds from a session's slot to its request: {_spread(seen.late)}\n"
         f"seconds from a session's opening to its first request: {_spread(seen.first_late)}\n"
         f"workers at once: {seen.worker_seconds / seconds:.1f} on average, "
-        f"{seen.max_under_way} at most"
+        f"{seen.max_under_way} at most\n"
+        f"connections busy at the database: {database:.1f} on average"
     )
 
 

@@ -25,8 +25,10 @@ INTERVAL = timedelta(seconds=5)
 LEASE = timedelta(seconds=20)
 TICKS = 120  # ten minutes
 CLAIM = 500  # sessions, as a pass claims first
-# The position in the redo log by its name on MariaDB and on MySQL.
-REDO = ("Innodb_lsn_current", "Innodb_redo_log_current_lsn")
+# The position in the redo log by its name on MariaDB and on MySQL, and logged transactions.
+STATUS = ("Innodb_lsn_current", "Innodb_redo_log_current_lsn", "Binlog_commits")
+# As MySQL logs by default: each row that changes.
+LOG_ROWS = ("--log-bin=log", "--binlog-format=ROW", "--server-id=1")
 
 
 def writes(machine: Machine, results: Results) -> None:
@@ -44,13 +46,15 @@ def writes(machine: Machine, results: Results) -> None:
                         measured = []
                         for _ in range(3 * machine.rounds):
                             make_due(shop)
-                            before = _counters(shop)
+                            before = (*written(shop), _seconds(shop))
                             client.run(job)
-                            after = _counters(shop)
+                            after = (*written(shop), _seconds(shop))
                             measured.append(
                                 [(b - a) / open_ for a, b in zip(before, after, strict=True)]
                             )
-                redo, log, seconds = (median(column) for column in zip(*measured, strict=True))
+                redo, log, _commits, seconds = (
+                    median(column) for column in zip(*measured, strict=True)
+                )
                 took[program.label] = seconds
                 what = f"{program.label}: bytes of redo and binary log for a check"
                 text = f"{redo:.0f} + {log:.0f}"
@@ -130,7 +134,7 @@ def _healthy(claimed: Claimed, clock: FakeClock) -> CheckResults:
 @contextlib.contextmanager
 def _servers(machine: Machine) -> Iterator[dict[str, str]]:
     """A MariaDB that logs rows as MySQL does by default, and MySQL if there is one."""
-    options = ("--log-bin=log", "--binlog-format=ROW", "--server-id=1", "--performance-schema=ON")
+    options = (*LOG_ROWS, "--performance-schema=ON")
     with (
         tempfile.TemporaryDirectory(dir=machine.directory) as directory,
         mariadb_server(Path(directory), *options) as mariadb,
@@ -138,13 +142,18 @@ def _servers(machine: Machine) -> Iterator[dict[str, str]]:
         yield {"MariaDB": mariadb, **({"MySQL": machine.mysql} if machine.mysql else {})}
 
 
-def _counters(shop: MySQLShop) -> tuple[float, float, float]:
-    """The position in the redo log, the size of the binary log, and seconds in statements."""
-    status = dict(shop.run("SHOW GLOBAL STATUS WHERE variable_name IN (%s, %s)", REDO))
+def written(shop: MySQLShop) -> tuple[int, int, int]:
+    """Bytes of the server's redo and binary log so far, and transactions in the latter."""
+    status = dict(shop.run("SHOW GLOBAL STATUS WHERE variable_name IN (%s, %s, %s)", STATUS))
+    commits = int(status.pop("Binlog_commits", "0"))  # MySQL does not count them
     [redo] = status.values()
-    log = sum(int(row[1]) for row in shop.run("SHOW BINARY LOGS"))
+    return int(redo), sum(int(row[1]) for row in shop.run("SHOW BINARY LOGS")), commits
+
+
+def _seconds(shop: MySQLShop) -> float:
+    """The time that the server has spent in statements so far."""
     [(picoseconds,)] = shop.run(
         "SELECT SUM(sum_timer_wait)"
         " FROM performance_schema.events_statements_summary_global_by_event_name"
     )
-    return float(redo), float(log), float(picoseconds) / 1e12
+    return float(picoseconds) / 1e12
