@@ -32,6 +32,10 @@ except ImportError:  # an earlier checkout, in which core has no packages
     from core import observability as log  # type: ignore[attr-defined, no-redef]
     from core.billing import BillingClient  # type: ignore[attr-defined, no-redef]
 
+# An earlier checkout knows only the key.
+KEY: dict[str, Any] = {"credentials": {"APIKEY": "bench"}}
+if "api_key" in signature(BillingClient).parameters:
+    KEY = {"api_key": "bench"}
 # In an earlier checkout, the leader and its helpers are started in the same way.
 KNOWS_HELPERS = "helps" in signature(Worker.check_open_checkout_sessions).parameters
 HEADERS = {"x-api-key": "bench", "accept": "application/json"}
@@ -75,7 +79,7 @@ def http_part() -> Run:
     kept: list[tuple[asyncio.Runner, BillingClient]] = []
 
     async def client(job: Job) -> BillingClient:
-        return BillingClient(api_url=job["url"], api_key="bench", timeout_seconds=TIMEOUT_SECONDS)
+        return BillingClient(api_url=job["url"], timeout_seconds=TIMEOUT_SECONDS, **KEY)
 
     def run(job: Job) -> Report:
         if not kept:

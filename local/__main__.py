@@ -28,6 +28,7 @@ from core.settings import Settings
 from local import billing, loop, output, sharing, terminal
 from local.api import running_api
 from local.samples import SAMPLES, create_samples
+from local.services import Service, read_services
 from local.workers import Workers
 
 API_PORT = 3001
@@ -48,6 +49,10 @@ def main() -> int:
     parser.add_argument(
         sharing.SHARE, action="store_true", help="start although another monitor uses the database"
     )
+    services = read_services()
+    parser.add_argument(
+        "--service", choices=services, help="simulate that billing service, with its settings"
+    )
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack the emoji
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -59,7 +64,8 @@ def main() -> int:
     dotenv = {name: value or "" for name, value in dotenv_values(".env").items()}
     try:
         with contextlib.ExitStack() as stack:
-            setup = prepare(dotenv | os.environ, arguments.billing_port, stack)
+            service = services.get(arguments.service)
+            setup = prepare(dotenv | os.environ, arguments.billing_port, stack, service)
             if not arguments.share_database:
                 refuse_to_share(setup.settings)
             terminal.show_changes_only(debug=setup.settings.debug)
@@ -93,8 +99,15 @@ class Setup:
     lines: Sequence[str]
 
 
-def prepare(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitStack) -> Setup:
+def prepare(
+    env: Mapping[str, str],
+    billing_port: int,
+    stack: contextlib.ExitStack,
+    service: Service | None = None,
+) -> Setup:
     """Read the settings, and provide the database, billing service and interval that they omit.
+
+    With a `service`, that one is simulated at the path of the settings' billing service.
 
     Raises:
         SettingsError: a setting is invalid.
@@ -105,13 +118,21 @@ def prepare(env: Mapping[str, str], billing_port: int, stack: contextlib.ExitSta
     given.setdefault("CHECK_INTERVAL_SECONDS", str(loop.default_interval_seconds()))
     given.setdefault("LOG_LINES_ACTIVE", str(log.LINES_PER_OUTCOME))
     simulated = None
-    if "BILLING_API_URL" not in given:
+    if service is not None or "BILLING_API_URL" not in given:
         with explain_port_errors(billing_port, "--billing-port"):
-            simulated = stack.enter_context(billing.running_billing(port=billing_port))
-        given["BILLING_API_URL"] = simulated.url
+            simulated = stack.enter_context(
+                billing.running_billing(port=billing_port, service=service)
+            )
+        if service is not None:
+            given = {"STATUS_UPDATES": "true"} | service.settings_at(simulated.origin, given)
+        else:
+            given["BILLING_API_URL"] = simulated.url
     settings = Settings.from_env(given)
     log.set_level(debug=settings.debug)
-    lines = [f"{'Simulated b' if simulated else 'B'}illing service: {settings.billing_api_url}"]
+    kind = "Simulated billing service" if simulated else "Billing service"
+    lines = [f"{kind}: {settings.billing_api_url}"]
+    if service is not None:
+        lines.append(f"Simulating {service.title}; its settings are in docs/billing-services.md")
     if isinstance(settings.database, SQLitePath):
         path = settings.database.path
         try:

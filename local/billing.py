@@ -10,6 +10,7 @@ them is optional.
 | `active`, any other word    | 200, status `open`                                           |
 | `200` to `599`              | that status; `429` and `503` come with `Retry-After: 30`     |
 | `ratelimited`               | 429 without `Retry-After`                                    |
+| `pending`                   | 200, status `processing`: a payment is in progress           |
 | `paid`, `failed`, `expired` | 200, status `open`; that status from 60 seconds after the first request for the id, or after the seconds in the next word: `checkout_paid_20_1` |
 | `slow`                      | 200 after a second                                           |
 | `hang`                      | never answers                                                |
@@ -27,6 +28,9 @@ A missing or wrong key gets 401, another path 404, another method 405, and inval
 `slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
 `paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` returns the
 mode. `/simulate` refuses requests from other sites with 403.
+
+With a service of `local/services.toml`, such as `stripe`, the URL, the headers that it needs, the
+answers and the limit are that service's.
 """  # noqa: E501 - a row of a table is one line
 
 import argparse
@@ -47,6 +51,7 @@ from typing import NamedTuple, Self, cast
 from urllib.parse import unquote
 
 from local.other_sites import refusal
+from local.services import Service, read_services
 
 HOST = "127.0.0.1"
 PORT = 4000
@@ -87,11 +92,12 @@ class _Request(NamedTuple):
     method: str
     path: str
     checkout_id: str  # decoded; empty if the path is not a session's
-    api_key: str
+    headers: Mapping[str, str]  # by their names in lower case
     keep_alive: bool
     body: str
     host: str
     origin: str | None
+    target: str  # the path and the query
 
 
 class _Answer(NamedTuple):
@@ -110,6 +116,7 @@ class SimulatedBilling:
 
     `clock` (seconds) decides when `paid`, `failed` and `expired` start. `pause_seconds` is real
     time: the delay of `slow`, and of `drip` between two bytes. Without `api_key`, any key is valid.
+    `service` is a service to be instead of the one above.
     """
 
     def __init__(
@@ -118,7 +125,9 @@ class SimulatedBilling:
         clock: Callable[[], float] = time.monotonic,
         api_key: str | None = None,
         pause_seconds: float = 1.0,
+        service: Service | None = None,
     ) -> None:
+        self.service = service
         self.requests: Counter[str] = Counter()
         self.connections = 0
         self.in_flight = 0
@@ -129,6 +138,7 @@ class SimulatedBilling:
         self._clock = clock
         self._api_key = api_key
         self._first_asked: dict[str, float] = {}
+        self._in_second = (0, 0)  # the latest second, and how many requests came in it
         self._server: asyncio.Server | None = None
         self._host = HOST
         self._port: int | None = None
@@ -136,9 +146,15 @@ class SimulatedBilling:
     @property
     def url(self) -> str:
         """The value for `BILLING_API_URL`; it remains valid after `stop`."""
+        if self.service is not None:
+            return self.service.settings_at(self.origin, {})["BILLING_API_URL"]
+        return f"{self.origin}{_SESSIONS.removesuffix('/')}"
+
+    @property
+    def origin(self) -> str:
         if self._port is None:
             raise RuntimeError("the simulated billing service has not been started")
-        return f"http://{HOST}:{self._port}{_SESSIONS.removesuffix('/')}"
+        return f"http://{HOST}:{self._port}"
 
     async def start(self, host: str = HOST, port: int = PORT) -> None:
         """Listen; port 0 asks for a free one.
@@ -199,20 +215,29 @@ class SimulatedBilling:
             return self._control(request, address)
         if request.path == _REDIRECTED:
             self.redirects_followed += 1
-            return _session("redirected")
+            return self.session("redirected")
         if not request.checkout_id:
-            return _error(404)
+            return self._token(request) or _error(404)
         if request.method != "GET":
             return _error(405, "Allow: GET")
         self.requests[request.checkout_id] += 1
-        if not request.api_key or self._api_key not in (None, request.api_key):
+        if not self._accepts(request.headers):
             return _error(401)
-        return None
+        return _error(429) if self._is_too_much() else None
+
+    def session(self, checkout_id: str, state: str = "open") -> _Answer:
+        """The answer about a session in a state."""
+        if self.service is not None:
+            return _Answer(200, self.service.body_of(checkout_id, state))
+        status = "processing" if state == "pending" else state
+        return _Answer(200, json.dumps({"id": checkout_id, "status": status}).encode())
 
     def answer(self, checkout_id: str) -> _Answer:
         """The answer for an id whose behaviour is an answer, not a fault of the connection."""
-        answer = _session(checkout_id)
+        answer = self.session(checkout_id)
         match self.words(checkout_id):
+            case ["pending", *_]:
+                answer = self.session(checkout_id, "pending")
             case ["huge", *_]:  # trailing spaces are valid JSON
                 answer = answer._replace(body=answer.body.ljust(_HUGE_BYTES))
             case ["text", *_]:
@@ -227,10 +252,36 @@ class SimulatedBilling:
                 after = int(more[0]) if more and _NUMBER.fullmatch(more[0]) else _CHANGES_AFTER
                 now = self._clock()
                 if now >= self._first_asked.setdefault(checkout_id, now) + after:
-                    answer = _session(checkout_id, state)
+                    answer = self.session(checkout_id, state)
             case [code, *_] if _STATUS_CODE.fullmatch(code) and code != "200":
-                answer = _error(int(code))
+                answer = _error(self._unknown if code == "404" else int(code))
         return answer
+
+    @property
+    def _unknown(self) -> int:
+        return 404 if self.service is None else self.service.unknown
+
+    def _accepts(self, headers: Mapping[str, str]) -> bool:
+        if self.service is not None:
+            return self.service.accepts(headers)
+        key = headers.get("x-api-key", "")
+        return bool(key) and self._api_key in (None, key)
+
+    def _token(self, request: _Request) -> _Answer | None:
+        if self.service is None or self.service.token_url is None:
+            return None
+        body = self.service.token_answer(request.target, request.headers, request.body)
+        return None if body is None else _Answer(200, body)
+
+    def _is_too_much(self) -> bool:
+        """Whether this request exceeds the service's limit."""
+        if self.service is None or self.service.per_second is None:
+            return False
+        second, count = int(self._clock()), 1
+        if self._in_second[0] == second:
+            count += self._in_second[1]
+        self._in_second = (second, count)
+        return count > self.service.per_second
 
     def _control(self, request: _Request, address: str) -> _Answer:
         names = (self._host.lower(), address)
@@ -282,6 +333,9 @@ class _Connection(asyncio.Protocol):
                 return
             if self._request is None:
                 return
+            if (service := self._billing.service) is not None:
+                asked = service.checkout_id(self._request.target)
+                self._request = self._request._replace(checkout_id=asked)
             self._billing.in_flight += 1
             self._billing.max_in_flight = max(self._billing.max_in_flight, self._billing.in_flight)
             answer = self._billing.count(self._request, self._address)
@@ -324,7 +378,7 @@ class _Connection(asyncio.Protocol):
         self._later(self._drip)
 
     def _send_late(self, checkout_id: str) -> None:
-        self._send(_session(checkout_id))
+        self._send(self._billing.session(checkout_id))
         self._take_requests()  # those that arrived meanwhile
 
     def _send(self, answer: _Answer) -> None:
@@ -378,16 +432,13 @@ def _parse(received: bytearray) -> _Request | None:
         method,
         path,
         unquote(segment, errors="strict") if is_session else "",
-        headers.get("x-api-key", ""),
+        headers,
         minor == "1" and "close" not in headers.get("connection", "").lower(),
         body,
         headers["host"],
         headers.get("origin"),
+        target,
     )
-
-
-def _session(checkout_id: str, state: str = "open") -> _Answer:
-    return _Answer(200, json.dumps({"id": checkout_id, "status": state}).encode())
 
 
 def _error(status: int, *headers: str) -> _Answer:
@@ -409,13 +460,16 @@ def running_billing(
     clock: Callable[[], float] = time.monotonic,
     api_key: str | None = None,
     pause_seconds: float = 1.0,
+    service: Service | None = None,
 ) -> Iterator[SimulatedBilling]:
     """Run the service in its own thread, for callers without an event loop.
 
     Raises:
         OSError: the port is in use or not permitted.
     """
-    billing = SimulatedBilling(clock=clock, api_key=api_key, pause_seconds=pause_seconds)
+    billing = SimulatedBilling(
+        clock=clock, api_key=api_key, pause_seconds=pause_seconds, service=service
+    )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="simulated-billing")
     thread.start()
@@ -431,8 +485,8 @@ def running_billing(
         loop.close()
 
 
-async def _listen(host: str, port: int) -> None:
-    billing = SimulatedBilling()
+async def _listen(host: str, port: int, service: Service | None) -> None:
+    billing = SimulatedBilling(service=service)
     await billing.start(host, port)
     async with billing:
         print(f"Simulated billing service: {billing.url}", flush=True)
@@ -446,10 +500,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--host", default=HOST, help="0.0.0.0 for containers (default: %(default)s)"
     )
+    services = read_services()
+    parser.add_argument("--service", choices=services, help="simulate that service")
     parsed = parser.parse_args(arguments)
     port: int = parsed.port
     try:
-        asyncio.run(_listen(parsed.host, port))
+        asyncio.run(_listen(parsed.host, port, services.get(parsed.service)))
     except KeyboardInterrupt:
         return 0
     except (OSError, OverflowError) as error:

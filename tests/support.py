@@ -142,6 +142,7 @@ class Passes:
             store = Store(
                 database_of(self.shop, self.clock),
                 self.publisher,
+                late_payments_for=settings.late_payments_for,
                 batch_size=settings.max_concurrency,
             )
             try:

@@ -223,11 +223,20 @@ def test_lines_of_active_sessions_have_their_own_limit(
     assert caplog.messages == rest
 
 
-def test_a_refused_api_key_is_logged_once_per_pass(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("sent_headers", "rest"),
+    [
+        ("", ""),
+        ("authorization, shop-version", ", sent with the headers authorization, shop-version"),
+    ],
+)
+def test_a_refused_api_key_is_logged_once_per_pass(
+    caplog: pytest.LogCaptureFixture, sent_headers: str, rest: str
+) -> None:
     outcomes = Counter({Outcome.UNAUTHORIZED: 3})
-    PassLog().end(Summary(Reason.TICK, NOON, outcomes=outcomes))
+    PassLog(sent_headers=sent_headers).end(Summary(Reason.TICK, NOON, outcomes=outcomes))
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.ERROR, "⚠️ The billing service refuses the API key (status 401 or 403)")
+        (logging.ERROR, f"⚠️ The billing service refuses the API key (status 401 or 403){rest}")
     ]
 
 

@@ -1,5 +1,6 @@
 """No output and no answer contains the API key or the database password."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def database_url(mariadb_shop: MySQLShop) -> str:
     """The URL of a user whose password has every character that a URL must encode."""
     user = f"u{mariadb_shop.database[-12:]}"
     for place in ("'%%'", "localhost"):
-        mariadb_shop.run(f"CREATE USER {user}@{place} IDENTIFIED BY %s", (PASSWORD,))
+        mariadb_shop.run(f"CREATE OR REPLACE USER {user}@{place} IDENTIFIED BY %s", (PASSWORD,))
         mariadb_shop.run(
             f"GRANT ALL ON {mariadb_shop.database}.* TO {user}@{place.replace('%%', '%')}"
         )
@@ -83,6 +84,9 @@ CASES: dict[str, dict[str, str | tuple[str, str]]] = {
     "the port is wrong": {"DATABASE_URL": ("@127.0.0.1:", "@127.0.0.1:99999")},
     "an option is wrong": {"DATABASE_URL": ("/monitor_test", "/monitor_test?x=")},
     "the key cannot be sent": {"APIKEY": f"{KEY}\u00e9"},
+    "the headers have a key and a text": {
+        "BILLING_HEADERS": f'{{"Authorization": "Basic {{APIKEY:base64}}", "X-Key": "{KEY}"}}'
+    },
     "billing's URL has a password": {"BILLING_API_URL": f"http://u:{KEY}@localhost/x"},
 }
 
@@ -99,5 +103,6 @@ def test_no_secret_is_printed(database_url: str, case: str) -> None:
                 env[name] = change
         printed = output_of_all_calls(env)
     assert "'statusCode': 400" in printed
-    for secret in (KEY, PASSWORD, quote(PASSWORD, safe=""), quote(PASSWORD), PASSWORD[5:]):
+    encoded = base64.b64encode(KEY.encode()).decode()
+    for secret in (KEY, encoded, PASSWORD, quote(PASSWORD, safe=""), quote(PASSWORD), PASSWORD[5:]):
         assert secret not in printed

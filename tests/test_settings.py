@@ -1,6 +1,7 @@
 """Every setting: its default, the values it accepts, and the error for any other."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,7 +19,10 @@ FORMS = (
     "it must be mysql://user:password@host:3306/database (optional: ?ssl_ca=/path/to/ca.pem or "
     "?ssl=true) or sqlite:///path/to/file."
 )
-URL = "it must be an http:// or https:// URL without user, query and fragment."
+URL = (
+    "it must be an http:// or https:// URL without user, query and fragment, or one with "
+    "{billing_checkout_id} once, in its path or query."
+)
 OPTIONAL = (
     "CHECK_INTERVAL_SECONDS",
     "CHECK_CADENCE",
@@ -26,6 +30,15 @@ OPTIONAL = (
     "REQUEST_TIMEOUT_SECONDS",
     "MAX_CONCURRENCY",
     "BILLING_API_URL",
+    "BILLING_HEADERS",
+    "BILLING_TOKEN_URL",
+    "BILLING_CLIENT_ID",
+    "BILLING_CLIENT_SECRET",
+    "BILLING_OK",
+    "BILLING_NOT_FOUND",
+    "BILLING_ID_PATH",
+    "BILLING_AMOUNT_PATH",
+    "BILLING_CURRENCY_PATH",
     "APIKEY",
     "APIKEY_SECRET_ARN",
     "DATABASE_SECRET_ARN",
@@ -40,6 +53,7 @@ OPTIONAL = (
     "BILLING_STATUS_PATH",
     "BILLING_STATUS_MAP",
     "SESSION_EXPIRES_AFTER",
+    "LATE_PAYMENTS_FOR",
     "EVENT_BUS_NAME",
     "LOG_LINES_ACTIVE",
     "DEBUG",
@@ -66,7 +80,7 @@ def refusal(**env: str) -> str:
 def test_only_a_database_has_to_be_set() -> None:
     found = read()
     assert found.database == SQLitePath(Path("shop.db"))
-    assert (found.api_key, found.api_key_secret_arn) == (None, None)
+    assert (found.credentials, found.api_key_secret_arn) == (None, None)
     assert found.billing_api_url == "http://localhost:4000/billing/api/v1/paysession"
     assert found.cadence == Cadence.parse("5s")
     assert (found.interval_seconds, found.backoff_max_seconds) == (5, 60)
@@ -107,7 +121,7 @@ def test_without_a_database_the_error_says_what_to_set(env: dict[str, str]) -> N
         ("DEBUG", "true", "debug", True),
         ("DEBUG", "True", "debug", True),
         ("DEBUG", "FALSE", "debug", False),
-        ("APIKEY", " !key~ ", "api_key", "!key~"),
+        ("APIKEY", " !key~ ", "credentials", {"APIKEY": "!key~"}),
         ("APIKEY_SECRET_ARN", "arn:a", "api_key_secret_arn", "arn:a"),
         ("BILLING_API_URL", "https://billing/a/", "billing_api_url", "https://billing/a"),
         ("BILLING_API_URL", "http://[::1]:4000", "billing_api_url", "http://[::1]:4000"),
@@ -154,8 +168,19 @@ INVALID = {
         "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
         "http://billing/x#y", "http://bill ing/x", "http://bücher/x", "http://billing/\nx",
         "http://billing:port/x", "http://billing:65536/x", "http://[::1/x",
+        "http://billing/{id}", "http://billing/{billing_checkout_id}/{billing_checkout_id}",
+        "http://{billing_checkout_id}/x", "http://a{billing_checkout_id}.b/x",
+        "http://billing:{billing_checkout_id}/x", "http://billing/{billing_checkout_id}#x",
+        "http://billing/{billing_checkout_id}/{x}", "{billing_checkout_id}",
         "http://billing:0/x", "http://256.1.1.1/x", "http://%zz/x", "http://bil|ling/x", "http://xn--/x",
     ),
+    ("BILLING_TOKEN_URL", "it must be an http:// or https:// URL without user and fragment."): (
+        "auth", "ftp://auth/x", "https://auth/x#y",
+    ),
+    ("BILLING_OK", "it must be status codes from 200 to 599, separated by commas, other than"): (
+        "OK", "99", "600", "200,", "200 201", "401", "200,503",
+    ),
+    ("BILLING_NOT_FOUND", "other than 401, 403, 429, 503."): ("403", "404;410", "2e2"),
 }  # fmt: skip
 
 
@@ -185,6 +210,10 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         ),
         ("SESSION_EXPIRES_AFTER", "soon", "it must be a number with s, m, h or d, e.g. 24h."),
         ("SESSION_EXPIRES_AFTER", "0h", "it must be a number with s, m, h or d, e.g. 24h."),
+        ("BILLING_ID_PATH", "[", "it must be a JMESPath expression, e.g. id or data.id."),
+        ("BILLING_AMOUNT_PATH", "[", "it must be a JMESPath expression"),
+        ("BILLING_CURRENCY_PATH", "[", "it must be a JMESPath expression"),
+        ("LATE_PAYMENTS_FOR", "a week", "it must be a number with s, m, h or d, e.g. 7d, or 0."),
         ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
     ],
 )
@@ -194,6 +223,90 @@ def test_the_variables_of_status_updates_are_refused_the_same_way(
     sentence = refusal(**{name: text, "STATUS_UPDATES": "true"})
     assert sentence.startswith(f"{name} is {text!r}")
     assert allowed in sentence
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        (
+            {"BILLING_HEADERS": '{"A": "{hidden"}'},
+            (
+                "BILLING_HEADERS (not shown here) has a brace in the value for A that is not of a "
+                "placeholder; it must be a JSON object from header names to values, e.g. "
+                '{"Authorization": "Bearer {APIKEY}"}, in which {NAME} and {NAME:base64} stand for '
+                "credentials."
+            ),
+        ),
+        (
+            {"BILLING_HEADERS": '{"A": "{APIKEY}{B}{C}"}', "APIKEY": "hidden", "C": "c"},
+            (
+                "BILLING_HEADERS needs B, not set here; set variables of these names, or "
+                "APIKEY_SECRET_ARN to a secret with them."
+            ),
+        ),
+        (
+            {"BILLING_HEADERS": '{"A": "{B}"}', "B": "hidden\tkey"},
+            (
+                "B contains a space, a control character or a character outside ASCII (not shown "
+                "here); it must be visible ASCII characters only, as HTTP headers require."
+            ),
+        ),
+        (
+            {"BILLING_HEADERS": '{"A": "{TOKEN}"}'},
+            (
+                "BILLING_HEADERS has {TOKEN}, but BILLING_TOKEN_URL is not set; set it, or use "
+                "another placeholder."
+            ),
+        ),
+        (
+            {"BILLING_TOKEN_URL": "https://auth/x", "BILLING_HEADERS": '{"A": "{APIKEY}"}'},
+            (
+                "BILLING_TOKEN_URL is set, but BILLING_HEADERS does not have {TOKEN}; put it into "
+                "a value, or leave BILLING_HEADERS out."
+            ),
+        ),
+        (
+            {"BILLING_TOKEN_URL": "https://auth/x", "APIKEY": "hidden"},
+            (
+                "BILLING_TOKEN_URL needs BILLING_CLIENT_ID and BILLING_CLIENT_SECRET, not set "
+                "here; set variables of these names, or APIKEY_SECRET_ARN to a secret with them."
+            ),
+        ),
+        (
+            {"BILLING_TOKEN_URL": "https://u:hidden@auth/x"},
+            (
+                "BILLING_TOKEN_URL contains a user or a password (not shown here); it must be an "
+                "http:// or https:// URL without user and fragment."
+            ),
+        ),
+        (
+            {"BILLING_OK": "200,404", "BILLING_NOT_FOUND": "404"},
+            "BILLING_NOT_FOUND and BILLING_OK both have 404; leave it out of one of them.",
+        ),
+    ],
+)
+def test_unusable_credentials_are_refused_without_showing_one(
+    env: dict[str, str], why: str
+) -> None:
+    assert refusal(**env) == why
+    assert "hidden" not in why
+
+
+def test_late_payments_are_looked_for_a_week_with_status_updates() -> None:
+    week = timedelta(days=7)
+    assert read().late_payments_for is None
+    assert read(STATUS_UPDATES="true").late_payments_for == week
+    assert read(STATUS_UPDATES="true", LATE_PAYMENTS_FOR="0").late_payments_for is None
+
+
+def test_headers_and_a_token_need_only_what_they_name() -> None:
+    token = {"BILLING_TOKEN_URL": "https://auth/x"}
+    client = {"BILLING_CLIENT_ID": "i", "BILLING_CLIENT_SECRET": "s"}
+    assert read(APIKEY="k", **token, **client).credentials == client
+    assert read(BILLING_HEADERS="{}", APIKEY_SECRET_ARN="arn:a").credentials == {}
+    found = read(**token, APIKEY_SECRET_ARN="arn:a", APIKEY="k")
+    assert (found.credentials, found.api_key_secret_arn) == (None, "arn:a")
+    assert found.headers_to_name == "authorization"
 
 
 @pytest.mark.parametrize(
@@ -345,7 +458,7 @@ def test_the_repr_of_settings_does_not_depend_on_secrets(password: str, key: str
 
 def test_apikey_takes_precedence_over_its_secret() -> None:
     found = read(APIKEY="key", APIKEY_SECRET_ARN="arn:a")
-    assert (found.api_key, found.api_key_secret_arn) == ("key", None)
+    assert (found.credentials, found.api_key_secret_arn) == ({"APIKEY": "key"}, None)
 
 
 def test_database_url_takes_precedence_over_its_secret() -> None:

@@ -50,15 +50,35 @@ def _log_check(claim: Claim, answer: Answer) -> None:
     write(check_line(claim, answer), extra=fields)
 
 
+def log_paid_late(session_id: str, billing_checkout_id: str, billing_status: str) -> None:
+    logger.warning(
+        f"💶 Checkout session {shown(session_id)} ({shown(billing_checkout_id)}) was paid after it "
+        f"had become timeout; billing says {shown(billing_status)}",
+        extra={
+            "session_id": session_id,
+            "billing_checkout_id": billing_checkout_id,
+            "billing_status": billing_status,
+        },
+    )
+
+
 class PassLog:
     """The lines of one pass, at most LINES_PER_OUTCOME of each outcome.
 
     `max_active` is the limit for `active`; None: no limit. With `waits`, lines are held back until
     the first one, which says how many sessions are open: checks begin before that is known.
+    `sent_headers` are the names of the headers with credentials, where they are not the default.
     """
 
-    def __init__(self, *, max_active: int | None = LINES_PER_OUTCOME, waits: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        max_active: int | None = LINES_PER_OUTCOME,
+        waits: bool = False,
+        sent_headers: str = "",
+    ) -> None:
         self._max_active = max_active
+        self._sent_headers = sent_headers
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
         self._waiting: list[Callable[[], None]] | None = [] if waits else None
@@ -129,7 +149,8 @@ class PassLog:
                 "the billing service limits the rate (status 429 or 503)"
             )
         if summary.outcomes[Outcome.UNAUTHORIZED]:
-            logger.error("⚠️ The billing service refuses the API key (status 401 or 403)")
+            sent = f", sent with the headers {self._sent_headers}" if self._sent_headers else ""
+            logger.error(f"⚠️ The billing service refuses the API key (status 401 or 403){sent}")
         if summary.open:
             logger.info(
                 f"📊 [{iso(summary.finished_at)}] Checkout session check complete: "
@@ -154,7 +175,7 @@ def check_line(claim: Claim, answer: Answer) -> str:
         case Outcome.NETWORK_ERROR:
             error = f"Network error: {detail}" if detail else "Network error"
             return f"❌ Error checking session {session} ({checkout}): {error}"
-        case Outcome.INVALID_SESSION | Outcome.INTERNAL_ERROR:
+        case _ if detail:
             return f"❌ Error checking session {session} ({checkout}): {detail}"
         case _:
             return f"ℹ️ Checkout session {session} ({checkout}) returned status {answer.status_code}"

@@ -1,7 +1,7 @@
 """The wiring: settings become a store, a billing client and the event loop they run on."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -76,6 +76,7 @@ class Worker:
             self._database,
             _publisher(settings),
             monitor=monitor,
+            late_payments_for=settings.late_payments_for,
             batch_size=settings.max_concurrency,
         )
         self._billing = _billing(settings, transport)
@@ -214,28 +215,32 @@ def _publisher(settings: Settings) -> Publisher | None:
 def _billing(
     settings: Settings, transport: httpx.AsyncBaseTransport | None
 ) -> BillingClient | None:
-    """The client, or None without an API key. Raises SettingsError for a secret without one."""
-    key, arn = settings.api_key, settings.api_key_secret_arn
+    """The client, or None without an API key. Raises SettingsError for a secret that lacks one."""
+    credentials, arn = settings.credentials, settings.api_key_secret_arn
     read_again = None
-    if key is None and arn is not None:
-        key = secrets_manager.read_api_key(arn)
-        read_again = partial(_read_key_again, arn)
-    if key is None:
+    if credentials is None and arn is not None:
+        names = settings.credential_names
+        credentials = secrets_manager.read_credentials(arn, names)
+        read_again = partial(_read_credentials_again, arn, names)
+    if credentials is None:
         return None
     return BillingClient(
         api_url=settings.billing_api_url,
-        api_key=key,
+        credentials=credentials,
         timeout_seconds=settings.request_timeout_seconds,
+        headers=settings.billing_headers,
+        token_url=settings.billing_token_url,
+        status_codes=settings.billing_status_codes,
         status_reader=settings.status_reader,
-        read_key_again=read_again,
+        read_credentials_again=read_again,
         transport=transport,
     )
 
 
-def _read_key_again(arn: str) -> str | None:
-    """The secret's key; None, with the reason in the log, where it cannot be read."""
+def _read_credentials_again(arn: str, names: Collection[str]) -> Mapping[str, str] | None:
+    """The secret's credentials; None, with the reason in the log, where they cannot be read."""
     try:
-        return secrets_manager.read_api_key(arn, refresh=True)
+        return secrets_manager.read_credentials(arn, names, refresh=True)
     except SettingsError as error:
         logger.error(f"❌ {error}")
         return None

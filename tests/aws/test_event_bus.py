@@ -17,7 +17,7 @@ from botocore.stub import Stubber
 from moto import mock_aws
 
 from core.aws import event_bus
-from core.aws.event_bus import EventBus, event_id
+from core.aws.event_bus import EventBus, detail, event_id
 from core.domain.model import SessionStatus, StatusChangedEvent
 from core.worker import Worker
 from testkit.clock import NOON, FakeClock
@@ -175,6 +175,22 @@ def test_an_event_id_is_unique_to_its_change() -> None:
         change._replace(first_seen_at=NOON + timedelta(days=1)),
     ]
     assert len({event_id(c) for c in [change, *others]}) == 4
+
+
+def test_a_late_payment_has_an_event_of_its_own_as_documented() -> None:
+    paid = CHANGES[0]._replace(expired_at=NOON - timedelta(days=1), amount="5.00", currency="EUR")
+    schema = json.loads(
+        (ROOT / "docs/status-updates.md")
+        .read_text(encoding="utf-8")
+        .partition("### Late payments\n")[2]
+        .partition("```json")[2]
+        .partition("```")[0]
+    )
+    found = detail(paid)
+    jsonschema.validate(found, schema)
+    assert set(schema["properties"]) == set(found)
+    assert EventBus("shop")._entry(paid)["DetailType"] == schema["title"]
+    assert event_id(paid) != event_id(CHANGES[0])
 
 
 def test_boto3_is_not_imported_before_the_first_event() -> None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import boto3
@@ -60,14 +60,18 @@ def read_database(arn: str) -> MySQLAddress:
 RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname": "shop"}
 
 
+def read_key(arn: str, *, refresh: bool = False) -> str:
+    return secrets_manager.read_credentials(arn, {"APIKEY"}, refresh=refresh)["APIKEY"]
+
+
 @pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
 def test_the_api_key_is_the_secrets_text_or_its_apikey_field(manager: Manager, text: str) -> None:
-    assert secrets_manager.read_api_key(manager.put(text)) == "the-key"
+    assert read_key(manager.put(text)) == "the-key"
 
 
 def test_one_secret_may_hold_the_api_key_and_the_database_address(manager: Manager) -> None:
     arn = manager.put(json.dumps(RDS | {"APIKEY": "the-key"}))
-    assert secrets_manager.read_api_key(arn) == "the-key"
+    assert read_key(arn) == "the-key"
     assert read_database(arn).host == "db"
 
 
@@ -76,13 +80,27 @@ def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
     manager: Manager, text: str
 ) -> None:
     with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
-        secrets_manager.read_api_key(manager.put(text))
+        read_key(manager.put(text))
     assert "hidden" not in str(refused.value)
+
+
+def test_a_secret_may_hold_further_credentials(manager: Manager) -> None:
+    arn = manager.put('{"APIKEY": "key", "KB_KEY": " bob ", "OTHER": "x"}')
+    assert secrets_manager.read_credentials(arn, {"KB_KEY", "APIKEY"}) == {
+        "APIKEY": "key",
+        "KB_KEY": "bob",
+    }
+    with pytest.raises(SettingsError) as refused:
+        secrets_manager.read_credentials(arn, {"KB_KEY", "KB_SECRET"})
+    assert str(refused.value) == (
+        f"APIKEY_SECRET_ARN names the secret {arn}, which lacks KB_SECRET; it must be a JSON "
+        "object with KB_KEY, KB_SECRET."
+    )
 
 
 def test_a_missing_secret_is_named_in_the_error(manager: Manager) -> None:
     with pytest.raises(SettingsError, match=r"APIKEY_SECRET_ARN names the secret nowhere, which"):
-        secrets_manager.read_api_key("nowhere")
+        read_key("nowhere")
 
 
 def test_the_database_address_is_read_from_a_secret_in_rds_form(manager: Manager) -> None:
@@ -167,11 +185,11 @@ def test_an_unusable_database_secret_is_refused_with_the_reason(
 
 def test_secrets_are_read_once_and_again_on_refresh(manager: Manager) -> None:
     arn = manager.put("old")
-    assert secrets_manager.read_api_key(arn) == "old"
+    assert read_key(arn) == "old"
     manager.rotate(arn, "new")
-    assert secrets_manager.read_api_key(arn) == "old"
-    assert secrets_manager.read_api_key(arn, refresh=True) == "new"
-    assert secrets_manager.read_api_key(arn) == "new"
+    assert read_key(arn) == "old"
+    assert read_key(arn, refresh=True) == "new"
+    assert read_key(arn) == "new"
 
 
 def worker(shop: Shop, billing_url: str, arn: str) -> Worker:
@@ -209,13 +227,13 @@ def test_a_revoked_api_key_is_read_again_once_per_pass(
         monitor = worker(sqlite_shop, billing.url, arn)
         reads = 0
 
-        def counting(arn: str, *, refresh: bool) -> str:
+        def counting(arn: str, names: Collection[str], *, refresh: bool) -> Mapping[str, str]:
             nonlocal reads
             reads += 1
-            return read_api_key(arn, refresh=refresh)
+            return read_credentials(arn, names, refresh=refresh)
 
-        read_api_key = secrets_manager.read_api_key
-        monkeypatch.setattr(secrets_manager, "read_api_key", counting)
+        read_credentials = secrets_manager.read_credentials
+        monkeypatch.setattr(secrets_manager, "read_credentials", counting)
         summary = monitor.check_open_checkout_sessions()
         monitor.close()
     assert summary.outcomes == {Outcome.UNAUTHORIZED: 20}

@@ -21,7 +21,7 @@ def test_a_secret_without_a_key_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(secrets_manager, "_manager", lambda: Manager(value))
     with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
-        secrets_manager.read_api_key("the-arn")
+        secrets_manager.read_credentials("the-arn", {"APIKEY"})
     assert str(refused.value).isprintable()
 
 

@@ -30,7 +30,7 @@ async def billing_client(
 ) -> AsyncIterator[BillingClient]:
     client = BillingClient(
         api_url=url,
-        api_key=KEY,
+        credentials={"APIKEY": KEY},
         timeout_seconds=timeout_seconds,
         transport=transport,
         monotonic=monotonic,

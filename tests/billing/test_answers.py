@@ -62,7 +62,7 @@ PATHS_AND_BODIES = [
 
 @pytest.mark.parametrize(("path", "body"), PATHS_AND_BODIES)
 def test_a_body_that_a_path_cannot_be_applied_to_has_no_status(path: str, body: object) -> None:
-    reading = StatusReader(path).read(json.dumps(body).encode())
+    reading = StatusReader(path).read(json.dumps(body).encode(), "checkout_1")
     assert reading.status is None
     assert reading.seen.isprintable()
 
@@ -71,7 +71,7 @@ def test_a_body_that_a_path_cannot_be_applied_to_has_no_status(path: str, body: 
 @pytest.mark.parametrize("path", ["status", "to_string(@)", "status[] | [0]", "status.**"[:6]])
 def test_a_body_however_deep_has_no_status(depth: int, path: str) -> None:
     body = b'{"status": ' + b"[" * depth + b"]" * depth + b"}"
-    assert StatusReader(path).read(body).status is None
+    assert StatusReader(path).read(body, "checkout_1").status is None
 
 
 def test_a_path_of_any_kind_of_error_is_not_an_error_of_read(
@@ -84,8 +84,8 @@ def test_a_path_of_any_kind_of_error_is_not_an_error_of_read(
                 raise error
 
         reader = StatusReader()
-        object.__setattr__(reader, "_search", Search())
-        assert reader.read(b"{}").seen == "nothing that 'status' can be applied to"
+        object.__setattr__(reader, "_compiled", {reader.path: Search()})
+        assert reader.read(b"{}", "checkout_1").seen == "nothing that 'status' can be applied to"
 
 
 JSON = st.recursive(
@@ -109,7 +109,7 @@ PATHS = [
 @settings(deadline=None)
 @given(st.sampled_from(PATHS), JSON.map(json.dumps).map(str.encode) | st.binary())
 def test_whatever_a_body_holds_reading_it_gives_a_reading(path: str, body: bytes) -> None:
-    reading = StatusReader(path).read(body)
+    reading = StatusReader(path).read(body, "checkout_1")
     assert reading.seen.encode()
     assert reading.status is not None or len(reading.seen) < 1000
 
@@ -140,10 +140,10 @@ async def test_whatever_an_answer_holds_a_check_gives_an_answer(
 
     client = BillingClient(
         api_url=API,
-        api_key="key",
+        credentials={"APIKEY": "key"},
         timeout_seconds=LONG,
         status_reader=StatusReader("a[?b > `0`] | [0].status"),
-        read_key_again=lambda: None,
+        read_credentials_again=lambda: None,
         transport=httpx.MockTransport(answer),
     )
     answered = await client.check("checkout_1")
@@ -201,7 +201,10 @@ def http(status: bytes, headers: bytes = b"", body: bytes = b"{}") -> bytes:
 async def test_what_comes_over_a_socket_is_an_outcome(said: bytes, outcome: Outcome) -> None:
     async with saying(said) as url, asyncio.timeout(LONG):
         client = BillingClient(
-            api_url=url, api_key="key", timeout_seconds=LONG, status_reader=StatusReader()
+            api_url=url,
+            credentials={"APIKEY": "key"},
+            timeout_seconds=LONG,
+            status_reader=StatusReader(),
         )
         answer: Answer = await client.check("checkout_1")
         await client.aclose()
@@ -211,7 +214,7 @@ async def test_what_comes_over_a_socket_is_an_outcome(said: bytes, outcome: Outc
 @pytest.mark.parametrize("length", [1_000, 20_000, 70_000, 1_000_000])
 async def test_an_id_of_any_length_is_an_outcome(length: int) -> None:
     async with saying(http(b"414 URI Too Long")) as url, asyncio.timeout(LONG):
-        client = BillingClient(api_url=url, api_key="key", timeout_seconds=LONG)
+        client = BillingClient(api_url=url, credentials={"APIKEY": "key"}, timeout_seconds=LONG)
         answer = await client.check("x" * length)
         await client.aclose()
     assert answer.outcome in (

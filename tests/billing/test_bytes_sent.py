@@ -36,7 +36,10 @@ async def test_a_check_on_a_keepalive_connection_sends_few_bytes(
 
     async def both_passes(service: tls_billing.Service) -> tls_billing.Counts:
         client = BillingClient(
-            api_url=service.url, api_key="k" * 32, timeout_seconds=10, status_reader=reader
+            api_url=service.url,
+            credentials={"APIKEY": "k" * 32},
+            timeout_seconds=10,
+            status_reader=reader,
         )
         await check_all(client)
         before = service.counts()

@@ -13,13 +13,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from core.billing.client import (
-    KEY_READ_AGAIN_SECONDS,
     MAX_BODY_BYTES,
     MAX_RETRY_AFTER_SECONDS,
     BillingClient,
     parse_retry_after,
     path_segment,
 )
+from core.billing.request_headers import KEY_READ_AGAIN_SECONDS
 from core.domain.model import Answer, Outcome
 from local.billing import SimulatedBilling
 from testkit.clock import NOON
@@ -28,6 +28,7 @@ from tests.billing.servers import KEY, LONG, SHORT, billing_client, check_once, 
 API = "http://billing.example/api"
 
 
+BEHAVIOURS = "[2-5][0-9]{2}|ratelimited|hang|drip|reset|garbage|redirect"
 PIECES = ("a", ".", "..", "/", "\\", "?", "#", "%", "%2e", "%2F", ";", "@", ":", " ", "\n", "\0")
 
 
@@ -50,8 +51,8 @@ async def test_an_id_is_one_path_segment_or_is_not_requested(
     simulated: SimulatedBilling, checkout_id: str
 ) -> None:
     """Whatever an id contains, the service sees exactly that id, or no request."""
-    # The simulated service answers these ids with the status in their name.
-    assume(not re.match("(checkout_)?[2-5][0-9]{2}(_|$)", checkout_id))
+    # The simulated service does to these ids what their names say.
+    assume(not re.match(f"(checkout_)?({BEHAVIOURS})(_|$)", checkout_id))
     simulated.requests.clear()
     answer = await check_once(simulated.url, checkout_id)
     if checkout_id == "" or path_segment(checkout_id) is None:
@@ -225,9 +226,9 @@ class Rotated:
     def client(self) -> BillingClient:
         return BillingClient(
             api_url=API,
-            api_key="old",
+            credentials={"APIKEY": "old"},
             timeout_seconds=LONG,
-            read_key_again=self._read,
+            read_credentials_again=self._read,
             transport=transport_of(self.router),
             monotonic=lambda: self.now,
         )
@@ -240,9 +241,9 @@ class Rotated:
         right = request.headers["x-api-key"] == self.accepted
         return httpx.Response(200 if right else self.refusal)
 
-    def _read(self) -> str:
+    def _read(self) -> dict[str, str]:
         self.reads += 1
-        return self.held
+        return {"APIKEY": self.held}
 
 
 @pytest.mark.parametrize("refusal", [401, 403])
@@ -286,18 +287,18 @@ async def test_a_new_key_that_is_also_refused_is_tried_once() -> None:
 async def test_reading_the_key_again_counts_towards_the_timeout() -> None:
     """A secret that does not answer makes the check a timeout."""
 
-    def read() -> str:
+    def read() -> dict[str, str]:
         ended.wait(LONG)
-        return "new"
+        return {"APIKEY": "new"}
 
     ended = threading.Event()
     router = respx.MockRouter()
     router.get(url__startswith=API).respond(401)
     client = BillingClient(
         api_url=API,
-        api_key="old",
+        credentials={"APIKEY": "old"},
         timeout_seconds=SHORT,
-        read_key_again=read,
+        read_credentials_again=read,
         transport=transport_of(router),
     )
     async with asyncio.timeout(LONG / 2):
@@ -332,7 +333,7 @@ async def test_an_answer_carries_the_pause_that_billing_asks_for(
 ) -> None:
     client = BillingClient(
         api_url="http://billing/api",
-        api_key="key",
+        credentials={"APIKEY": "key"},
         timeout_seconds=10,
         transport=httpx.MockTransport(lambda _: httpx.Response(status, headers=headers)),
         now=lambda: NOON,

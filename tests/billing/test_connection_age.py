@@ -178,7 +178,7 @@ async def client_of(
 ) -> AsyncIterator[BillingClient]:
     client = BillingClient(
         api_url=url,
-        api_key="k" * 32,
+        credentials={"APIKEY": "k" * 32},
         timeout_seconds=timeout_seconds,
         transport=ReqwestTransport(timeout_seconds, monotonic=clock),
     )

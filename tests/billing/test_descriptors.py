@@ -19,7 +19,7 @@ from core.billing.client import BillingClient
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 
 async def main():
-    client = BillingClient(api_url=sys.argv[1], api_key="key", timeout_seconds=1)
+    client = BillingClient(api_url=sys.argv[1], credentials={"APIKEY": "key"}, timeout_seconds=1)
     permits = asyncio.Semaphore(1100)  # a thousand, and the sockets that are still closing
 
     async def check(n):

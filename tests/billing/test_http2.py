@@ -85,7 +85,9 @@ def http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tls_billi
 
 @asynccontextmanager
 async def client(url: str) -> AsyncIterator[BillingClient]:
-    client = BillingClient(api_url=url, api_key="k" * 32, timeout_seconds=TIMEOUT_SECONDS)
+    client = BillingClient(
+        api_url=url, credentials={"APIKEY": "k" * 32}, timeout_seconds=TIMEOUT_SECONDS
+    )
     try:
         await client.check("cs_first")  # negotiates the version
         yield client

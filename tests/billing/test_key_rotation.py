@@ -2,14 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from core.aws import secrets_manager
-from core.billing.client import KEY_READ_AGAIN_SECONDS, BillingClient
+from core.billing.client import BillingClient
+from core.billing.request_headers import KEY_READ_AGAIN_SECONDS
 from core.domain.model import Answer, Outcome
 from core.errors import SettingsError
 from core.settings import Settings
@@ -34,13 +35,16 @@ class Rotated:
         self.readable.set()
 
     def client(
-        self, read: Callable[[], str | None] | None = None, *, timeout_seconds: float = LONG
+        self,
+        read: Callable[[], Mapping[str, str] | None] | None = None,
+        *,
+        timeout_seconds: float = LONG,
     ) -> BillingClient:
         return BillingClient(
             api_url=API,
-            api_key=self.accepted,
+            credentials={"APIKEY": self.accepted},
             timeout_seconds=timeout_seconds,
-            read_key_again=read or self.read,
+            read_credentials_again=read or self.read,
             transport=httpx.MockTransport(self.answer),
             monotonic=lambda: self.now,
         )
@@ -49,12 +53,12 @@ class Rotated:
         self.sent.append(request.headers["x-api-key"])
         return httpx.Response(200 if self.sent[-1] == self.accepted else 401)
 
-    def read(self) -> str | None:
+    def read(self) -> Mapping[str, str]:
         self.reads += 1
         self.readable.wait(LONG)
         if isinstance(self.held, Exception):
             raise self.held
-        return self.held
+        return {"APIKEY": self.held}
 
     def rotate(self, key: str) -> None:
         self.accepted = self.held = key
@@ -84,14 +88,14 @@ async def test_a_secret_that_cannot_be_read_leaves_the_key_of_now(
 ) -> None:
     """The worker's client: key-1 was rotated to key-2, then one 401 and no Secrets Manager."""
 
-    def read_api_key(arn: str, *, refresh: bool = False) -> str:
-        assert arn == "the-arn"
-        found = secret.read()
-        assert found is not None
-        return found
+    def read_credentials(
+        arn: str, names: Collection[str], *, refresh: bool = False
+    ) -> Mapping[str, str]:
+        assert (arn, set(names)) == ("the-arn", {"APIKEY"})
+        return secret.read()
 
     secret = Rotated("key-1")
-    monkeypatch.setattr(secrets_manager, "read_api_key", read_api_key)
+    monkeypatch.setattr(secrets_manager, "read_credentials", read_credentials)
     settings = Settings.from_env(
         {
             "DATABASE_URL": "sqlite:///unused",
@@ -144,7 +148,7 @@ async def test_a_secret_slower_than_a_request_is_read_all_the_same() -> None:
     with held_up(secret):
         assert await outcome_of(client) is Outcome.TIMEOUT
         assert await outcome_of(client) is Outcome.TIMEOUT
-    await until(lambda: client._reading_key is None)
+    await until(lambda: client._headers._renewal is None)
     assert await outcome_of(client) is Outcome.ACTIVE
     assert secret.sent == ["key-1", "key-1", "key-2"]
     assert secret.reads == 1
@@ -193,12 +197,12 @@ async def test_a_client_that_is_closed_while_a_secret_is_read_leaks_nothing() ->
             answer: Answer = await check
     assert answer.outcome is Outcome.UNAUTHORIZED
     assert asyncio.all_tasks() == tasks
-    assert client._headers["x-api-key"] == "key-1"
+    assert client._headers.current["x-api-key"] == "key-1"
 
 
 async def test_a_client_that_is_closed_just_after_a_reading_began_is_closed() -> None:
     secret = Rotated("key-1")
     client = secret.client()
-    client._reading_key = asyncio.create_task(client._read_key(secret.read))
+    client._headers._start(0)
     await client.aclose()
     assert secret.reads == 0

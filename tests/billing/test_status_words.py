@@ -7,20 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.billing.status_words import WORDS, StatusReader, StatusReading, parse_words
-from core.domain.model import SessionStatus
+from core.domain.model import Meaning, SessionStatus
 
 
-@pytest.mark.parametrize(("word", "status"), WORDS.items())
-def test_the_default_map_is_case_insensitive(word: str, status: SessionStatus) -> None:
+@pytest.mark.parametrize(("word", "meaning"), WORDS.items())
+def test_the_default_map_is_case_insensitive(word: str, meaning: Meaning) -> None:
     for spelling in (word, word.upper(), word.title()):
         body = json.dumps({"id": "checkout_1", "status": spelling}).encode()
-        assert StatusReader().read(body) == StatusReading(status, spelling)
+        assert StatusReader().read(body, "checkout_1") == StatusReading(
+            meaning.status, spelling, in_progress=meaning is Meaning.IN_PROGRESS
+        )
 
 
 def test_the_path_and_the_map_can_be_set() -> None:
     reader = StatusReader("data.payment[0].paid", parse_words('{"true": "success"}'))
     body = b'{"data": {"payment": [{"paid": true}]}}'
-    assert reader.read(body) == StatusReading(SessionStatus.SUCCESS, "true")
+    assert reader.read(body, "checkout_1") == StatusReading(SessionStatus.SUCCESS, "true")
 
 
 @pytest.mark.parametrize(
@@ -42,19 +44,86 @@ def test_the_path_and_the_map_can_be_set() -> None:
     ],
 )
 def test_an_unknown_status_is_shown_shortened_and_escaped(body: bytes | None, seen: str) -> None:
-    assert StatusReader().read(body) == StatusReading(None, seen)
+    assert StatusReader().read(body, "checkout_1") == StatusReading(None, seen)
 
 
 def test_a_path_that_cannot_be_applied_gives_no_status() -> None:
-    reading = StatusReader("length(status)").read(b'{"status": 1}')
+    reading = StatusReader("length(status)").read(b'{"status": 1}', "checkout_1")
     assert reading == StatusReading(None, "nothing that 'length(status)' can be applied to")
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ({"status": "success", "data": {"status": "pending"}}, "'pending' at 'data.status'"),
+        ({"status": "success", "data": {"status": "new"}}, "'new' at 'data.status'"),
+        ({"status": "paid", "p": [{}, {"q": {"status": "failed"}}]}, "'failed' at 'p[1].q.status'"),
+    ],
+)
+def test_a_closing_status_with_another_one_inside_is_a_mismatch(
+    answer: dict[str, object], other: str
+) -> None:
+    """Only where nobody has said which one counts."""
+    body = json.dumps(answer).encode()
+    reading = StatusReader().read(body, "c")
+    assert (reading.status, reading.mismatch) == (None, True)
+    assert reading.seen.startswith(f"billing's answer says {answer['status']!r} at 'status', but ")
+    assert f"but {other}; set BILLING_STATUS_PATH to the one that counts" in reading.seen
+    assert StatusReader("@.status").read(body, "c").status is SessionStatus.SUCCESS
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": "success", "data": {"status": "Paid", "error": {"status": 402}}},
+        {"status": "paid", "status_url": "x", "data": {"state": "pending"}, "list": ["status"]},
+        {"status": "open", "data": {"status": "paid"}},
+    ],
+)
+def test_nested_statuses_that_agree_or_close_nothing_do_not_matter(
+    answer: dict[str, object],
+) -> None:
+    reading = StatusReader().read(json.dumps(answer).encode(), "c")
+    assert reading.seen == answer["status"]
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        ({"status": "paid", "id": "other"}, "the id 'other'"),
+        ({"status": "paid", "id": ["c"]}, "no id"),
+        ({"status": "paid"}, "no id"),
+        ({"status": "open", "id": "C"}, "the id 'C'"),
+        ([], "no id"),
+    ],
+)
+def test_an_answer_without_the_id_that_was_asked_is_a_mismatch(body: object, seen: str) -> None:
+    reading = StatusReader(id_path="id").read(json.dumps(body).encode(), "c")
+    assert reading == StatusReading(None, f"billing's answer has {seen} at 'id'", mismatch=True)
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "read"),
+    [
+        ("10.00", "EUR", ("10.00", "EUR")),
+        (1000, "eur", (1000, "eur")),
+        (True, None, (None, None)),
+        ({"value": 1}, ["EUR"], (None, None)),
+    ],
+)
+def test_a_closing_answer_gives_its_amount(
+    amount: object, currency: object, read: tuple[object, object]
+) -> None:
+    reader = StatusReader(amount_path="a", currency_path="b")
+    reading = reader.read(json.dumps({"status": "paid", "a": amount, "b": currency}).encode(), "c")
+    assert (reading.amount, reading.currency) == read
 
 
 @settings(max_examples=50)
 @given(st.binary() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps))
 def test_any_body_can_be_read(body: bytes | str) -> None:
     raw = body.encode() if isinstance(body, str) else body
-    reading = StatusReader("@").read(raw)
+    reading = StatusReader("@").read(raw, "checkout_1")
     assert reading.seen.isprintable()
 
 

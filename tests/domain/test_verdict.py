@@ -137,3 +137,14 @@ def test_a_duration_is_formatted_for_people(seconds: float, text: str) -> None:
 
 def test_a_time_of_another_day_is_shown_with_its_day() -> None:
     assert clock(NOON - timedelta(days=1), NOON) == "14 Jan 12:00 UTC"
+
+
+def test_checkouts_of_several_sessions_are_named() -> None:
+    shared = {f"c{n}": [f"s{n}{i}" for i in range(n)] for n in range(2, 7)}
+    notes = judge(Facts(**{**WELL, "shared_checkouts": shared})).notes  # type: ignore[arg-type]
+    assert [note.split(":")[-1] for note in notes] == [
+        " s20, s21.",
+        " s30, s31, s32.",
+        " s40, s41, s42.",
+    ]
+    assert notes[0].startswith("2 open sessions have the checkout c2, so the same answer closes")

@@ -101,7 +101,7 @@ TIMEOUT = Answer(Outcome.TIMEOUT, None, 10.0)
 async def test_each_outcome_is_counted_and_affects_no_other_session(
     passes: Passes, billing: FakeBilling
 ) -> None:
-    """Ten sessions with ten outcomes."""
+    """Eleven sessions with eleven outcomes."""
     answers = {
         "checkout_404_1": Answer(Outcome.NOT_FOUND, 404, 0.1),
         "checkout_500_1": Answer(Outcome.UNEXPECTED_STATUS, 500, 0.1),
@@ -111,6 +111,7 @@ async def test_each_outcome_is_counted_and_affects_no_other_session(
         "checkout_reset_1": Answer(Outcome.NETWORK_ERROR, None, 0.1, "reset"),
         "checkout_bad_1": Answer(Outcome.INVALID_SESSION),
         "checkout_refunded_1": Answer(Outcome.UNKNOWN_STATUS, 200, 0.1, "'refunded'"),
+        "checkout_other_1": Answer(Outcome.MISMATCH, 200, 0.1, "the id 'other'"),
         "checkout_paid_1": Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS),
     }
     billing.answers = answers
@@ -119,8 +120,8 @@ async def test_each_outcome_is_counted_and_affects_no_other_session(
     # DEFERRED and REFUSED come from the shop's database: tests/store/test_status_changes.py.
     others = {Outcome.DEFERRED, Outcome.REFUSED, Outcome.INTERNAL_ERROR}
     assert summary.outcomes == dict.fromkeys(set(Outcome) - others, 1)
-    assert (summary.successes, summary.errors) == (3, 7)
-    assert len(summary.latencies) == 9
+    assert (summary.successes, summary.errors) == (3, 8)
+    assert len(summary.latencies) == 10
 
 
 async def test_an_unexpected_error_in_one_check_is_that_sessions_outcome(

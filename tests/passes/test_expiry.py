@@ -17,6 +17,7 @@ async def run_with_expiry(passes: Passes) -> Summary:
     ("answer", "status"),
     [
         (OPEN, "timeout"),
+        (OPEN._replace(in_progress=True, billing_status="processing"), "open"),
         (PAID, "success"),
         (FAILED, "failure"),
         (Answer(Outcome.NOT_FOUND, 404, 0.01), "open"),

@@ -55,7 +55,7 @@ class ClientOfAnswers(FakeBilling):
         super().__init__()
         self._client = BillingClient(
             api_url="http://billing.test",
-            api_key="test-key",
+            credentials={"APIKEY": "test-key"},
             timeout_seconds=5,
             status_reader=StatusReader(path),
             transport=httpx.MockTransport(lambda request: answer(request.url.path.strip("/"))),

@@ -183,19 +183,32 @@ def test_a_region_that_hangs_in_a_pass_delays_its_sessions_by_a_lease(
     ("setting", "value"),
     [
         ("BILLING_API_URL", "https://billing.example/v2"),
+        ("BILLING_HEADERS", '{"b": "{APIKEY}{TOKEN}"}'),
+        ("BILLING_TOKEN_URL", "https://billing.example/token"),
+        ("BILLING_OK", "200,202"),
+        ("BILLING_NOT_FOUND", "400"),
         ("CHECK_INTERVAL_SECONDS", "10"),
         ("CHECK_CADENCE", "5s until 10m, 1m"),
         ("STATUS_UPDATES", "false"),
         ("BILLING_STATUS_PATH", "data.state"),
         ("BILLING_STATUS_MAP", '{"paid": "failure"}'),
+        ("BILLING_ID_PATH", "id"),
+        ("BILLING_AMOUNT_PATH", "amount"),
+        ("BILLING_CURRENCY_PATH", "currency"),
         ("SESSION_EXPIRES_AFTER", "24h"),
+        ("LATE_PAYMENTS_FOR", "0"),
         ("EVENT_BUS_NAME", "shop-events"),
     ],
 )
 def test_each_setting_that_decides_what_is_asked_or_written_differs(
     sqlite_shop: Shop, clock: FakeClock, setting: str, value: str
 ) -> None:
-    env = {"STATUS_UPDATES": "true"}
+    env = {
+        "STATUS_UPDATES": "true",
+        "BILLING_TOKEN_URL": "https://auth.example/token",
+        "BILLING_HEADERS": '{"a": "{APIKEY}{TOKEN}"}',
+        "APIKEY_SECRET_ARN": "arn",
+    }
     store = Store(
         database_of(sqlite_shop, clock), monitor=monitor_of(settings_for(sqlite_shop, **env), "a")
     )

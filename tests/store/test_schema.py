@@ -247,6 +247,12 @@ CREATE TABLE checkout_session_run (
 CREATE TABLE checkout_session_pause (
   id TINYINT UNSIGNED NOT NULL PRIMARY KEY, paused_until DATETIME(3) NOT NULL,
   pauses INT UNSIGNED NOT NULL);
+CREATE TABLE checkout_session_change (
+  id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  session_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE {collation} NOT NULL,
+  billing_checkout_id TEXT CHARACTER SET utf8mb4 NULL, new_status VARCHAR(16) NOT NULL,
+  billing_status VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL, changed_at DATETIME(3) NOT NULL,
+  KEY checkout_session_change_changed (changed_at));
 INSERT INTO checkout_session_pause VALUES (1, '2026-01-15 11:00:00', 0);
 INSERT INTO checkout_session_run VALUES
   (7, 'tick', NULL, '2026-01-15 11:59:55', '2026-01-15 11:59:56', 1, 1, 1, 0, 0, '{{}}', '{{}}', 0,

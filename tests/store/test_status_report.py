@@ -15,7 +15,7 @@ from core.store.status_report import read_status, settings_in_force
 from core.worker import open_database
 from testkit.clock import NOON, FakeClock
 from testkit.history import SECOND, History
-from testkit.shops import Shop
+from testkit.shops import Shop, add_sessions
 from tests.conftest import MYSQL
 
 
@@ -226,6 +226,20 @@ def test_the_latest_status_changes_are_listed(history: History) -> None:
 def test_a_missing_key_is_reported(history: History) -> None:
     history.passes(1, row=lambda _: {"skipped": '{"no_api_key": 3}'})
     assert report(history)["verdict"]["text"] == "No API key: billing is not asked"
+
+
+def test_sessions_with_the_same_checkout_are_named(history: History) -> None:
+    add_sessions(history.shop, {"a": "c1", "b": "c1", "c": "C1", "d": None, "e": None, "f": "c2"})
+    history.shop.run(
+        "INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at)"
+        " SELECT id, %s, %s FROM checkout_session ORDER BY id",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
+    assert report(history)["verdict"]["notes"] == [
+        "2 open sessions have the checkout c1, so the same answer closes them all: a, b."
+    ]
+    history.shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 'a'")
+    assert report(history)["verdict"]["notes"] == []
 
 
 # SQLite does not count what it reads.

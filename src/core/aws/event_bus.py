@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.aws.clients import make_client
-from core.domain.model import JsonObject, StatusChangedEvent, iso
+from core.domain.model import JsonObject, SessionStatus, StatusChangedEvent, iso
 from core.log import logger
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SOURCE = "checkout-session-monitor"
 DETAIL_TYPE = "CheckoutSessionStatusChanged"
+PAID_LATE = "CheckoutSessionPaidLate"
 
 # The name space of event ids.
 _EVENT_IDS = uuid.UUID("5d1c9be5-4f2b-4d4c-9a35-0d3b6b1f7c11")
@@ -174,7 +175,7 @@ class EventBus:
         return {
             "EventBusName": self._name,
             "Source": SOURCE,
-            "DetailType": DETAIL_TYPE,
+            "DetailType": PAID_LATE if event.expired_at else DETAIL_TYPE,
             "Time": event.changed_at,
             "Detail": json.dumps(detail(event), ensure_ascii=False),
         }
@@ -203,16 +204,29 @@ def _code(error: "ClientError") -> str:
 
 
 def detail(event: StatusChangedEvent) -> JsonObject:
-    """The event's `detail`."""
+    """The event's `detail`; amount and currency only where billing's answer has them."""
+    paid = {"amount": event.amount, "currency": event.currency}
+    if event.expired_at is not None:
+        what = {
+            "status": SessionStatus.TIMEOUT.value,
+            "billing_status": event.billing_status,
+            "expired_at": iso(event.expired_at),
+            "found_at": iso(event.changed_at),
+        }
+    else:
+        what = {
+            "old_status": "open",
+            "new_status": event.new_status.value,
+            "billing_status": event.billing_status,
+            "changed_at": iso(event.changed_at),
+        }
     return {
         "event_id": event_id(event),
         "session_id": event.session_id,
         "billing_checkout_id": event.billing_checkout_id,
         "billing_order_id": event.billing_order_id,
-        "old_status": "open",
-        "new_status": event.new_status.value,
-        "billing_status": event.billing_status,
-        "changed_at": iso(event.changed_at),
+        **what,
+        **{name: value for name, value in paid.items() if value is not None},
     }
 
 
@@ -221,7 +235,8 @@ def event_id(event: StatusChangedEvent) -> str:
 
     A session that the shop reopened was first seen at another time, so its next change has another.
     """
-    same = (event.session_id, iso(event.first_seen_at), event.new_status.value)
+    what = PAID_LATE if event.expired_at else event.new_status.value
+    same = (event.session_id, iso(event.first_seen_at), what)
     return str(uuid.uuid5(_EVENT_IDS, json.dumps(same)))
 
 

@@ -6,9 +6,11 @@ Powertools' parameters import boto3, which takes a second: they are imported wit
 import functools
 import json
 import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Never
 
 from core.aws.clients import client_config
+from core.billing.headers import API_KEY
 from core.database.address import PEM, RDS, DatabaseSecret, MySQLAddress, Tls, is_ca
 from core.errors import SettingsError
 from core.settings import checked_api_key
@@ -28,21 +30,33 @@ MAX_PORT = 65_535
 DATABASE_KEYS = ("username", "password", "host", "dbname")
 
 
-def read_api_key(arn: str, *, refresh: bool = False) -> str:
-    """The billing API key: the secret's text, or its `APIKEY` where the text is a JSON object.
+def read_credentials(
+    arn: str, names: Collection[str], *, refresh: bool = False
+) -> Mapping[str, str]:
+    """The billing credentials of these names: fields of the secret, which is a JSON object.
+
+    A secret of another form is the `APIKEY` itself.
 
     Raises:
-        SettingsError: the secret cannot be read, or contains no usable key.
+        SettingsError: the secret cannot be read, or lacks one of them, or has an unusable one.
     """
     text = _read("APIKEY_SECRET_ARN", arn, refresh=refresh)
     parsed = _parsed(text)
-    key = parsed.get("APIKEY") if isinstance(parsed, dict) else text
-    if not isinstance(key, str) or not key.strip():
+    fields = parsed if isinstance(parsed, dict) else {API_KEY: text}
+    found = {name: fields.get(name) for name in sorted(names)}
+    credentials = {n: v.strip() for n, v in found.items() if isinstance(v, str) and v.strip()}
+    if missing := [name for name in found if name not in credentials]:
+        lacks, form = f"lacks {', '.join(missing)}", f"a JSON object with {', '.join(found)}"
+        if list(found) == [API_KEY]:
+            lacks = "does not contain a key"
+            form = 'the key itself or a JSON object {"APIKEY": "..."}'
         raise SettingsError(
-            f"APIKEY_SECRET_ARN names the secret {arn}, which does not contain a key; it must be "
-            'the key itself or a JSON object {"APIKEY": "..."}.'
+            f"APIKEY_SECRET_ARN names the secret {arn}, which {lacks}; it must be {form}."
         )
-    return checked_api_key("APIKEY_SECRET_ARN", key.strip())
+    for name, value in credentials.items():
+        field = "" if name == API_KEY else f": {name}"
+        checked_api_key(f"APIKEY_SECRET_ARN{field}", value)
+    return credentials
 
 
 def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddress:

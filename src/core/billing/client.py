@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import quote
 
 import httpx
 
+from core.billing.headers import API_KEY_HEADER, USER_AGENT, HeaderTemplates
+from core.billing.request_headers import RequestHeaders
 from core.billing.status_words import StatusReader
+from core.billing.token import Token, TokenError, no_token, read_token, token_request
 from core.billing.transport import Get, ReqwestTransport
-from core.domain.model import Answer, Outcome
-from core.log import logger
+from core.domain.model import Answer, Outcome, SessionStatus
 
 # More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
@@ -22,26 +24,35 @@ MAX_BODY_BYTES = 64 * 1024
 # A longer pause is cut to this: by then the service may have recovered, and customers are waiting.
 MAX_RETRY_AFTER_SECONDS = 300.0
 
-USER_AGENT = "csm"  # checkout session monitor
-
 RATE_LIMITING = frozenset((429, 503))
 UNAUTHORIZED = frozenset((401, 403))
-# A refused key may have been rotated, so the secret is read again. A revoked key is refused for
-# every session; the secret must not be read once for each of them.
-KEY_READ_AGAIN_SECONDS = 30.0
+
+# Where BILLING_API_URL has it, the id takes its place; otherwise the id is the last path segment.
+CHECKOUT_ID = "{billing_checkout_id}"
 
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
 
 
+class StatusCodes(NamedTuple):
+    """Which status codes of an answer mean that billing knows the checkout, or does not."""
+
+    ok: frozenset[int] = frozenset((200,))
+    not_found: frozenset[int] = frozenset((404, 410))
+
+
+STATUS_CODES = StatusCodes()
+
+
 class BillingClient:
     """Asks the billing service about sessions, each within a total time, over kept connections.
 
-    With a `status_reader`, the body of a 200 gives the session's status. `read_key_again`, if the
-    key can change, is called in a thread after a 401 or 403, and returns None where it cannot be
-    read; if it returns another key, the request is sent once more. A client belongs to the event
-    loop it is used on.
+    With a `status_reader`, the body of a 200 gives the session's status. `read_credentials_again`,
+    if they can change, is called in a thread after a 401 or 403, and returns None where they cannot
+    be read; if it returns others, the request is sent once more. With a `token_url`, a token is
+    fetched before the first request, before it expires and after a 401 or 403. A client belongs to
+    the event loop it is used on.
 
     `transport` itself ends each request within `timeout_seconds`: a timer of the event loop for
     each request would add a tenth to the cost of a check.
@@ -51,43 +62,44 @@ class BillingClient:
         self,
         *,
         api_url: str,
-        api_key: str,
+        credentials: Mapping[str, str],
         timeout_seconds: float,
+        headers: HeaderTemplates = API_KEY_HEADER,
+        token_url: str | None = None,
+        status_codes: StatusCodes = STATUS_CODES,
         status_reader: StatusReader | None = None,
-        read_key_again: Callable[[], str | None] | None = None,
+        read_credentials_again: Callable[[], Mapping[str, str] | None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.perf_counter,
         now: Callable[[], datetime] | None = None,
     ) -> None:
-        self._prefix = f"{api_url}/"
+        before, placeholder, after = api_url.partition(CHECKOUT_ID)
+        self._before_id, self._after_id = (before if placeholder else f"{api_url}/"), after
         # The transport is called without an httpx.AsyncClient: nothing that a client adds
         # (redirects, cookies, authentication, hooks) is wanted here, and it costs more time than
         # the request. A client would also set the Host header.
-        host = httpx.URL(api_url).netloc.decode("ascii")
         # These bytes are sent with every check, half a billion times a month for 1,000 sessions.
-        self._headers = httpx.Headers(
-            {
-                "host": host,
-                "accept": "application/json"
-                if status_reader
-                else "*/*",  # the body is read, or not
-                "user-agent": USER_AGENT,
-                "x-api-key": api_key,
-            }
+        fixed = {
+            "host": httpx.URL(before).netloc.decode("ascii"),
+            "accept": "application/json" if status_reader else "*/*",  # the body is read, or not
+            "user-agent": USER_AGENT,
+        }
+        self._headers = RequestHeaders(
+            fixed,
+            headers,
+            credentials,
+            read_again=read_credentials_again,
+            fetch_token=None if token_url is None else partial(self._fetch_token, token_url),
         )
+        self._status_codes = status_codes
         self._status_reader = status_reader
-        self._read_key_again = read_key_again
-        self._key_read_at = -KEY_READ_AGAIN_SECONDS
-        self._reading_key: asyncio.Task[None] | None = None
         self._timeout_seconds = timeout_seconds
         self._transport = transport or ReqwestTransport(timeout_seconds)
         self._monotonic = monotonic
         self._now = now or partial(datetime.now, UTC)
 
     async def aclose(self) -> None:
-        if self._reading_key is not None:
-            self._reading_key.cancel()  # its thread ends on its own, and changes nothing any more
-            await asyncio.wait([self._reading_key])
+        await self._headers.aclose()
         await self._transport.aclose()
 
     async def check(self, billing_checkout_id: str | None) -> Answer:
@@ -99,72 +111,67 @@ class BillingClient:
             return Answer(
                 Outcome.INVALID_SESSION, detail="its billing_checkout_id cannot be part of a URL"
             )
-        url = self._prefix + segment
+        url = f"{self._before_id}{segment}{self._after_id}"
         started = self._monotonic()
         try:
-            headers = self._headers
-            response, body = await self._get(url, headers)
-            if response.status_code in UNAUTHORIZED and self._read_key_again is not None:
+            headers = self._headers.current
+            if started < self._headers.renew_at:
+                response, body = await self._get(url, headers)
+            else:
+                async with asyncio.timeout(self._timeout_seconds):
+                    headers = await self._headers.ready(started)
+                    response, body = await self._get(url, headers)
+            if response.status_code in UNAUTHORIZED and self._headers.can_change:
                 async with asyncio.timeout(started + self._timeout_seconds - self._monotonic()):
-                    if await self._key_rotated(headers, self._read_key_again):
-                        response, body = await self._get(url, self._headers)
+                    if await self._headers.changed(headers, self._monotonic()):
+                        response, body = await self._get(url, self._headers.current)
+        except TokenError as error:
+            return error.answer
         except (TimeoutError, httpx.TimeoutException):
             return Answer(Outcome.TIMEOUT, seconds=self._monotonic() - started)
         except httpx.TransportError as error:
             return Answer(
                 Outcome.NETWORK_ERROR, seconds=self._monotonic() - started, detail=str(error)
             )
-        return self._answer(response, body, self._monotonic() - started)
+        return self._answer(billing_checkout_id, response, body, self._monotonic() - started)
 
-    def _answer(self, response: httpx.Response, body: bytes | None, seconds: float) -> Answer:
+    def _answer(
+        self, asked: str, response: httpx.Response, body: bytes | None, seconds: float
+    ) -> Answer:
         code = response.status_code
         retry_after = None
         if code in RATE_LIMITING:
             retry_after = parse_retry_after(response.headers.get("retry-after", ""), self._now())
-        outcome = classify(code, asks_to_retry=retry_after is not None)
+        outcome = classify(code, self._status_codes, asks_to_retry=retry_after is not None)
         if outcome is Outcome.RATE_LIMITED:
             return Answer(outcome, code, seconds, retry_after=retry_after)
         if outcome is not Outcome.ACTIVE or self._status_reader is None:
             return Answer(outcome, code, seconds)
-        reading = self._status_reader.read(body)
+        reading = self._status_reader.read(body, asked)
         if reading.status is None:
-            return Answer(Outcome.UNKNOWN_STATUS, code, seconds, detail=reading.seen)
-        return Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
+            unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
+            return Answer(unusable, code, seconds, detail=reading.seen)
+        answer = Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
+        if reading.status is SessionStatus.OPEN and not reading.in_progress:  # nearly all
+            return answer
+        return answer._replace(
+            in_progress=reading.in_progress, amount=reading.amount, currency=reading.currency
+        )
 
     async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:
         response = await self._transport.handle_async_request(Get(url, headers))
         return response, await _read(response)
 
-    async def _key_rotated(
-        self, refused: httpx.Headers, read_key: Callable[[], str | None]
-    ) -> bool:
-        """Whether there is another key than the refused one, after a rotation.
-
-        All requests that are refused meanwhile share one reading. It may take longer than they do:
-        then the next request has the new key.
-        """
-        if self._headers is not refused:
-            return True  # another check has found the new key
-        if self._reading_key is None:
-            if self._monotonic() - self._key_read_at < KEY_READ_AGAIN_SECONDS:
-                return False
-            self._key_read_at = self._monotonic()
-            self._reading_key = asyncio.create_task(self._read_key(read_key))
-        await asyncio.wait([self._reading_key])  # a request that gives up does not cancel it
-        return self._headers is not refused
-
-    async def _read_key(self, read_key: Callable[[], str | None]) -> None:
-        """Read the key; one that cannot be read, or be sent, leaves the client with its key."""
+    async def _fetch_token(self, url: str, credentials: Mapping[str, str]) -> Token:
         try:
-            key = await asyncio.to_thread(read_key)
-            if key is not None and key != self._headers["x-api-key"]:
-                headers = self._headers.copy()
-                headers["x-api-key"] = key
-                self._headers = headers
-        except Exception as error:  # noqa: BLE001 (whoever waits goes on with the key that it has)
-            logger.error(f"❌ The API key cannot be read again: {type(error).__name__}")
-        finally:
-            self._reading_key = None
+            request = token_request(url, credentials)
+            response = await self._transport.handle_async_request(request)
+            body = await _read(response)
+        except httpx.TimeoutException:
+            raise no_token("does not answer in time", Answer(Outcome.TIMEOUT)) from None
+        except httpx.TransportError as error:
+            raise no_token(f"cannot be reached: {error}", Answer(Outcome.NETWORK_ERROR)) from None
+        return read_token(response.status_code, body)
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
@@ -181,12 +188,12 @@ def path_segment(billing_checkout_id: str) -> str | None:
         return None
 
 
-def classify(status_code: int, *, asks_to_retry: bool) -> Outcome:
+def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Outcome:
     """The outcome that an answer's status code stands for."""
     match status_code:
-        case 200:
+        case _ if status_code in codes.ok:
             return Outcome.ACTIVE
-        case 404 | 410:
+        case _ if status_code in codes.not_found:
             return Outcome.NOT_FOUND
         case _ if status_code in UNAUTHORIZED:
             return Outcome.UNAUTHORIZED

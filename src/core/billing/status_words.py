@@ -1,68 +1,91 @@
 """What the body of an answer says about a session: billing's word, and its meaning to the shop."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jmespath
 from jmespath.parser import ParsedResult
 
-from core.domain.model import SessionStatus
+from core.domain.model import Amount, Meaning, SessionStatus
 
 PATH = "status"
 # Words that mean the same at every billing service. Left out on purpose: "complete", which some
 # services use while the payment is still under way, and "authorized".
-WORDS: Mapping[str, SessionStatus] = {
-    **dict.fromkeys(("open", "pending", "active", "created", "processing"), SessionStatus.OPEN),
-    **dict.fromkeys(("success", "succeeded", "paid", "captured"), SessionStatus.SUCCESS),
+WORDS: Mapping[str, Meaning] = {
+    **dict.fromkeys(("open", "pending", "active", "created"), Meaning.OPEN),
+    **dict.fromkeys(("processing", "in_progress", "requires_capture"), Meaning.IN_PROGRESS),
+    **dict.fromkeys(("success", "succeeded", "paid", "captured"), Meaning.SUCCESS),
     **dict.fromkeys(
         ("failure", "failed", "declined", "rejected", "canceled", "cancelled", "voided"),
-        SessionStatus.FAILURE,
+        Meaning.FAILURE,
     ),
-    **dict.fromkeys(("timeout", "timed_out", "expired", "abandoned"), SessionStatus.TIMEOUT),
+    **dict.fromkeys(("timeout", "timed_out", "expired", "abandoned"), Meaning.TIMEOUT),
 }
 WORDS_FORM = (
-    'a JSON object from billing\'s words to open, success, failure or timeout, e.g. {"paid": '
-    '"success", "unpaid": "open"}'
+    "a JSON object from billing's words to open, in_progress, success, failure or timeout, e.g. "
+    '{"paid": "success", "unpaid": "open"}'
 )
 
 _MAX_WORD_LENGTH = 60  # an unknown word is shown up to this length
 
 
 class StatusReading(NamedTuple):
-    """A status and billing's word for it; or no status, and what was found instead."""
+    """A status and billing's word for it; or no status, and what was found instead.
+
+    `mismatch`: the answer is about another checkout, or gives two statuses.
+    """
 
     status: SessionStatus | None
     seen: str
+    in_progress: bool = False
+    mismatch: bool = False
+    amount: Amount | None = None
+    currency: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReader:
-    """Finds billing's word for a session's status in an answer, and what it means to the shop."""
+    """Finds billing's word for a session's status in an answer, and what it means to the shop.
 
-    path: str = PATH  # JMESPath
-    words: Mapping[str, SessionStatus] = field(default_factory=lambda: WORDS)  # in lower case
-    _search: ParsedResult = field(init=False, repr=False, compare=False)
+    With `id_path`, the answer must have the checkout's id there. `amount_path` and `currency_path`
+    are where a closing answer has an amount and its currency; it may lack both.
+
+    Raises:
+        JMESPathError: a path is not a JMESPath expression.
+    """
+
+    path: str = PATH
+    words: Mapping[str, Meaning] = field(default_factory=lambda: WORDS)  # in lower case
+    id_path: str | None = None
+    amount_path: str | None = None
+    currency_path: str | None = None
+    _compiled: Mapping[str, ParsedResult] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Compile the path.
+        paths = (self.path, self.id_path, self.amount_path, self.currency_path)
+        compiled = {path: jmespath.compile(path) for path in paths if path is not None}
+        object.__setattr__(self, "_compiled", compiled)
 
-        Raises:
-            JMESPathError: it is not a JMESPath expression.
-        """
-        object.__setattr__(self, "_search", jmespath.compile(self.path))
-
-    def read(self, body: bytes | None) -> StatusReading:
-        """Read one body; None stands for a body that is too long."""
+    def read(self, body: bytes | None, billing_checkout_id: str) -> StatusReading:
+        """Read the answer about a checkout; None stands for a body that is too long."""
         if body is None:
             return StatusReading(None, "a body that is too long")
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
             return StatusReading(None, "a body that is not valid JSON")
+        if self.id_path is not None:
+            found = self._text_at(self.id_path, parsed)
+            if found != billing_checkout_id:
+                seen = "no id" if found is None else f"the id {_shortened(found)!r}"
+                return _mismatch(f"billing's answer has {seen} at {self.id_path!r}")
+        return self._read_status(parsed)
+
+    def _read_status(self, parsed: object) -> StatusReading:
         try:
-            found = self._search.search(parsed)
+            found = self._compiled[self.path].search(parsed)
             word = found if isinstance(found, str) else json.dumps(found)
         # JMESPathError if a function in the path gets a value of a wrong type; but also TypeError
         # if a number is compared with a text, OverflowError for infinity, RecursionError, …
@@ -70,13 +93,71 @@ class StatusReader:
             return StatusReading(None, f"nothing that {self.path!r} can be applied to")
         if found is None:
             return StatusReading(None, f"nothing at {self.path!r}")
-        status = self.words.get(word.lower())
-        if status is None and len(word) > _MAX_WORD_LENGTH:
-            word = f"{word[:_MAX_WORD_LENGTH]}…"
-        return StatusReading(status, word if status else repr(word))
+        meaning = self.words.get(word.lower())
+        if meaning is None:
+            return StatusReading(None, repr(_shortened(word)))
+        if meaning is Meaning.OPEN:
+            return StatusReading(SessionStatus.OPEN, word)
+        if meaning is Meaning.IN_PROGRESS:
+            return StatusReading(SessionStatus.OPEN, word, in_progress=True)
+        return self._read_closing(parsed, word, meaning)
+
+    def _read_closing(self, parsed: object, word: str, meaning: Meaning) -> StatusReading:
+        if self.path == PATH and (other := self._contradiction(parsed, meaning)):
+            return _mismatch(f"billing's answer says {_shortened(word)!r} at 'status', but {other}")
+        amount = self._value_at(self.amount_path, parsed)
+        is_amount = isinstance(amount, str | int | float) and not isinstance(amount, bool)
+        return StatusReading(
+            meaning.status,
+            word,
+            amount=amount if is_amount else None,
+            currency=self._text_at(self.currency_path, parsed),
+        )
+
+    def _contradiction(self, parsed: object, meaning: Meaning) -> str | None:
+        """A nested `status` that says otherwise, e.g. in an envelope; None if there is none."""
+        for path, word in _nested_statuses(parsed):
+            if self.words.get(word.lower()) is not meaning:
+                return (
+                    f"{_shortened(word)!r} at {path!r}; set BILLING_STATUS_PATH to the one that "
+                    "counts (@.status is the first)"
+                )
+        return None
+
+    def _text_at(self, path: str | None, parsed: object) -> str | None:
+        found = self._value_at(path, parsed)
+        return str(found) if isinstance(found, str | int) else None
+
+    def _value_at(self, path: str | None, parsed: object) -> Any:  # noqa: ANN401 (JSON)
+        try:
+            return self._compiled[path].search(parsed) if path is not None else None
+        except Exception:  # noqa: BLE001 (an answer cannot end a pass)
+            return None
 
 
-def parse_words(text: str) -> Mapping[str, SessionStatus]:
+def _nested_statuses(parsed: object) -> Iterator[tuple[str, str]]:
+    """Every text named `status` below the outermost object, with its path."""
+    inside = [("", parsed)]
+    while inside:
+        path, value = inside.pop()
+        match value:
+            case dict():
+                inside += [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
+            case list():
+                inside += [(f"{path}[{n}]", v) for n, v in enumerate(value)]
+            case str() if path.endswith(".status"):
+                yield path, value
+
+
+def _mismatch(why: str) -> StatusReading:
+    return StatusReading(None, why, mismatch=True)
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= _MAX_WORD_LENGTH else f"{word[:_MAX_WORD_LENGTH]}…"
+
+
+def parse_words(text: str) -> Mapping[str, Meaning]:
     """Parse a `BILLING_STATUS_MAP`; billing's words are not case-sensitive.
 
     Raises:
@@ -88,11 +169,11 @@ def parse_words(text: str) -> Mapping[str, SessionStatus]:
         raise ValueError("it is not valid JSON") from None
     if not isinstance(given, dict) or not given:
         raise ValueError("it is not a JSON object with at least one word")
-    words: dict[str, SessionStatus] = {}
+    words: dict[str, Meaning] = {}
     for word, status in given.items():
-        if status not in list(SessionStatus):
+        if status not in list(Meaning):
             raise ValueError(f"{word!r} is mapped to {status!r}, which is not a status")
         if word.lower() in words:
             raise ValueError(f"{word!r} is mapped twice")
-        words[word.lower()] = SessionStatus(status)
+        words[word.lower()] = Meaning(status)
     return words

@@ -148,6 +148,8 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         builder = client.client.request(request.method, address).headers(
             self._items_of(request.headers)
         )
+        if request.method == "POST":
+            builder = builder.body_bytes(request.content)
         if sent_before is not None:
             left = sent_before + self._timeout_seconds - self._monotonic()
             builder = builder.timeout(timedelta(seconds=max(0, left)))

@@ -107,7 +107,11 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
   new_status VARCHAR(16) NOT NULL,
   billing_status VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL,
   changed_at DATETIME(3) NOT NULL,
-  KEY checkout_session_change_changed (changed_at)
+  late_check_at DATETIME(3) NULL,
+  paid_late_at DATETIME(3) NULL,
+  KEY checkout_session_change_changed (changed_at),
+  KEY checkout_session_change_late (late_check_at, changed_at),
+  KEY checkout_session_change_paid_late (paid_late_at)
 ) ENGINE=InnoDB"""
 
 MODIFY_ID = "ALTER TABLE {table} MODIFY session_id {id_type} NOT NULL"
@@ -131,6 +135,12 @@ UPGRADES = {
     ("checkout_session_run", ("settings", "YES")): (
         "ALTER TABLE checkout_session_run ADD COLUMN settings"
         " VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL"
+    ),
+    ("checkout_session_change", ("late_check_at", "YES")): (
+        "ALTER TABLE checkout_session_change ADD COLUMN late_check_at DATETIME(3) NULL,"
+        " ADD COLUMN paid_late_at DATETIME(3) NULL,"
+        " ADD KEY checkout_session_change_late (late_check_at, changed_at),"
+        " ADD KEY checkout_session_change_paid_late (paid_late_at)"
     ),
     ("checkout_session_pause", ("last_tick", "YES")): (
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"

@@ -88,10 +88,16 @@ CREATE TABLE IF NOT EXISTS checkout_session_change (
   billing_checkout_id TEXT,
   new_status TEXT NOT NULL,
   billing_status TEXT NOT NULL,
-  changed_at DATETIME NOT NULL
+  changed_at DATETIME NOT NULL,
+  late_check_at DATETIME,
+  paid_late_at DATETIME
 );
 CREATE INDEX IF NOT EXISTS checkout_session_change_changed
-  ON checkout_session_change (changed_at)"""
+  ON checkout_session_change (changed_at);
+CREATE INDEX IF NOT EXISTS checkout_session_change_late
+  ON checkout_session_change (late_check_at, changed_at);
+CREATE INDEX IF NOT EXISTS checkout_session_change_paid_late
+  ON checkout_session_change (paid_late_at)"""
 
 # Tables of version 0.1.0 are dropped and made again: SQLite cannot change a column, and the next
 # tick finds out again what they hold of a laptop's sessions.
@@ -99,6 +105,7 @@ OUTDATED = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND ("
     " (name = 'checkout_session_check' AND sql NOT LIKE '%failing_since%') OR"
     " (name = 'checkout_session_run' AND sql LIKE '%finished_at DATETIME NOT NULL%') OR"
+    " (name = 'checkout_session_change' AND sql NOT LIKE '%late_check_at%') OR"
     " (name = 'checkout_session_pause' AND sql NOT LIKE '%last_tick%'))"
 )
 

@@ -54,8 +54,9 @@ def decide(
     miss its next slot. Only if billing took so long that this time has passed, the session is due
     in the first slot after the answer.
 
-    The session's status follows billing's. An old session that billing has just said to be open
-    becomes `timeout` if the rules say so. `choose(low, high)` draws the backoff's jitter.
+    The session's status follows billing's. An old session that billing has just said to be open,
+    with no payment in progress, becomes `timeout` if the rules say so. `choose(low, high)` draws
+    the backoff's jitter.
     """
     interval = rules.interval_seconds
     age_seconds = (claim.claimed_at - claim.first_seen_at).total_seconds()
@@ -85,6 +86,8 @@ def _new_status(answer: Answer, age_seconds: float, rules: CheckRules) -> Sessio
     """The status that the session takes; None if it stays open."""
     if answer.status is not SessionStatus.OPEN:
         return answer.status
+    if answer.in_progress:
+        return None
     # A session expires only here, after billing has just said that it is not paid.
     expires_after = rules.expires_after_seconds
     expired = expires_after is not None and age_seconds >= expires_after

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 type JsonObject = dict[str, object]
+type Amount = str | int | float
 
 
 class SessionStatus(StrEnum):
@@ -19,6 +20,20 @@ class SessionStatus(StrEnum):
     TIMEOUT = "timeout"
 
 
+class Meaning(StrEnum):
+    """What billing's word says about a session."""
+
+    OPEN = "open"
+    IN_PROGRESS = "in_progress"  # a payment is under way: open, and never expired
+    SUCCESS = "success"
+    FAILURE = "failure"
+    TIMEOUT = "timeout"
+
+    @property
+    def status(self) -> SessionStatus:
+        return SessionStatus.OPEN if self is Meaning.IN_PROGRESS else SessionStatus(self)
+
+
 class Outcome(StrEnum):
     """What one check found; kept as `last_outcome` and counted in every summary."""
 
@@ -28,6 +43,7 @@ class Outcome(StrEnum):
     DEFERRED = "deferred"  # locked by the shop, event not published, or another checkout by now
     REFUSED = "refused"  # the shop's database refuses the change
     UNKNOWN_STATUS = "unknown_status"  # 200 without a word that BILLING_STATUS_MAP holds
+    MISMATCH = "mismatch"  # 200 about another checkout (BILLING_ID_PATH), or with two statuses
     NOT_FOUND = "not_found"  # 404, 410
     UNEXPECTED_STATUS = "unexpected_status"  # any other status
     RATE_LIMITED = "rate_limited"  # 429, and 503 with Retry-After
@@ -103,6 +119,9 @@ class Answer(NamedTuple):
     status: SessionStatus | None = None  # from the answer's body; None: not read, or unknown
     billing_status: str = ""  # billing's own word for it
     retry_after: float | None = None  # seconds, where a rate-limited answer gives them
+    in_progress: bool = False  # a payment is under way, so an open session does not expire
+    amount: Amount | None = None  # as billing writes it; None: not read
+    currency: str | None = None  # not read
 
 
 class Recheck(NamedTuple):
@@ -127,7 +146,11 @@ type Decision = Recheck | StatusChange
 
 
 class StatusChangedEvent(NamedTuple):
-    """What others are told of a status change."""
+    """What others are told of a status change.
+
+    With `expired_at`, the status did not change: its session became `timeout` at that time, and a
+    payment was found at `changed_at`.
+    """
 
     session_id: str
     billing_checkout_id: str | None
@@ -136,6 +159,9 @@ class StatusChangedEvent(NamedTuple):
     billing_status: str
     first_seen_at: datetime
     changed_at: datetime
+    amount: Amount | None = None
+    currency: str | None = None
+    expired_at: datetime | None = None
 
 
 class Refusal(NamedTuple):

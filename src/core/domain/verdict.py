@@ -1,7 +1,7 @@
 """The verdict: whether open sessions are checked on time, in one sentence."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -17,6 +17,7 @@ LATE_INTERVALS = 2
 # The thresholds of the alarms Overdue and FailedChecks.
 OVERDUE_SECONDS = 60
 FAILED_SHARE = 0.5
+MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
 BILLING_TROUBLE = {
     Outcome.UNAUTHORIZED: "Billing refuses the key",
@@ -25,6 +26,7 @@ BILLING_TROUBLE = {
     Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
     Outcome.RATE_LIMITED: "Billing limits the rate",
     Outcome.UNKNOWN_STATUS: "Billing's answers have unknown words (see BILLING_STATUS_MAP)",
+    Outcome.MISMATCH: "Billing's answers contradict themselves or the request (see the log)",
     Outcome.DEFERRED: "Sessions that billing has closed cannot be updated yet",
     Outcome.REFUSED: "The shop's database refuses what billing says",
     Outcome.INTERNAL_ERROR: "The monitor has unexpected errors (see its log)",
@@ -67,6 +69,9 @@ class Facts:
     paused_until: datetime | None = None  # None: no pause is in force
     has_api_key: bool = True
     other_monitors: Sequence[OtherMonitor] = ()
+    # Among the newest sessions: checkouts that several open ones have, with the ids of those.
+    shared_checkouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    paid_late: Sequence[str] = ()  # sessions that were paid after they had become `timeout`
     failing_since: datetime | None = None  # since when most checks of each pass have failed
     failing_code: int | None = None  # the HTTP status of the failing answers, if they have one
     expected_ticks: int = 0  # in the last hour
@@ -144,6 +149,16 @@ def _failed(facts: Facts) -> str:
 
 def _notes(facts: Facts) -> list[str]:
     notes = [f"{other}." for other in facts.other_monitors]
+    notes += [
+        f"{len(sessions):,} open sessions have the checkout {checkout}, so the same answer closes "
+        f"them all: {', '.join(sessions[:MAX_NAMED])}."
+        for checkout, sessions in list(facts.shared_checkouts.items())[:MAX_NAMED]
+    ]
+    if facts.paid_late:
+        notes.append(
+            "Paid within the last day after they had become timeout, and still timeout: "
+            f"{', '.join(facts.paid_late)}."
+        )
     if facts.failed:
         kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
         notes.append(f"{_failed(facts)}: {kinds}.")

@@ -24,6 +24,7 @@ from core.domain.other_monitors import OTHER_MONITOR
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
+from core.passes.late_payments import look_for_late_payments
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
 from core.passes.writer import Progress, Writer
@@ -152,6 +153,14 @@ async def check_open_checkout_sessions(
     summary = await check_pass.complete(began, billing, may_check=may_check)
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
+        if billing is not None and may_check and summary.paused_until is None:
+            await look_for_late_payments(
+                store.late_payments,
+                billing.check,
+                database,
+                at_once=settings.max_concurrency,
+                until=began + options.start_seconds,
+            )
     return summary
 
 
@@ -218,7 +227,11 @@ class _Pass:
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
         self._reconciles = manual or (summary.led and view.state.may_reconcile)
-        self._log = PassLog(max_active=settings.log_lines_active, waits=self._reconciles)
+        self._log = PassLog(
+            max_active=settings.log_lines_active,
+            waits=self._reconciles,
+            sent_headers=settings.headers_to_name,
+        )
         self._pause = SharedPause(store.state, view.pause, until=view.paused_until)
         self._writer = Writer(store, database, self._pause, self._log)
         self._tally = _Tally(view.last_counts.open)

@@ -16,21 +16,26 @@ from core.domain.other_monitors import (
     others_at_work,
 )
 from core.domain.summary import Summary
-from core.settings import Settings
+from core.settings import Settings, listed
 from core.store.pass_history import ALIVE_SECONDS, PassHistory, id_at
 
 # A value that is longer in JSON is recorded as its beginning and a checksum, so that all of them
 # fit into the column.
-MAX_VALUE_LENGTH, BEGINNING = 120, 50
+MAX_VALUE_LENGTH, BEGINNING = 80, 50
 # A monitor whose ticks are all led by others records a pass this often, so that it is seen.
 SHOW_EVERY = timedelta(minutes=1)
 
 
 def monitor_of(settings: Settings, name: str) -> Monitor:
     """The monitor that these settings make. MAX_CONCURRENCY and others may differ between two."""
-    reader = settings.status_reader
+    late = settings.late_payments_for
+    reader, codes = settings.status_reader, settings.billing_status_codes
     values: dict[str, SettingValue] = {
         "BILLING_API_URL": settings.billing_api_url,
+        "BILLING_HEADERS": str(settings.billing_headers),
+        "BILLING_TOKEN_URL": settings.billing_token_url,
+        "BILLING_OK": listed(codes.ok),
+        "BILLING_NOT_FOUND": listed(codes.not_found),
         "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
         "CHECK_CADENCE": str(settings.cadence),
         "STATUS_UPDATES": reader is not None,
@@ -41,6 +46,10 @@ def monitor_of(settings: Settings, name: str) -> Monitor:
         words = json.dumps(dict(reader.words), sort_keys=True)
         values["BILLING_STATUS_PATH"] = reader.path
         values["BILLING_STATUS_MAP"] = f"#{_checksum(words)}"
+        values["LATE_PAYMENTS_FOR"] = int(late.total_seconds()) if late else None
+        values["BILLING_ID_PATH"] = reader.id_path
+        values["BILLING_AMOUNT_PATH"] = reader.amount_path
+        values["BILLING_CURRENCY_PATH"] = reader.currency_path
     shortened = {setting: _shortened(value) for setting, value in values.items()}
     return Monitor(str(_shortened(name)), shortened)
 

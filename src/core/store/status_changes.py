@@ -44,6 +44,8 @@ CHANGES_AT_ONCE = 50
 STILL_OPEN = "COALESCE(status, '') = 'open'"
 
 KEEP_CHANGES = timedelta(days=1)
+# A session that became `timeout` is looked at again for the first time after this time.
+LATE_CHECK_FIRST = timedelta(minutes=20)
 MAX_LOGGED = 16_000  # characters of a checkout id; MySQL's TEXT holds 65,535 bytes
 
 _NO_ROWID = 0  # rows are counted from 1
@@ -72,8 +74,15 @@ class _Open(NamedTuple):
 class StatusChanges:
     """Makes status changes and logs them. Every method raises StoreError."""
 
-    def __init__(self, database: Database, queue: Queue, publisher: Publisher | None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        queue: Queue,
+        publisher: Publisher | None,
+        late_payments_for: timedelta | None = None,
+    ) -> None:
         self._database = database
+        self._late_payments_for = late_payments_for
         self._queue = queue
         self._publisher = publisher
 
@@ -106,12 +115,18 @@ class StatusChanges:
         )
 
     def forget_old(self) -> None:
-        """Delete the log's rows that are over a day old."""
+        """Delete the log's rows that are over a day old, and are not looked at again."""
 
         def delete(connection: Connection) -> None:
+            day_ago = connection.now() - KEEP_CHANGES
+            connection.execute(
+                "DELETE FROM checkout_session_change WHERE late_check_at IS NULL"
+                " AND changed_at < %s AND (paid_late_at IS NULL OR paid_late_at < %s)",
+                (day_ago, day_ago),
+            )
             connection.execute(
                 "DELETE FROM checkout_session_change WHERE changed_at < %s",
-                (connection.now() - KEEP_CHANGES,),
+                (day_ago - (self._late_payments_for or timedelta(0)),),
             )
 
         self._database.run(delete)
@@ -262,16 +277,21 @@ class StatusChanges:
                 change.new_status,
                 change.answer.billing_status[:255],
                 now,
+                self._late_check_at(change, now),
             )
             for change, row in changes
         ]
         transaction.execute(
             "INSERT INTO checkout_session_change"
-            " (session_id, billing_checkout_id, new_status, billing_status, changed_at) VALUES "
-            + ", ".join(placeholders(row) for row in log),
+            " (session_id, billing_checkout_id, new_status, billing_status, changed_at,"
+            " late_check_at) VALUES " + ", ".join(placeholders(row) for row in log),
             [value for row in log for value in row],
         )
         self._queue.drop(transaction, [change.claim.rowid for change, _ in changes])
+
+    def _late_check_at(self, change: StatusChange, now: datetime) -> datetime | None:
+        expired = change.new_status is SessionStatus.TIMEOUT and bool(_asked(change))
+        return now + LATE_CHECK_FIRST if expired and self._late_payments_for else None
 
     def _record_refused(self, transaction: Transaction, changes: Sequence[StatusChange]) -> None:
         now = transaction.now()
@@ -306,4 +326,6 @@ def _event(one: _Open, now: datetime) -> StatusChangedEvent:
         billing_status=change.answer.billing_status,
         first_seen_at=change.claim.first_seen_at,
         changed_at=now,
+        amount=change.answer.amount,
+        currency=change.answer.currency,
     )

@@ -5,6 +5,7 @@ number of open sessions comes from the leader's last complete reconciliation.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -33,15 +34,17 @@ from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.verdict import Facts, judge
-from core.settings import Settings
+from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
 from core.store.queue import LAST_CHECK, oldest_due
+from core.store.status_changes import KEEP_CHANGES
 
 PASSES = 60  # of ticks
 MANUAL_PASSES = 20  # since then
 FAILING = CHANGES = 10
+NEWEST = 200  # sessions among which checkouts are compared
 MISSED = 60  # missed ticks that are listed; all are counted
 HISTORY = timedelta(hours=1)  # searched for missed ticks and failures
 # A cold start takes seconds: a slot without a pass is missed after an interval and this long.
@@ -101,6 +104,8 @@ class _StatusReport:
             paused_until=_in_force(paused_until, now),
             has_api_key=has_api_key,
             other_monitors=self._other_monitors(now),
+            shared_checkouts=self._shared_checkouts(),
+            paid_late=self._paid_late(now),
             expected_ticks=slots,
             missed_ticks=len(missed),
             last_missed=missed[0] if missed else None,
@@ -306,6 +311,30 @@ class _StatusReport:
         earlier = [session["failing_since"] for session in failing if session["failing_since"]]
         return min([as_datetime(first[0][0]), *map(datetime.fromisoformat, earlier)])
 
+    def _shared_checkouts(self) -> dict[str, list[str]]:
+        """The checkouts that several of the newest open sessions have, with those sessions."""
+        rows = self._connection.query(
+            # Not `WHERE s.status`: no statistics may make it read every open session.
+            "SELECT c.session_id, s.billing_checkout_id, COALESCE(s.status, '') = 'open'"
+            " FROM (SELECT session_id, rowid AS number FROM checkout_session_check"
+            f" ORDER BY rowid DESC LIMIT {NEWEST:d}) c"
+            " LEFT JOIN checkout_session s ON s.id = c.session_id ORDER BY c.number"
+        )
+        sessions: defaultdict[str, list[str]] = defaultdict(list)
+        for session_id, checkout_id, is_open in rows:
+            if is_open and checkout_id:
+                sessions[_shown_id(checkout_id)].append(_shown_id(session_id))
+        return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
+
+    def _paid_late(self, now: datetime) -> list[str]:
+        """The sessions whose late payment was found within a day, the newest first."""
+        rows = self._connection.query(
+            "SELECT session_id FROM checkout_session_change WHERE paid_late_at > %s"
+            f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
+            (now - KEEP_CHANGES,),
+        )
+        return [_shown_id(session_id) for (session_id,) in rows]
+
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
             "SELECT session_id, billing_checkout_id, new_status, billing_status, changed_at"
@@ -347,12 +376,19 @@ def _pass(row: Row, alive: Mapping[datetime, bool], now: datetime) -> JsonObject
 def settings_in_force(settings: Settings) -> JsonObject:
     """Every setting by the name of its variable; for a secret, only whether it is set."""
     reader = settings.status_reader
+    credentials = settings.credentials or {}
+    ok, not_found = settings.billing_status_codes
+    late = settings.late_payments_for
     return {
-        "APIKEY": "set" if settings.api_key else None,
+        **{name: "set" if name in credentials else None for name in CREDENTIALS},
         "APIKEY_SECRET_ARN": settings.api_key_secret_arn,
         **_database_settings(settings.database),
         "BILLING_API_URL": settings.billing_api_url,
         "ALLOW_HTTP": settings.allow_http,
+        "BILLING_HEADERS": str(settings.billing_headers),  # their names
+        "BILLING_TOKEN_URL": settings.billing_token_url,
+        "BILLING_OK": listed(ok),
+        "BILLING_NOT_FOUND": listed(not_found),
         "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
         "CHECK_CADENCE": str(settings.cadence),
         "CHECK_BACKOFF_MAX_SECONDS": settings.backoff_max_seconds,
@@ -362,7 +398,11 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "STATUS_UPDATES": reader is not None,
         "BILLING_STATUS_PATH": reader.path if reader else None,
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,
+        "BILLING_ID_PATH": reader.id_path if reader else None,
+        "BILLING_AMOUNT_PATH": reader.amount_path if reader else None,
+        "BILLING_CURRENCY_PATH": reader.currency_path if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
+        "LATE_PAYMENTS_FOR": int(late.total_seconds()) if late else None,
         "EVENT_BUS_NAME": settings.event_bus_name,
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,

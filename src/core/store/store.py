@@ -15,6 +15,7 @@ from core.domain.cadence import slot_at
 from core.domain.decision import CheckRules
 from core.domain.model import OpenCounts, Pause, Recorded, StatusChange
 from core.domain.other_monitors import Monitor
+from core.store.late_payments import LatePayments
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.other_monitors import OtherMonitors, newest_settings
 from core.store.pass_history import PassHistory
@@ -81,11 +82,13 @@ class Store:
         publisher: Publisher | None = None,
         *,
         monitor: Monitor | None = None,  # None: passes do not record who makes them
+        late_payments_for: timedelta | None = None,  # None: expired sessions are not looked at
         batch_size: int = MAX_BATCH,
     ) -> None:
         self._database = database
         self.queue = Queue(database, batch_size)
-        self.status_changes = StatusChanges(database, self.queue, publisher)
+        self.status_changes = StatusChanges(database, self.queue, publisher, late_payments_for)
+        self.late_payments = LatePayments(database, publisher, late_payments_for)
         self.state = MonitorState(database)
         self.history = PassHistory(database, monitor.as_text() if monitor else None)
         self.others = OtherMonitors(database, self.history, monitor)

@@ -1,0 +1,69 @@
+"""A leader's look at expired sessions, once a minute: was one of them paid after all?"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from core.database.thread import DatabaseThread
+from core.domain.model import Answer, Outcome, SessionStatus
+from core.errors import StoreError
+from core.log import log_paid_late, logger
+from core.store.late_payments import ExpiredSession, LatePayments
+
+type Ask = Callable[[str | None], Awaitable[Answer]]
+
+# In one minute. 50,000 sessions that expire in a day are looked at 400 times a minute.
+MAX_LOOKS = 600
+
+
+async def look_for_late_payments(
+    late_payments: LatePayments,
+    ask: Ask,
+    database: DatabaseThread,
+    *,
+    at_once: int,
+    until: float,
+) -> None:
+    """Ask billing about the expired sessions that are due, `at_once` in parallel.
+
+    No request begins after `until`, by the event loop's clock, nor after billing has limited one.
+    What fails about one session waits for its next look.
+
+    Raises:
+        StoreError: the database cannot be used.
+    """
+    loop, looks = asyncio.get_running_loop(), 0
+    while loop.time() < until and looks < MAX_LOOKS:
+        sessions = await database.run(late_payments.claim_due, min(at_once, MAX_LOOKS - looks))
+        if not sessions:
+            return
+        looks += len(sessions)
+        answers = await asyncio.gather(*(_asked(ask, session) for session in sessions))
+        for session, answer in zip(sessions, answers, strict=True):
+            if answer.status is SessionStatus.SUCCESS:
+                await _record(late_payments, database, session, answer)
+        if any(answer.outcome is Outcome.RATE_LIMITED for answer in answers):
+            return
+
+
+async def _asked(ask: Ask, session: ExpiredSession) -> Answer:
+    try:
+        return await ask(session.billing_checkout_id)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is looked at again)
+        return Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+
+
+async def _record(
+    late_payments: LatePayments, database: DatabaseThread, session: ExpiredSession, answer: Answer
+) -> None:
+    try:
+        published = await database.run(late_payments.record_paid, session, answer)
+    except StoreError:
+        raise
+    except Exception as error:  # noqa: BLE001 (its event; the other sessions go on)
+        logger.error(
+            f"❌ The late payment of session {session.session_id!r} cannot be published: "
+            f"{type(error).__name__}: {error}"
+        )
+        return
+    if published:
+        log_paid_late(session.session_id, session.billing_checkout_id, answer.billing_status)

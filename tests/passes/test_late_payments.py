@@ -1,0 +1,151 @@
+"""LATE_PAYMENTS_FOR: a session that has become `timeout` is looked at again, and never changed."""
+
+from datetime import timedelta
+
+import pytest
+
+from core.domain.model import Answer, Outcome
+from core.store.late_payments import next_look
+from core.store.status_report import read_status
+from testkit.clock import NOON
+from testkit.shops import add_sessions, settings_for
+from tests.store.fake_bus import FAILED, OPEN, PAID, Bus, statuses
+from tests.support import FakeBilling, Passes, database_of
+
+SHOP = {"STATUS_UPDATES": "true", "SESSION_EXPIRES_AFTER": "1h"}
+MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+CHECKOUT = "checkout_1"
+
+
+async def expire(passes: Passes, billing: FakeBilling) -> Bus:
+    """One session, `s`, becomes `timeout`."""
+    bus = passes.publisher = Bus()
+    add_sessions(passes.shop, {"s": CHECKOUT})
+    billing.answers = {CHECKOUT: OPEN}
+    await passes.run(None, **SHOP)
+    passes.clock.advance(3600)
+    await passes.run(None, **SHOP)
+    assert statuses(passes.shop) == {"s": "timeout"}
+    bus.published.clear()
+    billing.asked.clear()
+    return bus
+
+
+async def later(passes: Passes, time: timedelta, **env: str) -> None:
+    passes.clock.advance(time.total_seconds())
+    await passes.run(None, **{**SHOP, **env})
+
+
+def notes(passes: Passes) -> list[str]:
+    settings = settings_for(passes.shop, **SHOP)
+    database = database_of(passes.shop, passes.clock)
+    verdict = read_status(database, settings)["verdict"]
+    database.close()
+    assert isinstance(verdict, dict)
+    return [note for note in verdict["notes"] if "Paid" in note]
+
+
+async def test_a_late_payment_is_published_once_and_shown_for_a_day(
+    passes: Passes, billing: FakeBilling, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = await expire(passes, billing)
+    await later(passes, 19 * MINUTE)
+    assert not billing.asked
+    await later(passes, MINUTE)
+    billing.answers = {CHECKOUT: PAID._replace(amount=5, currency="EUR")}
+    await later(passes, 20 * MINUTE)
+    for _ in range(3):
+        await later(passes, DAY / 4)
+    assert billing.asked == {CHECKOUT: 2}
+    [event] = bus.published
+    assert (event.session_id, event.amount, event.currency) == ("s", 5, "EUR")
+    assert event.expired_at == NOON + HOUR
+    assert event.changed_at == NOON + HOUR + 40 * MINUTE
+    assert statuses(passes.shop) == {"s": "timeout"}
+    assert notes(passes) == [
+        "Paid within the last day after they had become timeout, and still timeout: s."
+    ]
+    assert (
+        "💶 Checkout session s (checkout_1) was paid after it had become timeout; billing says paid"
+    ) in caplog.messages
+    await later(passes, DAY / 4 + MINUTE)
+    assert notes(passes) == []
+    assert passes.shop.run("SELECT COUNT(*) FROM checkout_session_change") == [(0,)]
+
+
+@pytest.mark.parametrize("answer", [FAILED, Answer(Outcome.RATE_LIMITED, 429)])
+async def test_an_unpaid_session_is_looked_at_ever_less_often(
+    passes: Passes, billing: FakeBilling, answer: Answer
+) -> None:
+    """And not at all when LATE_PAYMENTS_FOR is over."""
+    bus = await expire(passes, billing)
+    billing.answers = {CHECKOUT: answer}
+    for _ in range(16):
+        await later(passes, DAY / 2)
+    assert billing.asked == {CHECKOUT: 8}
+    assert not bus.published
+    assert passes.shop.run("SELECT COUNT(*) FROM checkout_session_change") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "change", ["status = 'success'", "billing_checkout_id = 'another'", "status = 'open'"]
+)
+async def test_a_session_that_the_shop_has_changed_is_not_looked_at(
+    passes: Passes, billing: FakeBilling, change: str
+) -> None:
+    await expire(passes, billing)
+    billing.answers = {CHECKOUT: PAID}
+    passes.shop.run(f"UPDATE checkout_session SET {change}")
+    late = "SELECT late_check_at FROM checkout_session_change ORDER BY id"
+    passes.clock.advance(1200)
+    await passes.run()  # without status updates
+    assert passes.shop.run(late) != [(None,)]
+    await later(passes, MINUTE)
+    assert passes.shop.run(late)[0] == (None,)
+    assert billing.asked[CHECKOUT] == (1 if "open" in change else 0)  # as an open one
+
+
+async def test_an_event_that_is_refused_is_tried_again_in_a_minute(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    bus = await expire(passes, billing)
+    billing.answers = {CHECKOUT: PAID}
+    bus.rejects = {"s"}
+    await later(passes, 20 * MINUTE)
+    assert not bus.published
+    assert not notes(passes)
+    bus.rejects = set()
+    await later(passes, MINUTE)
+    assert bus.session_ids == ["s"]
+
+
+async def test_what_billing_closed_or_nobody_watches_is_not_looked_at(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    await expire(passes, billing)
+    add_sessions(passes.shop, {"failed": "checkout_2"})
+    billing.answers = {"checkout_2": FAILED, CHECKOUT: PAID}
+    await later(passes, MINUTE)
+    await later(passes, DAY, LATE_PAYMENTS_FOR="0")
+    assert billing.asked == {"checkout_2": 1}
+
+
+@pytest.mark.parametrize(
+    ("age", "distance"),
+    [
+        (-HOUR, 20 * MINUTE),
+        (20 * MINUTE, 20 * MINUTE),
+        (HOUR, 2 * HOUR),
+        (7 * HOUR, 8 * HOUR),
+        (2 * DAY, DAY),
+        (6 * DAY, DAY),
+        (6 * DAY + MINUTE, None),
+        (9 * DAY, None),
+    ],
+)
+def test_the_distance_of_looks_grows_with_the_age(
+    age: timedelta, distance: timedelta | None
+) -> None:
+    now = NOON + age
+    found = next_look(NOON, now, 7 * DAY)
+    assert found == (None if distance is None else now + distance)

@@ -1,0 +1,56 @@
+"""Expired sessions on each engine: who looks at them, and what is kept."""
+
+from datetime import timedelta
+
+from core.domain.model import Answer, Outcome, SessionStatus
+from core.store.store import Store
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, add_sessions
+from tests.store.fake_bus import Bus
+from tests.support import database_of
+
+PAID = Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS, billing_status="paid")
+WEEK = timedelta(days=7)
+KEPT = "SELECT session_id, late_check_at IS NULL, paid_late_at IS NULL FROM checkout_session_change"
+
+
+def expired(shop: Shop, sessions: dict[str, str | None]) -> None:
+    add_sessions(shop, sessions)
+    shop.run("UPDATE checkout_session SET status = 'timeout'")
+    shop.run(
+        "INSERT INTO checkout_session_change (session_id, billing_checkout_id, new_status,"
+        " billing_status, changed_at, late_check_at)"
+        " SELECT id, billing_checkout_id, 'timeout', 'open', %s, %s FROM checkout_session",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
+
+
+def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeClock) -> None:
+    bus = Bus()
+    stores = [Store(database_of(shop, clock), bus, late_payments_for=WEEK) for _ in range(2)]
+    for store in stores:
+        store.prepare()
+    expired(shop, {f"s{n}": f"c{n}" for n in range(5)})
+    shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's4'")
+    shop.run("DELETE FROM checkout_session WHERE id = 's3'")
+    first = stores[0].late_payments.claim_due(2)
+    second = stores[1].late_payments.claim_due(9)
+    assert stores[0].late_payments.claim_due(9) == []
+    claimed = sorted((one.session_id, one.billing_checkout_id) for one in [*first, *second])
+    assert claimed == [("s0", "c0"), ("s1", "c1"), ("s2", "c2")]
+    assert stores[0].late_payments.record_paid(first[0], PAID)
+    assert len(bus.published) == 1
+    kept = sorted(tuple(map(str, row)) for row in shop.run(KEPT))
+    paid = first[0].session_id
+    assert kept == [
+        (f"s{n}", *(("1", "0") if f"s{n}" == paid else ("0", "1") if n < 3 else ("1", "1")))
+        for n in range(5)
+    ]
+    clock.advance(86_401)
+    stores[0].status_changes.forget_old()
+    assert len(shop.run(KEPT)) == 2
+    clock.advance(WEEK.total_seconds())
+    stores[0].status_changes.forget_old()
+    assert shop.run(KEPT) == []
+    for store in stores:
+        store.close()
