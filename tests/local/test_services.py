@@ -18,7 +18,7 @@ from local.services import Service, read_services
 SERVICES = read_services()
 ANSWERS = [(name, state) for name, service in SERVICES.items() for state in service.states]
 PAGE = (Path(__file__).parents[2] / "docs/billing-services.md").read_text(encoding="utf-8")
-ORIGIN = "http://billing.example"
+ORIGIN = "https://billing.example"
 STATUSES = {"in_progress": SessionStatus.OPEN}
 
 
