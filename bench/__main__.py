@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import cold_start, loop, machine, passes, throughput, writes
+from bench import cold_start, limits, loop, machine, passes, throughput, writes
 from bench.machine import Machine
 from bench.report import Results, progress
 
@@ -18,6 +18,7 @@ CASES: Mapping[str, Callable[[Machine, Results], None]] = {
     "processor": passes.processor,
     "loop": loop.at_size,
     "gaps": loop.gaps,
+    "limits": limits.measure,
     "slow": passes.slow_billing,
     "writes": writes.writes,
     "snapshot": writes.snapshot,

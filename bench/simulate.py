@@ -3,7 +3,8 @@
 A pass is the real code: leaders, helpers, claims, reconciling, deadlines, on an SQLite database in
 memory. The simulation models what is around it: the loop, which starts a worker at every tick;
 Lambda, which gives each worker a share of a processor and takes a while to start a new one;
-billing, which always answers after the same time; and how long the database takes.
+billing, which always answers after the same time, or with --limit only so many requests a second;
+and how long the database takes.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from core.settings import Settings
 from core.store.queue import Results
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
+from local.billing import Bucket
 from testkit.shops import statements
 from testkit.virtual_time import DatabaseThread, MeteredDatabase, VirtualLoop
 
@@ -60,6 +62,7 @@ class Outcomes:
     """What a simulation has shown. Lateness is in tenths of a second."""
 
     checks: int = 0
+    limited: int = 0  # of them, those that billing answered 429
     late: Counter[int] = field(default_factory=Counter)  # of checks, since they were due
     first_late: Counter[int] = field(default_factory=Counter)  # of first checks, since it opened
     worker_seconds: float = 0.0
@@ -80,6 +83,7 @@ class Simulation:
         workers: int = WORKERS,
         latency: float = LATENCY_SECONDS,
         cadence: str = CADENCE,
+        limit: float | None = None,
     ) -> None:
         self.open = open_sessions
         self.seconds = seconds
@@ -94,6 +98,7 @@ class Simulation:
         )
         self.interval = self.settings.interval_seconds
         self.latency = latency
+        self.bucket = None if limit is None else Bucket(limit, limit)
         self.check_seconds = CHECK_CPU_SECONDS / min(1, memory_mb / FULL_CPU_MB)
         self.loop = VirtualLoop()
         self.database = MeteredDatabase(Path(":memory:"), clock=self.now)
@@ -257,11 +262,15 @@ class _Billing:
         asked = simulation.loop.now
         leaves = self._processor_free = max(asked, self._processor_free) + simulation.check_seconds
         at = START + timedelta(seconds=leaves)
+        seen.checks += 1
+        if simulation.bucket is not None and not simulation.bucket.take(leaves):
+            seen.limited += 1
+            await asyncio.sleep(leaves + simulation.latency - asked)
+            return Answer(Outcome.RATE_LIMITED, 429, simulation.loop.now - asked)
         if opened := simulation.opened.pop(billing_checkout_id, None):
             seen.first_late[round((at - opened).total_seconds() * 10)] += 1
         elif due := simulation.due.get(billing_checkout_id):
             seen.late[round((at - due).total_seconds() * 10)] += 1
-        seen.checks += 1
         await asyncio.sleep(leaves + simulation.latency - asked)
         return Answer(Outcome.ACTIVE, 200, simulation.loop.now - asked)
 
@@ -312,6 +321,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=WORKERS, help="MaxWorkers")
     parser.add_argument("--latency", type=float, default=LATENCY_SECONDS, help="billing's, seconds")
     parser.add_argument("--cadence", default=CADENCE, help="CHECK_CADENCE")
+    parser.add_argument("--limit", type=float, help="requests a second that billing allows")
     given = parser.parse_args()
     seconds = given.minutes * 60
     tell(f"Making {given.open:,} open sessions …")
@@ -323,6 +333,7 @@ def main() -> None:
         given.workers,
         given.latency,
         given.cadence,
+        given.limit,
     ) as simulation:
         prepared = simulation.database.meter.seconds
 
@@ -340,12 +351,25 @@ def main() -> None:
         f" at most {given.workers} workers, "
         f"billing answers after {given.latency * 1000:.0f} ms\n"
         f"checks: {seen.checks:,}, {seen.checks / seconds:,.0f} a second\n"
+        f"{_limits(seen, given.limit, simulation.loop.now)}"
         f"sessions over a minute late at the end: {left:,}\n"
         f"seconds from a session's slot to its request: {_spread(seen.late)}\n"
         f"seconds from a session's opening to its first request: {_spread(seen.first_late)}\n"
         f"workers at once: {seen.worker_seconds / seconds:.1f} on average, "
         f"{seen.max_under_way} at most\n"
         f"connections busy at the database: {database:.1f} on average"
+    )
+
+
+def _limits(seen: Outcomes, limit: float | None, seconds: float) -> str:
+    """What billing answered until the last pass ended."""
+    if limit is None:
+        return ""
+    answered = (seen.checks - seen.limited) / seconds
+    share = seen.limited / max(1, seen.checks)
+    return (
+        f"billing allows {limit:g} a second, answered {answered:.1f} a second, "
+        f"and 429 to {share:.1%} of the requests\n"
     )
 
 

@@ -10,6 +10,7 @@ them is optional.
 | `active`, any other word    | 200, status `open`                                           |
 | `200` to `599`              | that status; `429` and `503` come with `Retry-After: 30`     |
 | `ratelimited`               | 429 without `Retry-After`                                    |
+| `shared`                    | 200 for one request a second, 429 for any more               |
 | `pending`                   | 200, status `processing`: a payment is in progress           |
 | `paid`, `failed`, `expired` | 200, status `open`; that status from 60 seconds after the first request for the id, or after the seconds in the next word: `checkout_paid_20_1` |
 | `slow`                      | 200 after a second                                           |
@@ -25,7 +26,7 @@ A missing or wrong key gets 401, another path 404, another method 405, and inval
 
 `POST /simulate` sets one behaviour for every id, until the next such request:
 `curl -d failing http://localhost:4000/simulate`. The modes are `by id` (as above), `healthy`,
-`slow` (200 after a second), `failing` (500), `rate-limiting` (429 with `Retry-After: 30`),
+`slow` (200 after a second), `failing` (500), `rate-limiting` (one request a second, any more get 429),
 `paying` (status `paid` at once) and `down` (connections are reset). `GET /simulate` returns the
 mode. `/simulate` refuses requests from other sites with 403.
 
@@ -65,7 +66,7 @@ MODES: Mapping[str, str] = {
     "healthy": "active",
     "slow": "slow",
     "failing": "500",
-    "rate-limiting": "429",
+    "rate-limiting": "shared",
     "paying": "paid_0",
     "down": "reset",
 }
@@ -73,6 +74,8 @@ MODES: Mapping[str, str] = {
 _MAX_REQUEST_BYTES = 64 * 1024
 _HUGE_BYTES = 1024 * 1024
 _CHANGES_AFTER = 60  # seconds
+# Less than the sample sessions need.
+LIMIT_PER_SECOND, LIMIT_BURST = 1.0, 3.0
 # A pass opens all its connections at once. Those beyond the backlog (100 by default in asyncio) are
 # delayed by a second, until the kernel retries.
 _BACKLOG = 4096
@@ -107,6 +110,26 @@ class _Answer(NamedTuple):
     headers: tuple[str, ...] = ()
 
 
+class Bucket:
+    """Allows `per_second` requests a second, and up to `burst` at once. Times are in seconds."""
+
+    def __init__(self, per_second: float, burst: float) -> None:
+        self.per_second = per_second
+        self.burst = burst
+        self._tokens = burst
+        self._filled_at: float | None = None
+
+    def take(self, at: float) -> bool:
+        """Whether a request at this time is allowed."""
+        since = 0.0 if self._filled_at is None else max(0.0, at - self._filled_at)
+        self._tokens = min(self.burst, self._tokens + since * self.per_second)
+        self._filled_at = at
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
 class SimulatedBilling:
     """The service and its counters.
 
@@ -138,6 +161,7 @@ class SimulatedBilling:
         self._clock = clock
         self._api_key = api_key
         self._first_asked: dict[str, float] = {}
+        self._bucket = Bucket(LIMIT_PER_SECOND, LIMIT_BURST)
         self._in_second = (0, 0)  # the latest second, and how many requests came in it
         self._server: asyncio.Server | None = None
         self._host = HOST
@@ -244,7 +268,9 @@ class SimulatedBilling:
                 answer = _Answer(200, b"this is not JSON", "text/plain")
             case ["redirect", *_]:
                 answer = _error(302, f"Location: {_REDIRECTED}")
-            case ["ratelimited", *_]:
+            case ["ratelimited" | "shared" as word, *_] if word == "ratelimited" or not (
+                self._bucket.take(self._clock())
+            ):
                 answer = _error(429)
             case ["429" | "503" as code, *_]:
                 answer = _error(int(code), "Retry-After: 30")

@@ -10,6 +10,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 type Series = dict[int, float]  # by minute
@@ -139,6 +140,7 @@ class CloudWatch:
 STATISTICS: Mapping[str, Callable[[list[float]], float]] = {
     "Sum": math.fsum,
     "Maximum": max,
+    "Average": fmean,
     "SampleCount": len,
 }
 

@@ -88,6 +88,7 @@ CAUSES: Mapping[str, list[tuple[Minute, int]]] = {
         (checks(Outcome.ACTIVE, overdue_seconds=61), 3),
         (passes(open=10, overdue_seconds=3600), 3),  # nothing checked: billing asked for a pause
     ],
+    "LimitedAlarm": [(checks(Outcome.ACTIVE, allowed=25.0, demand=27.0), 10)],
     "FailedChecksAlarm": [
         (checks(Outcome.TIMEOUT), 5),
         (checks(Outcome.TIMEOUT, Outcome.NETWORK_ERROR, Outcome.ACTIVE), 5),
@@ -109,6 +110,7 @@ NO_CAUSE: Mapping[str, Minute] = {
     "no session is open": IDLE,
     "half of the checks fail": checks(Outcome.TIMEOUT, Outcome.ACTIVE),
     "nothing is found": checks(Outcome.NOT_FOUND),
+    "billing allows just what is wanted": checks(Outcome.ACTIVE, allowed=25.0, demand=26.0),
     "everything is a little late": checks(Outcome.ACTIVE, overdue_seconds=60),
     "AWS sends zeroes": zeroes,
 }

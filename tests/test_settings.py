@@ -29,6 +29,7 @@ OPTIONAL = (
     "CHECK_BACKOFF_MAX_SECONDS",
     "REQUEST_TIMEOUT_SECONDS",
     "MAX_CONCURRENCY",
+    "BILLING_MAX_PER_SECOND",
     "BILLING_API_URL",
     "BILLING_HEADERS",
     "BILLING_TOKEN_URL",
@@ -87,6 +88,7 @@ def test_only_a_database_has_to_be_set() -> None:
     assert (found.request_timeout_seconds, found.max_concurrency) == (10, 100)
     assert (found.status_reader, found.expires_after_seconds, found.event_bus_name) == (None,) * 3
     assert (found.log_lines_active, found.debug) == (5, False)
+    assert found.billing_max_per_second is None
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\t\n"])
@@ -114,6 +116,8 @@ def test_without_a_database_the_error_says_what_to_set(env: dict[str, str]) -> N
         ("REQUEST_TIMEOUT_SECONDS", "30", "request_timeout_seconds", 30),
         ("MAX_CONCURRENCY", "1", "max_concurrency", 1),
         ("MAX_CONCURRENCY", "1000", "max_concurrency", 1000),
+        ("BILLING_MAX_PER_SECOND", "1", "billing_max_per_second", 1),
+        ("BILLING_MAX_PER_SECOND", "100000", "billing_max_per_second", 100_000),
         ("CHECK_CADENCE", "5s until 1h, 1m", "cadence", Cadence.parse("5s until 1h, 1m")),
         ("CHECK_CADENCE", "5s-until-1h,1m", "cadence", Cadence.parse("5s until 1h, 1m")),
         ("LOG_LINES_ACTIVE", "0", "log_lines_active", 0),
@@ -149,6 +153,9 @@ INVALID = {
     ),
     ("MAX_CONCURRENCY", "it must be a whole number from 1 to 1000."): (
         "0", "1001", "2.5", "many", "1e2",
+    ),
+    ("BILLING_MAX_PER_SECOND", "it must be a whole number from 1 to 100000."): (
+        "0", "-1", "2.5", "100001", "off",
     ),
     ("LOG_LINES_ACTIVE", "it must be a whole number from 0 to 10000."): ("-1", "10001", "all"),
     ("CHECK_CADENCE", "it must be a number with s, m, h or d, e.g. '5s', or steps that grow"): (

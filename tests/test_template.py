@@ -490,6 +490,7 @@ class TestMonitoring:
 
         assert set(alarms) == {
             "NoPassAlarm",
+            "LimitedAlarm",
             "OverdueAlarm",
             "FailedChecksAlarm",
             "UnauthorizedAlarm",

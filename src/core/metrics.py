@@ -21,6 +21,7 @@ CHECKS: Mapping[Outcome, str] = {
 METRICS: Mapping[str, str] = {
     "SessionsOpen": "Count",
     "OverdueSeconds": "Seconds",
+    "BudgetDemand": "Percent",
     "PassDuration": "Milliseconds",
     "PassesCompleted": "Count",
     "SessionsChecked": "Count",
@@ -45,6 +46,8 @@ def measure(summary: Summary) -> None:
         gauges["SessionsOpen"] = summary.open
     if summary.led:
         gauges["OverdueSeconds"] = round(summary.overdue_seconds, 3)
+        if summary.allowed:
+            gauges["BudgetDemand"] = round(100 * summary.demand / summary.allowed, 1)
     counts = {
         "SessionsChecked": summary.checked,
         **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},

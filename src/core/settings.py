@@ -57,6 +57,7 @@ class Settings:
     request_timeout_seconds: float
     max_concurrency: int
     max_workers: int
+    billing_max_per_second: int | None  # None: no limit is known
     status_reader: StatusReader | None  # None: no status is written
     expires_after_seconds: int | None
     late_payments_for: timedelta | None  # None: expired sessions are not looked at again
@@ -110,6 +111,10 @@ class Settings:
                 given, "MAX_CONCURRENCY", int, 100, min_value=1, max_value=1000
             ),
             max_workers=_number(given, "MAX_WORKERS", int, 10, min_value=1, max_value=1000),
+            billing_max_per_second=_number(
+                given, "BILLING_MAX_PER_SECOND", int, 0, min_value=1, max_value=100_000
+            )
+            or None,
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
             late_payments_for=_late_payments_for(given) if status_updates else None,

@@ -14,7 +14,7 @@ from aws_lambda_powertools.event_handler import Response, content_types
 from aws_lambda_powertools.event_handler.api_gateway import ApiGatewayResolver
 
 from core import log
-from core.domain.model import JsonObject, iso
+from core.domain.model import JsonObject, Skip, iso
 from core.domain.summary import Summary
 from core.errors import SettingsError, StoreError
 from core.worker import Health
@@ -121,6 +121,8 @@ def message(summary: Summary) -> str:
     text = f"Checked {summary.checked} of {summary.open} open checkout sessions"
     if skipped := ", ".join(f"{n} {skip.value}" for skip, n in summary.skipped.items()):
         text += f"; skipped: {skipped}"
+    if summary.allowed is not None and summary.skipped[Skip.RATE_LIMITED]:
+        text += f"; billing allows about {summary.allowed:.2g} checks a second"
     if summary.paused_until is not None:
         text += f"; billing asked for a pause until {iso(summary.paused_until)}"
     return f"{text}."

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from core.billing.client import MAX_RETRY_AFTER_SECONDS, BillingClient
+from core.billing.client import BillingClient
+from core.billing.limits import MAX_RETRY_AFTER_SECONDS
 from core.billing.status_words import StatusReader
 from core.domain.model import Answer, Outcome
 

@@ -12,13 +12,8 @@ import respx
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from core.billing.client import (
-    MAX_BODY_BYTES,
-    MAX_RETRY_AFTER_SECONDS,
-    BillingClient,
-    parse_retry_after,
-    path_segment,
-)
+from core.billing.client import MAX_BODY_BYTES, BillingClient, path_segment
+from core.billing.limits import MAX_RETRY_AFTER_SECONDS, parse_retry_after
 from core.billing.request_headers import KEY_READ_AGAIN_SECONDS
 from core.domain.model import Answer, Outcome
 from local.billing import SimulatedBilling
@@ -324,6 +319,9 @@ async def test_a_header_that_is_not_ascii_is_accepted(header: str) -> None:
         (503, {"Retry-After": "Thu, 15 Jan 2026 12:00:20 GMT"}, Outcome.RATE_LIMITED, 20),
         (429, {"Retry-After": "soon"}, Outcome.RATE_LIMITED, None),
         (429, {}, Outcome.RATE_LIMITED, None),
+        (429, {"Retry-After": "30", "X-RateLimit-Reset": "5"}, Outcome.RATE_LIMITED, 30),
+        (429, {"RateLimit-Reset": "5"}, Outcome.RATE_LIMITED, 5),
+        (503, {"RateLimit-Reset": "5"}, Outcome.UNEXPECTED_STATUS, None),
         (503, {"Retry-After": "soon"}, Outcome.UNEXPECTED_STATUS, None),
         (200, {"Retry-After": "30"}, Outcome.ACTIVE, None),
     ],

@@ -47,6 +47,21 @@ def ago(seconds: float) -> object:
             Level.WARNING,
             "Billing asked for a pause until 12:01:00 UTC",
         ),
+        (
+            {"open": 1000, "allowed": 25.4, "demand": 200.0, "overdue_seconds": 35},
+            Level.WARNING,
+            "Billing allows about 25 checks a second: each of 1,000 sessions is checked every 39 s",
+        ),
+        (
+            {"open": 1, "allowed": 0.1, "demand": 0.2},
+            Level.WARNING,
+            "Billing allows about 0.1 checks a second: the open session is checked every 10 s",
+        ),
+        (
+            {"allowed": 25, "demand": 26},
+            Level.OK,
+            "All 128 open sessions checked on time",
+        ),
         ({"overdue_seconds": 10.0}, Level.OK, "All 128 open sessions checked on time"),
         ({"overdue_seconds": 23.4}, Level.WARNING, "Checks are up to 23 s late"),
         ({"overdue_seconds": 61}, Level.CRITICAL, "Checks are up to 61 s late"),
@@ -137,6 +152,25 @@ def test_a_duration_is_formatted_for_people(seconds: float, text: str) -> None:
 
 def test_a_time_of_another_day_is_shown_with_its_day() -> None:
     assert clock(NOON - timedelta(days=1), NOON) == "14 Jan 12:00 UTC"
+
+
+@pytest.mark.parametrize(
+    ("slower", "helps"),
+    [
+        (None, "a limit of 200 checks a second"),
+        (
+            ("30s until 10m, 2m", 12.3456),
+            "CHECK_CADENCE='30s until 10m, 2m', which wants 12 a second, or {limit}",
+        ),
+    ],
+)
+def test_where_billing_limits_the_rate_a_note_says_what_helps(
+    slower: tuple[str, float] | None, helps: str
+) -> None:
+    facts = {"open": 1000, "allowed": 25.4, "demand": 199.7, "slower_cadence": slower}
+    helps = helps.format(limit="a limit of 200 checks a second")
+    note = f"The open sessions want 200 checks a second. What helps: {helps}."
+    assert judge(Facts(**{**WELL, **facts})).notes == (note,)  # type: ignore[arg-type]
 
 
 def test_checkouts_of_several_sessions_are_named() -> None:

@@ -482,7 +482,7 @@ def test_program_reports_an_impossible_port_on_one_line() -> None:
         ("healthy", 200, "open"),
         ("slow", 200, "open"),
         ("failing", 500, None),
-        ("rate-limiting", 429, None),
+        ("rate-limiting", 200, "open"),
         ("paying", 200, "paid"),
     ],
 )
@@ -496,6 +496,19 @@ def test_mode_applies_to_every_id(
         assert (answer.status_code, answer.json().get("status")) == (http_status, status)
     assert client.post(control, content="by id").json()["mode"] == "by id"
     assert client.get(session_url(billing, "checkout_404_1")).status_code == 404
+
+
+def test_mode_rate_limiting_allows_one_request_a_second(
+    billing: SimulatedBilling, client: httpx.Client, clock: Clock
+) -> None:
+    billing.simulate("rate-limiting")
+
+    def statuses(count: int) -> list[int]:
+        return [client.get(session_url(billing, f"checkout_{n}")).status_code for n in range(count)]
+
+    assert statuses(5) == [200, 200, 200, 429, 429]
+    clock.now += 1
+    assert statuses(2) == [200, 429]
 
 
 def test_mode_down_resets_connections_until_the_next_mode(

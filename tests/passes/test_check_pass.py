@@ -10,7 +10,7 @@ import pytest
 from core.database.port import NO_STATUS_INDEX
 from core.domain.model import Answer, Outcome, Reason, SessionStatus, Skip
 from core.errors import StoreError
-from core.passes.check_pass import PassOptions
+from core.passes.check_pass import OWN_LIMITS, PassOptions
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.queue import claimed, due_times
@@ -101,7 +101,7 @@ TIMEOUT = Answer(Outcome.TIMEOUT, None, 10.0)
 async def test_each_outcome_is_counted_and_affects_no_other_session(
     passes: Passes, billing: FakeBilling
 ) -> None:
-    """Eleven sessions with eleven outcomes."""
+    """Eleven sessions; the limited one is asked three times before it backs off."""
     answers = {
         "checkout_404_1": Answer(Outcome.NOT_FOUND, 404, 0.1),
         "checkout_500_1": Answer(Outcome.UNEXPECTED_STATUS, 500, 0.1),
@@ -119,9 +119,10 @@ async def test_each_outcome_is_counted_and_affects_no_other_session(
     summary = await passes.run()
     # DEFERRED and REFUSED come from the shop's database: tests/store/test_status_changes.py.
     others = {Outcome.DEFERRED, Outcome.REFUSED, Outcome.INTERNAL_ERROR}
-    assert summary.outcomes == dict.fromkeys(set(Outcome) - others, 1)
-    assert (summary.successes, summary.errors) == (3, 8)
-    assert len(summary.latencies) == 10
+    once = dict.fromkeys(set(Outcome) - others, 1)
+    assert summary.outcomes == once | {Outcome.RATE_LIMITED: OWN_LIMITS}
+    assert (summary.successes, summary.errors) == (3, 10)
+    assert len(summary.latencies) == 12
 
 
 async def test_an_unexpected_error_in_one_check_is_that_sessions_outcome(

@@ -1,15 +1,17 @@
 """One 429 pauses the checks of every worker, for as long as billing asks."""
 
 import asyncio
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from core.domain.model import Answer, Claim, Outcome, Pause, Reason, Skip
+from core.domain.model import Answer, Claim, Outcome, Reason, Skip
+from core.domain.rate import Budget
 from core.passes import check_pass, writer
 from core.passes.check_pass import PassOptions
-from core.store.monitor_state import MonitorState
+from core.store.monitor_state import MonitorState, StateRow
 from core.store.store import Store
 from handlers.routes import message
 from testkit.clock import NOON, FakeClock
@@ -46,7 +48,7 @@ async def test_one_429_stops_every_worker_until_the_pause_ends(
     assert first.outcomes[Outcome.RATE_LIMITED] == 1
     assert first.paused_until == NOON + timedelta(seconds=30)
     assert requests - before[0] <= 20
-    assert first.skipped == {Skip.PAUSED: 500 - requests}
+    assert first.skipped == {Skip.PAUSED: 500 - requests + 1}  # the one with the 429 is still due
     assert claimed(mariadb_shop) == 0
     for second in range(5, 30, 5):
         clock.now = NOON + timedelta(seconds=second)
@@ -119,15 +121,15 @@ async def test_another_workers_pause_is_noticed_when_recording_results(
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(40))
     billing.held = {checkout: asyncio.Event() for checkout in numbered(40).values()}
-    read_pause, reads = MonitorState.read_pause, 0
+    exchange, reads = MonitorState.exchange, 0
 
-    def note(shared: MonitorState) -> tuple[Pause, datetime]:
+    def note(shared: MonitorState, change: Callable[[StateRow], Budget | None]) -> StateRow:
         nonlocal reads
-        pause = read_pause(shared)
+        row = exchange(shared, change)
         reads += 1
-        return pause
+        return row
 
-    monkeypatch.setattr(MonitorState, "read_pause", note)
+    monkeypatch.setattr(MonitorState, "exchange", note)
 
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="4"))
     await until(lambda: billing.in_flight == 4)
@@ -233,3 +235,12 @@ async def test_the_manual_trigger_respects_and_reports_the_pause(
         "Checked 0 of 3 open checkout sessions; skipped: 3 paused; "
         "billing asked for a pause until 2026-01-15T12:00:30.000Z."
     )
+
+
+async def test_the_longest_of_several_pauses_counts(
+    mariadb_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(mariadb_shop, clock, billing)
+    add_sessions(mariadb_shop, numbered(3))
+    billing.answers = {f"checkout_active_{n}": limited_for(s) for n, s in enumerate((5, 30, 10))}
+    assert (await passes.run()).paused_until == NOON + timedelta(seconds=30)

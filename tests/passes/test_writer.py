@@ -17,7 +17,7 @@ from core.passes import writer
 from core.passes.pause import SharedPause
 from core.passes.writer import Writer
 from core.store.store import Store
-from testkit.clock import NOON, FakeClock
+from testkit.clock import FakeClock
 from testkit.queue import claimed
 from testkit.shops import Shop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
@@ -77,9 +77,8 @@ async def recording(
         database = DatabaseThread(thread)
         await database.run(store.prepare)
         await database.run(reconcile, store, clock.now)
-        pause, _now = await database.run(store.state.read_pause)
         pass_id = await database.run(store.history.begin, Summary(Reason.TICK, clock.now))
-        shared = SharedPause(store.state, pause, until=None)
+        shared = SharedPause(store.state)
         writer = Writer(store, database, shared, PassLog())
         began = asyncio.get_running_loop().time()
 
@@ -119,15 +118,3 @@ async def test_the_result_of_a_lapsed_claim_does_not_end_the_next_claim(
         await claim_one()
         writer.write(Recheck(lapsed, Answer(Outcome.ACTIVE, 200), clock.now))
     assert claimed(sqlite_shop) == 0
-
-
-async def test_the_longest_pause_of_a_batch_counts(sqlite_shop: Shop, clock: FakeClock) -> None:
-    limited: list[Recheck] = []
-    async with recording(sqlite_shop, clock, sessions=3) as (writer, claim_one):
-        for seconds in (5, 30, 10):
-            answer = Answer(Outcome.RATE_LIMITED, 429, retry_after=seconds)
-            limited.append(Recheck(await claim_one(), answer, NOON))
-        for recheck in limited:
-            writer.write(recheck)
-    paused = sqlite_shop.run("SELECT paused_until FROM checkout_session_pause")
-    assert paused == [("2026-01-15T12:00:30.000Z",)]

@@ -37,6 +37,7 @@ class VirtualMonitor:
         self.asked: defaultdict[str, list[float]] = defaultdict(list)  # seconds since NOON
         self.summaries: list[Summary] = []
         self.start_seconds = 0.05  # from a tick until its worker runs
+        self.workers_a_tick = 1  # besides those that a leader starts
         self.started = 0  # workers, by ticks and by leaders
         self._latency = latency
         self._passes: set[asyncio.Task[None]] = set()
@@ -67,7 +68,8 @@ class VirtualMonitor:
     async def _run(self, ticks: int) -> None:
         for number in range(ticks):
             await asyncio.sleep(number * self.settings.interval_seconds - self.loop.now)
-            self._start(self.now(), helps=False)
+            for _ in range(self.workers_a_tick):
+                self._start(self.now(), helps=False)
         while self._passes:
             await asyncio.wait(self._passes)
 

@@ -10,12 +10,15 @@ import pytest
 
 from core.database.mysql import MySQLConnection
 from core.database.port import Value
+from core.domain import rate
+from core.domain.rate import Budget
+from core.store.monitor_state import StateRow
 from core.store.store import Store
 from core.worker import Worker
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, connect, numbered, settings_for
 from tests.due_sessions import add_due_sessions
-from tests.support import database_of
+from tests.support import database_of, note_statements
 
 
 def test_only_one_of_many_workers_leads_a_tick(shop: Shop, clock: FakeClock) -> None:
@@ -111,4 +114,47 @@ def test_the_shared_row_is_restored_after_somebody_deletes_it(shop: Shop, clock:
     worker.close()
     store = Store(database_of(shop, clock))
     assert store.state.pause(30).until == clock.now + timedelta(seconds=30)
+    store.close()
+
+
+def test_workers_that_reserve_at_the_same_time_never_get_the_same_times(
+    shop: Shop, clock: FakeClock
+) -> None:
+    first = Store(database_of(shop, clock))
+    first.prepare()
+    first.close()
+    begun = Budget(100, 0, 0, 0, 0, 100, 100, 0)
+
+    def reserve_some() -> list[float]:
+        store = Store(database_of(shop, clock))
+        times: list[float] = []
+        for _ in range(10):
+            reserved: tuple[float, ...] = ()
+
+            def change(row: StateRow) -> Budget:
+                nonlocal reserved
+                after, reserved = rate.reserved(row.budget or begun, 3, 1000, now=1000)
+                return after
+
+            store.state.exchange(change)
+            times += reserved
+        store.close()
+        return times
+
+    with ThreadPoolExecutor(4) as threads:
+        of_each = [thread.result() for thread in [threads.submit(reserve_some) for _ in range(4)]]
+    assert sorted(time for times in of_each for time in times) == pytest.approx(
+        [1000 + n / 1000 for n in range(120)], abs=0.0005
+    )
+
+
+def test_without_a_limit_the_shared_row_is_only_read(
+    sqlite_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(database_of(sqlite_shop, clock))
+    store.prepare()
+    store.state.read_pause()  # inserts the row
+    statements = note_statements(sqlite_shop, monkeypatch)
+    assert store.state.exchange(lambda _row: None).budget is None
+    assert [statement.split()[0] for statement in statements] == ["SELECT"]
     store.close()

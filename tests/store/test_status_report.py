@@ -10,6 +10,7 @@ import pytest
 from core import settings as settings_module
 from core.database.port import Database
 from core.domain.model import iso
+from core.domain.rate import Budget
 from core.settings import Settings
 from core.store.status_report import read_status, settings_in_force
 from core.worker import open_database
@@ -159,6 +160,23 @@ def test_a_pause_is_reported_while_it_lasts(history: History) -> None:
     assert status["paused_until"] == "2026-01-15T12:00:30.000Z"
     history.set_shared(paused_until=history.now)
     assert report(history)["paused_until"] is None
+
+
+def test_what_billing_allows_is_reported_beside_what_is_wanted(history: History) -> None:
+    history.passes(3)
+    ages = {"10m": 100, "1h": 900}
+    history.counted({"active": 1000}, ages=ages)
+    assert report(history)["billing_rate"] is None
+    budget = Budget(25, 0, 0, 0, 0, 25, 24.9, 0)
+    history.set_shared(budget=budget.as_json())
+    status = report(history)
+    assert status["billing_rate"] == {
+        "allowed_per_second": 24.9,
+        "source": "billing",
+        "demand_per_second": 200,
+    }
+    assert status["verdict"]["text"].startswith("Billing allows about 25 checks a second")
+    assert "CHECK_CADENCE='30s until 10m, 2m until 1h, 15m'" in status["verdict"]["notes"][0]
 
 
 def test_a_refused_key_is_reported_with_its_start(history: History) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import NamedTuple, cast
 from urllib.parse import quote
@@ -12,6 +11,7 @@ from urllib.parse import quote
 import httpx
 
 from core.billing.headers import API_KEY_HEADER, USER_AGENT, HeaderTemplates
+from core.billing.limits import is_used_up, limit_ends_in, parse_retry_after, says_remaining
 from core.billing.request_headers import RequestHeaders
 from core.billing.status_words import StatusReader
 from core.billing.token import Token, TokenError, no_token, read_token, token_request
@@ -21,11 +21,11 @@ from core.domain.model import Answer, Outcome, SessionStatus
 # More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
 
-# A longer pause is cut to this: by then the service may have recovered, and customers are waiting.
-MAX_RETRY_AFTER_SECONDS = 300.0
-
 RATE_LIMITING = frozenset((429, 503))
 UNAUTHORIZED = frozenset((401, 403))
+# To read the headers of an answer takes a tenth of a check's processor time. Where they do not say
+# how many requests are left, only those of every so many answers are read.
+LOOK_AT_HEADERS_EVERY = 50
 
 # Where BILLING_API_URL has it, the id takes its place; otherwise the id is the last path segment.
 CHECKOUT_ID = "{billing_checkout_id}"
@@ -93,6 +93,8 @@ class BillingClient:
         )
         self._status_codes = status_codes
         self._status_reader = status_reader
+        self._says_remaining = False
+        self._answers = 0
         self._timeout_seconds = timeout_seconds
         self._transport = transport or ReqwestTransport(timeout_seconds)
         self._monotonic = monotonic
@@ -144,19 +146,39 @@ class BillingClient:
             retry_after = parse_retry_after(response.headers.get("retry-after", ""), self._now())
         outcome = classify(code, self._status_codes, asks_to_retry=retry_after is not None)
         if outcome is Outcome.RATE_LIMITED:
+            if retry_after is None:
+                retry_after = limit_ends_in(response.headers, self._now())
             return Answer(outcome, code, seconds, retry_after=retry_after)
-        if outcome is not Outcome.ACTIVE or self._status_reader is None:
+        if outcome is not Outcome.ACTIVE:
             return Answer(outcome, code, seconds)
+        used_up = self._is_used_up(response)
+        if self._status_reader is None:
+            return Answer(outcome, code, seconds, used_up=used_up)
         reading = self._status_reader.read(body, asked)
         if reading.status is None:
             unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
-            return Answer(unusable, code, seconds, detail=reading.seen)
-        answer = Answer(outcome, code, seconds, status=reading.status, billing_status=reading.seen)
+            return Answer(unusable, code, seconds, detail=reading.seen, used_up=used_up)
+        answer = Answer(
+            outcome,
+            code,
+            seconds,
+            status=reading.status,
+            billing_status=reading.seen,
+            used_up=used_up,
+        )
         if reading.status is SessionStatus.OPEN and not reading.in_progress:  # nearly all
             return answer
         return answer._replace(
             in_progress=reading.in_progress, amount=reading.amount, currency=reading.currency
         )
+
+    def _is_used_up(self, response: httpx.Response) -> bool:
+        """Whether the next request would be limited, as far as the answer says."""
+        self._answers += 1
+        if not self._says_remaining and self._answers % LOOK_AT_HEADERS_EVERY != 1:
+            return False
+        self._says_remaining = says_remaining(response.headers)
+        return self._says_remaining and is_used_up(response.headers)
 
     async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:
         response = await self._transport.handle_async_request(Get(url, headers))
@@ -203,23 +225,6 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
             return Outcome.RATE_LIMITED
         case _:
             return Outcome.UNEXPECTED_STATUS
-
-
-def parse_retry_after(text: str, now: datetime) -> float | None:
-    """Seconds to wait, up to MAX_RETRY_AFTER_SECONDS; None if the header cannot be used.
-
-    The header is a whole number of seconds or an HTTP date (RFC 9110, section 10.2.3).
-    """
-    text = text.strip()
-    if text.isascii() and text.isdigit():
-        seconds = float(text)
-    else:
-        try:
-            date = parsedate_to_datetime(text)
-            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
-        except Exception:  # noqa: BLE001 (its text is the service's, e.g. the year 99999999999)
-            return None
-    return min(max(0.0, seconds), MAX_RETRY_AFTER_SECONDS)
 
 
 async def _read(response: httpx.Response) -> bytes | None:

@@ -96,7 +96,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_pause (
   last_tick DATETIME(3) NULL,
   counts VARCHAR(2000) NULL,
   counted_at DATETIME(3) NULL,
-  count_again_at DATETIME(3) NULL
+  count_again_at DATETIME(3) NULL,
+  budget VARCHAR(500) CHARACTER SET ascii COLLATE ascii_bin NULL
 ) ENGINE=InnoDB"""
 
 CHANGE_TABLE = """\
@@ -146,6 +147,10 @@ UPGRADES = {
         "ALTER TABLE checkout_session_pause ADD COLUMN last_tick DATETIME(3) NULL,"
         " ADD COLUMN counts VARCHAR(2000) NULL, ADD COLUMN counted_at DATETIME(3) NULL,"
         " ADD COLUMN count_again_at DATETIME(3) NULL"
+    ),
+    ("checkout_session_pause", ("budget", "YES")): (
+        "ALTER TABLE checkout_session_pause ADD COLUMN budget"
+        " VARCHAR(500) CHARACTER SET ascii COLLATE ascii_bin NULL"
     ),
     # The column attempts and the key checkout_session_check_due stay: workers of the version
     # before use them until they end.

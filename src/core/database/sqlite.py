@@ -80,7 +80,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_pause (
   last_tick DATETIME,
   counts TEXT,
   counted_at DATETIME,
-  count_again_at DATETIME
+  count_again_at DATETIME,
+  budget TEXT
 );
 CREATE TABLE IF NOT EXISTS checkout_session_change (
   id INTEGER PRIMARY KEY,
@@ -106,7 +107,7 @@ OUTDATED = (
     " (name = 'checkout_session_check' AND sql NOT LIKE '%failing_since%') OR"
     " (name = 'checkout_session_run' AND sql LIKE '%finished_at DATETIME NOT NULL%') OR"
     " (name = 'checkout_session_change' AND sql NOT LIKE '%late_check_at%') OR"
-    " (name = 'checkout_session_pause' AND sql NOT LIKE '%last_tick%'))"
+    " (name = 'checkout_session_pause' AND sql NOT LIKE '%budget%'))"
 )
 
 # Times are kept as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 registers adapters

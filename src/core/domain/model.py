@@ -77,6 +77,7 @@ class Skip(StrEnum):
     IN_FLIGHT = "in_flight"  # claimed by another pass
     DEADLINE = "deadline"  # this pass ran out of time
     PAUSED = "paused"  # billing asked for a pause
+    RATE_LIMITED = "rate_limited"  # billing's rate limit left no time for it
     NO_API_KEY = "no_api_key"
     NOT_OPEN = "not_open"  # asked for by id, but there is no open session with it
 
@@ -95,6 +96,7 @@ class Claim(NamedTuple):
     last_outcome: str | None = None  # None: never checked
     last_status_code: int | None = None
     has_due_time: bool = False  # it has one of its own; otherwise its batch's is its
+    due_at: datetime | None = None  # that time; None: not known
 
 
 class BatchClaim(NamedTuple):
@@ -119,6 +121,7 @@ class Answer(NamedTuple):
     status: SessionStatus | None = None  # from the answer's body; None: not read, or unknown
     billing_status: str = ""  # billing's own word for it
     retry_after: float | None = None  # seconds, where a rate-limited answer gives them
+    used_up: bool = False  # billing says that it allows no further request for now
     in_progress: bool = False  # a payment is under way, so an open session does not expire
     amount: Amount | None = None  # as billing writes it; None: not read
     currency: str | None = None  # not read

@@ -31,6 +31,8 @@ class Summary:
     unpublished: int = 0  # status changes not made, because their event could not be published
     workers_started: int = 0
     paused_until: datetime | None = None
+    allowed: float | None = None  # checks a second that billing allows; None: no limit
+    demand: float = 0.0  # checks a second that the open sessions want, where there is a limit
     latencies: Sequence[float] = ()  # seconds, one for each request
     duration_seconds: float = 0.0
 
@@ -73,6 +75,8 @@ class Summary:
             "unpublished": self.unpublished,
             "workers_started": self.workers_started,
             "paused_until": iso(self.paused_until) if self.paused_until else None,
+            "allowed_per_second": None if self.allowed is None else round(self.allowed, 1),
+            "demand_per_second": round(self.demand, 1),
             "overdue_seconds": round(self.overdue_seconds, 3),
             "duration_ms": round(self.duration_seconds * 1000, 1),
             "billing_latency_ms": dict(self.latency_ms),

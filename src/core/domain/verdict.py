@@ -1,5 +1,6 @@
 """The verdict: whether open sessions are checked on time, in one sentence."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,8 @@ LATE_INTERVALS = 2
 # The thresholds of the alarms Overdue and FailedChecks.
 OVERDUE_SECONDS = 60
 FAILED_SHARE = 0.5
+# The threshold of the alarm Limited.
+LIMITED_SHARE = 1.05
 MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
 BILLING_TROUBLE = {
@@ -67,6 +70,9 @@ class Facts:
     outcomes: Mapping[str, int]  # the last outcome of each open session; "": not checked yet
     overdue_seconds: float
     paused_until: datetime | None = None  # None: no pause is in force
+    allowed: float | None = None  # checks a second that billing allows; None: no limit
+    demand: float = 0.0  # checks a second that the open sessions want
+    slower_cadence: tuple[str, float] | None = None  # one that fits, with its checks a second
     has_api_key: bool = True
     other_monitors: Sequence[OtherMonitor] = ()
     # Among the newest sessions: checkouts that several open ones have, with the ids of those.
@@ -84,6 +90,12 @@ class Facts:
         """How many open sessions failed their last check, by outcome, the most frequent first."""
         failed = {o: self.outcomes.get(o.value, 0) for o in Outcome if o.is_error}
         return dict(sorted(((o, n) for o, n in failed.items() if n), key=lambda f: -f[1]))
+
+    @property
+    def limited_to(self) -> float | None:
+        """Checks a second that billing allows, if the open sessions want more."""
+        # What is allowed is measured.
+        return self.allowed if self.demand > LIMITED_SHARE * (self.allowed or math.inf) else None
 
     @property
     def most_fail(self) -> bool:
@@ -119,6 +131,8 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
         yield Level.CRITICAL, _billing_trouble(facts, facts.failing_since)
     elif facts.most_fail:
         yield Level.WARNING, f"Billing answers, but {_failed(facts)}"
+    if facts.limited_to is not None and facts.open:
+        yield Level.WARNING, _limited(facts.open, facts.limited_to)
     if facts.overdue_seconds > LATE_INTERVALS * facts.interval_seconds:
         worse = facts.overdue_seconds > OVERDUE_SECONDS
         text = f"Checks are up to {duration(facts.overdue_seconds)} late"
@@ -143,12 +157,35 @@ def _billing_trouble(facts: Facts, since: datetime) -> str:
     return text if facts.failing_code is None else f"{text} ({facts.failing_code})"
 
 
+def _limited(open_sessions: int, allowed: float) -> str:
+    every = duration(open_sessions / allowed)
+    each = "the open session" if open_sessions == 1 else f"each of {open_sessions:,} sessions"
+    return (
+        f"Billing allows about {_rounded(allowed)} checks a second: {each} is checked every {every}"
+    )
+
+
+def _rounded(per_second: float) -> str:
+    """Two digits of a rate: `0.25`, `4.8`, `25`, `120`."""
+    return f"{float(f'{per_second:.2g}'):,.10g}"
+
+
+def _what_helps(facts: Facts) -> str:
+    helps = f"a limit of {math.ceil(facts.demand):,} checks a second"
+    if facts.slower_cadence is not None:
+        cadence, wanted = facts.slower_cadence
+        helps = f"CHECK_CADENCE='{cadence}', which wants {_rounded(wanted)} a second, or {helps}"
+    return f"The open sessions want {_rounded(facts.demand)} checks a second. What helps: {helps}."
+
+
 def _failed(facts: Facts) -> str:
     return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
 
 
 def _notes(facts: Facts) -> list[str]:
     notes = [f"{other}." for other in facts.other_monitors]
+    if facts.limited_to is not None and facts.open:
+        notes.append(_what_helps(facts))
     notes += [
         f"{len(sessions):,} open sessions have the checkout {checkout}, so the same answer closes "
         f"them all: {', '.join(sessions[:MAX_NAMED])}."

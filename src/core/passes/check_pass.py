@@ -7,9 +7,10 @@ the shop's open sessions, and starts the workers that the tick needs besides its
 """
 
 import asyncio
+import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,13 @@ from core.domain.cadence import slot_at
 from core.domain.decision import decide
 from core.domain.model import Answer, Claim, Decision, Outcome, Reason, Recheck, Skip
 from core.domain.other_monitors import OTHER_MONITOR
+from core.domain.rate import (
+    MAX_RESERVED_SECONDS,
+    MIN_PACE,
+    SPREAD_SHARE,
+    UNLIMITED_SPREAD_SHARE,
+    demand,
+)
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
@@ -53,6 +61,15 @@ HELP_AFTER_SECONDS = 0.25
 # A pass counts as under way until its end is recorded. One that could end this shortly before a
 # slot stays for it, because that slot's worker might still count it.
 END_SECONDS = 0.05
+# Under a budget, a claim covers what may leave within this time: a claim is held until its check
+# begins, and is kept from workers that could begin it.
+CLAIM_AHEAD_SECONDS = 1.0
+# When a request is limited, the answers of this long are counted before the rate is lowered.
+COLLECT_SECONDS = 0.05
+# A 429 may be about one session only, for example about a lock at Stripe. It is taken for that if
+# the session is limited this often in a row, or was so last time, while of the last others only one
+# or no larger share is limited.
+OWN_LIMITS, OTHERS, MAX_LIMITED_SHARE = 3, 50, 0.3
 # API Gateway gives up after 29 s; a manual pass ends well before.
 MANUAL_SECONDS = 22.0
 
@@ -137,31 +154,68 @@ async def check_open_checkout_sessions(
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
-    may_check = billing is not None and view.paused_until is None
+    next_slot = view.tick + view.interval
+    may_check = billing is not None and (view.paused_until is None or view.paused_until < next_slot)
     if by_tick and not leads and not (may_check and view.has_due):
         # The tick's leader has left this worker nothing to do.
         await _show_monitor(store, database, view, options, summary)
         return summary
     under_way = await database.run(store.history.count_under_way) if by_tick else 0
-    if under_way >= settings.max_workers:
+    # Under a budget, the older passes hand over to this one.
+    if under_way >= settings.max_workers and not (leads and view.state.budget):
         may_check = False
         if not leads:
             await _show_monitor(store, database, view, options, summary)
             return summary
     scaling = Scaling(start_worker, settings, under_way + 1) if start_worker and leads else None
-    check_pass = _Pass(store, settings, options, database, view, summary, scaling, choose)
+    check_pass = _Pass(
+        store, settings, options, database, view, summary, scaling, under_way, choose
+    )
     summary = await check_pass.complete(began, billing, may_check=may_check)
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
         if billing is not None and may_check and summary.paused_until is None:
             await look_for_late_payments(
                 store.late_payments,
-                billing.check,
+                _in_turn(billing, store, settings, database),
                 database,
                 at_once=settings.max_concurrency,
                 until=began + options.start_seconds,
             )
     return summary
+
+
+def _in_turn(
+    billing: Billing, store: Store, settings: Settings, database: DatabaseThread
+) -> Callable[[str | None], Awaitable[Answer]]:
+    """Ask billing under the budget, when no pass is there to reserve requests."""
+    pause = SharedPause(store.state, known_limit=settings.billing_max_per_second)
+    one_at_a_time = asyncio.Lock()
+
+    async def has_turn() -> bool:
+        await database.run(pause.claimed, 1)
+        try:
+            while True:
+                await database.run(pause.read)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_RESERVED_SECONDS):
+                        return await pause.wait_for_turn()
+        finally:
+            pause.gone(1)
+
+    async def ask(billing_checkout_id: str | None) -> Answer:
+        async with one_at_a_time:
+            if not await has_turn():
+                return Answer(Outcome.RATE_LIMITED)
+        answer = await billing.check(billing_checkout_id)
+        if answer.outcome is Outcome.RATE_LIMITED:
+            pause.rate_limited(answer)
+            await database.run(pause.read)
+        else:
+            pause.answered(answer)
+        return answer
+
+    return ask
 
 
 async def _show_monitor(
@@ -186,6 +240,7 @@ class _Batch(NamedTuple):
     requested: float
     received: float
     begin_by: float
+    paused: bool  # when it was requested, or when it came
 
 
 @dataclass(slots=True)
@@ -200,6 +255,8 @@ class _Tally:
     workers_started: int = 0
     not_open: int = 0  # of those asked for by id
     out_of_time: bool = False
+    rate_limited: int = 0  # requests that billing limited, and not because of their sessions
+    others: deque[bool] = field(default_factory=lambda: deque(maxlen=OTHERS))  # limited, or not
 
 
 class _Pass:
@@ -212,6 +269,7 @@ class _Pass:
         view: View,
         summary: Summary,
         scaling: Scaling | None,
+        under_way: int,
         choose: Callable[[int, int], int],
     ) -> None:
         self._store = store
@@ -232,11 +290,23 @@ class _Pass:
             waits=self._reconciles,
             sent_headers=settings.headers_to_name,
         )
-        self._pause = SharedPause(store.state, view.pause, until=view.paused_until)
+        self._demand = demand(view.last_counts.ages, settings.cadence, settings.interval_seconds)
+        self._pause = SharedPause(
+            store.state,
+            paused_until=view.paused_until,
+            now=view.now,
+            known_limit=settings.billing_max_per_second,
+            budget_pace=self._budget_pace(),
+        )
         self._writer = Writer(store, database, self._pause, self._log)
         self._tally = _Tally(view.last_counts.open)
         self._tasks = asyncio.TaskGroup()
         self._permits = asyncio.Semaphore(settings.max_concurrency)
+        self._claimed = 0
+        self._share: float | None = None  # requests a second that this pass began lately
+        self._workers = under_way + 1
+        self._gave_back = False
+        self._sharing_limit = asyncio.Lock()
         self._lease = timedelta(
             seconds=BEGIN_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
         )
@@ -295,51 +365,111 @@ class _Pass:
     ) -> None:
         """Begin a check whenever a permit is free, and claim the next batch meanwhile."""
         max_in_flight, share_ahead = self._settings.max_concurrency, 0.5
-        gave_back = False
         while True:
             batch = await next_batch
             if not batch.claims:
                 made_due, reconciling = reconciling is not None and await reconciling, None
-                if gave_back:  # maybe after this batch was claimed
-                    await self._writer.wait_until_given_back()
-                elif not made_due and not await self._is_needed_in_next_slot(batch.requested):
+                if not await self._pause_is_over() or self._has_handed_over:
                     return
-                gave_back = False
+                if not (self._gave_back or made_due or batch.paused):
+                    needed = await self._is_needed_in_next_slot(batch.requested)
+                    if not (needed or self._gave_back):
+                        return
+                if self._gave_back:  # maybe after this batch was claimed
+                    self._gave_back = False
+                    await self._writer.wait_until_given_back()
                 next_batch = self._tasks.create_task(self._claim_batch(size))
                 continue
-            began = self._loop.time()
+            began, count = self._loop.time(), len(batch.claims)
             await self._begin(billing, batch, remaining=int(share_ahead * len(batch.claims)))
             next_batch = self._tasks.create_task(self._claim_batch(size))
             await self._begin(billing, batch, remaining=0)
             lasted, waited = self._loop.time() - began, batch.received - batch.requested
             share_ahead = min(1.0, CLAIM_AHEAD * waited / lasted) if lasted else 1.0
+            self._share = max(1.0, (count - len(batch.claims)) / max(lasted, QUICKLY_SECONDS))
             if batch.claims:
-                self._writer.give_back(batch.claims)
-                gave_back = True
+                self._give_back(batch.claims)
                 # If no answer comes, all requests hang: the next pass has free permits.
                 silent = self._loop.time() - max(self._tally.last_answer_at, self._first_request_at)
                 hang = self._permits.locked() and silent >= BEGIN_WITHIN_SECONDS
-                if hang or not self._may_begin(self._begin_until):
-                    self._writer.give_back((await next_batch).claims)
+                late = self._loop.time() >= self._begin_until
+                if hang or late or not await self._pause_is_over():
+                    self._give_back((await next_batch).claims)
                     self._tally.out_of_time = True
                     return
                 size = max(max_in_flight, size // 2)
             elif lasted < QUICKLY_SECONDS:
                 size = min(size * 2, MAX_CLAIMS_PER_REQUEST * max_in_flight)
 
+    def _give_back(self, claims: Collection[Claim]) -> None:
+        """Give back claims whose checks cannot begin here."""
+        self._writer.give_back(claims)
+        self._pause.gone(len(claims))
+        self._gave_back = True
+
+    def _now(self) -> datetime:
+        """The database's clock, by the event loop's."""
+        return self._view.now + timedelta(seconds=self._loop.time() - self._began)
+
+    @property
+    def _has_handed_over(self) -> bool:
+        """Whether a later tick's leader checks what is left, under the same budget."""
+        newest = self._pause.newest_tick
+        if newest is None or self._pause.rate is None or self._options.reason is Reason.MANUAL:
+            return False
+        # A later one came from a clock that was wrong.
+        return self._view.tick < newest <= self._now() + 2 * self._view.interval
+
+    async def _pause_is_over(self) -> bool:
+        """Wait for the end of a pause before the next slot; returns false for a longer one."""
+        if not self._pause.in_force:
+            return True
+        interval = self._settings.interval_seconds
+        now = self._now()
+        next_slot = slot_at(max(now, self._view.tick), interval) + timedelta(seconds=interval)
+        ends = self._pause.resumes_at
+        if ends >= min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds()):
+            return False
+        await asyncio.sleep(ends - self._loop.time())
+        await self._database.run(self._pause.read)
+        return not self._pause.in_force
+
     async def _claim_batch(self, limit: int) -> _Batch:
         requested = self._loop.time()
+        paused = self._pause.in_force
         claims = await self._database.run(self._claim, limit)
+        self._claimed += len(claims)
+        self._pause.pace = self._pace()
+        paused |= self._pause.in_force
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)
-        return _Batch(deque(claims), requested, self._loop.time(), begin_by)
+        return _Batch(deque(claims), requested, self._loop.time(), begin_by, paused)
+
+    def _pace(self) -> float:
+        """At how many requests a second all workers together work off what is due."""
+        if not self._view.state.reconciled_at:  # how many there are is not known yet
+            return math.inf
+        sessions = max(self._tally.open, self._claimed)
+        spread_seconds = UNLIMITED_SPREAD_SHARE * self._settings.interval_seconds
+        return max(MIN_PACE, sessions / spread_seconds)
+
+    def _budget_pace(self) -> float:
+        """The same under a budget, as long as nothing is late."""
+        is_late = self._view.overdue_seconds > self._settings.interval_seconds
+        if self._options.reason is Reason.MANUAL or is_late:
+            return math.inf
+        return self._demand / SPREAD_SHARE or math.inf
 
     def _claim(self, limit: int) -> list[Claim]:
         """Claim sessions on the database's thread, unless billing may not be asked."""
         now = self._pause.read()
-        if self._writer.closing or self._pause.in_force:
+        if self._writer.closing or self._pause.in_force or self._has_handed_over:
             return []
+        if self._pause.rate is not None:
+            share = self._share or self._pause.rate / self._workers
+            per_second = min(self._pause.rate, 2 * share)
+            limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
             claimed = queue.claim_unchecked(
@@ -352,20 +482,33 @@ class _Pass:
         else:
             claimed = queue.claim_due(now, tick=self._view.tick, lease=self._lease, limit=limit)
         self._writer.hold(claimed)
+        self._pause.claimed(len(claimed.claims))
         return claimed.claims
 
     async def _begin(self, billing: Billing, batch: _Batch, *, remaining: int) -> None:
         """Begin checks of the batch until `remaining` claims are left or time is up."""
+        self._pause.begin_by = batch.begin_by
         with suppress(TimeoutError):
             async with asyncio.timeout_at(batch.begin_by):
                 while len(batch.claims) > remaining:
                     await self._writer.wait_for_room()
                     await self._permits.acquire()
-                    if not self._may_begin(batch.begin_by):
-                        self._permits.release()
+                    turn = self._pause.takes_turn() or await self._may_leave(batch.begin_by)
+                    if not turn:
                         return
+                    self._pause.gone(1)
                     check = self._check(billing, batch.claims.popleft(), batch.requested)
                     self._tasks.create_task(check)
+
+    async def _may_leave(self, until: float) -> bool:
+        """Wait for the turn of one request; it keeps its permit only if it may leave then."""
+        leaves = False
+        try:
+            leaves = await self._pause.wait_for_turn() and self._may_begin(until)
+            return leaves
+        finally:
+            if not leaves:
+                self._permits.release()
 
     def _may_begin(self, until: float) -> bool:
         return self._loop.time() < until and not self._pause.in_force
@@ -379,7 +522,7 @@ class _Pass:
         if self._options.reason is Reason.MANUAL:
             return False
         interval = self._settings.interval_seconds
-        now = self._view.now + timedelta(seconds=self._loop.time() - self._began)
+        now = self._now()
         claimed = self._view.now + timedelta(seconds=last_claim - self._began)
         next_slot = slot_at(claimed, interval) + timedelta(seconds=interval)
         free = 0
@@ -393,8 +536,7 @@ class _Pass:
         finally:
             for _ in range(free):
                 self._permits.release()
-        waited = self._view.now + timedelta(seconds=self._loop.time() - self._began)
-        left = (next_slot - waited).total_seconds()
+        left = (next_slot - self._now()).total_seconds()
         if left > END_SECONDS:
             return False
         await asyncio.sleep(max(0.0, left + END_SECONDS))
@@ -404,13 +546,57 @@ class _Pass:
         tally = self._tally
         try:
             answer, decision = await self._ask_and_decide(billing, claim, requested)
-            self._writer.write(decision)
-            if answer.seconds is not None:
-                tally.latencies.append(answer.seconds)
+            limits = 0
+            while limited := self._is_limit_of_all(claim, answer, limits):
+                limits += 1
+                tally.rate_limited += 1
+                self._pause.rate_limited(answer)
+                if not await self._may_ask_again(requested):
+                    break
+                answer, decision = await self._ask_and_decide(billing, claim, requested)
+            if limited:
+                self._writer.give_back([claim])
+                self._gave_back = True
+            else:
+                self._writer.write(decision)
             if self._scaling is not None and self._scaling.record_latency(answer):
                 self._tasks.create_task(self._start_workers(self._scaling))
         finally:
             self._permits.release()
+
+    async def _may_ask_again(self, requested: float) -> bool:
+        """Wait until a session that was limited may be asked again; returns false if that is late.
+
+        It is the first one to be asked. So it is soon known whether the limit is its own.
+        """
+        async with self._sharing_limit:
+            if self._pause.held:  # otherwise another check has told the other workers
+                await asyncio.sleep(COLLECT_SECONDS)
+                await self._database.run(self._pause.read)
+        self._pause.gone(-1)
+        try:
+            async with asyncio.timeout_at(min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)):
+                return await self._pause_is_over() and await self._pause.wait_for_turn()
+        except TimeoutError:
+            return False
+        finally:
+            self._pause.gone(1)
+
+    def _is_limit_of_all(self, claim: Claim, answer: Answer, limits: int) -> bool:
+        """Whether billing limits the rate, after so many limits of this session in a row.
+
+        Counts the answer.
+        """
+        limited, others = answer.outcome is Outcome.RATE_LIMITED, self._tally.others
+        was_limited = claim.last_outcome == Outcome.RATE_LIMITED.value
+        if not limits and not was_limited:
+            others.append(limited)
+        if not limited:
+            self._pause.answered(answer)
+            return False
+        if sum(others) > max(1, MAX_LIMITED_SHARE * len(others)):
+            return True
+        return not was_limited and limits + 1 < OWN_LIMITS
 
     async def _ask_and_decide(
         self, billing: Billing, claim: Claim, requested: float
@@ -436,6 +622,8 @@ class _Pass:
                 self._log.check(claim, answer)
             backoff = max(self._settings.interval_seconds, self._settings.backoff_max_seconds)
             decision = Recheck(claim, answer, claim.claimed_at + timedelta(seconds=backoff))
+        if answer.seconds is not None:
+            self._tally.latencies.append(answer.seconds)
         return answer, decision
 
     async def _reconcile(self) -> bool:
@@ -464,7 +652,9 @@ class _Pass:
         due = await self._database.run(
             self._store.queue.count_due, tick=self._view.tick, limit=scaling.max_useful_due
         )
-        self._tally.workers_started = await scaling.start_missing(due, self._view.tick)
+        self._tally.workers_started = await scaling.start_missing(
+            due, self._view.tick, self._pause.rate
+        )
 
     def _summary(self, *, has_api_key: bool) -> Summary:
         tally, writer = self._tally, self._writer
@@ -472,12 +662,14 @@ class _Pass:
             self._at_start,
             counted=tally.counted,
             open=tally.open,
-            outcomes=writer.outcomes,
+            outcomes=writer.outcomes + Counter({Outcome.RATE_LIMITED: tally.rate_limited}),
             skipped=self._skipped(has_api_key=has_api_key),
             status_changes=writer.status_changes,
             unpublished=writer.unpublished,
             workers_started=tally.workers_started,
             paused_until=self._pause.until,
+            allowed=self._pause.allowed,
+            demand=self._demand if self._pause.allowed else 0.0,
             latencies=tally.latencies,
             duration_seconds=self._loop.time() - self._began,
         )
@@ -495,6 +687,8 @@ class _Pass:
             left = max(0, tally.open - checked - tally.elsewhere.total())
             if self._pause.until is not None:
                 skipped[Skip.PAUSED] += left
+            elif self._pause.rate is not None:
+                skipped[Skip.RATE_LIMITED] += left
             elif tally.out_of_time:
                 skipped[Skip.DEADLINE] += left
             else:  # claimed by others, or left to the next pass

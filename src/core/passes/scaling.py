@@ -49,11 +49,16 @@ class Scaling:
         """This many due sessions keep MAX_WORKERS workers busy."""
         return self._checks_per_worker * self._settings.max_workers
 
-    async def start_missing(self, due: int, tick: datetime) -> int:
+    async def start_missing(
+        self, due: int, tick: datetime, max_per_second: float | None = None
+    ) -> int:
         """Start the workers that `due` sessions need; returns how many were started.
 
-        Starts that fail are logged once. Nothing is lost: what is due stays due.
+        `max_per_second` is what billing allows; no workers are started for more. Starts that fail
+        are logged once. Nothing is lost: what is due stays due.
         """
+        if max_per_second is not None:
+            due = min(due, int(max_per_second * self._begin_within_seconds))
         wanted = min(math.ceil(due / self._checks_per_worker), self._settings.max_workers)
         starts = [
             asyncio.to_thread(self._start_worker, tick)
@@ -76,5 +81,9 @@ class Scaling:
         """
         in_flight = self._settings.max_concurrency
         latency = self._healthy_seconds / self._healthy_answers
-        within = BEGIN_WITHIN_SHARE * self._settings.interval_seconds
-        return in_flight + int(in_flight * within / max(latency, MIN_LATENCY_SECONDS))
+        checks = in_flight * self._begin_within_seconds / max(latency, MIN_LATENCY_SECONDS)
+        return in_flight + int(checks)
+
+    @property
+    def _begin_within_seconds(self) -> float:
+        return BEGIN_WITHIN_SHARE * self._settings.interval_seconds

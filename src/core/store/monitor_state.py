@@ -1,7 +1,7 @@
 """`checkout_session_pause`, one row: the state that all workers share.
 
-It holds until when billing asked for a pause, the newest tick that has a leader, and the result of
-the last complete reconciliation.
+It holds until when billing asked for a pause, the budget of requests if billing limits their rate,
+the newest tick that has a leader, and the result of the last complete reconciliation.
 """
 
 import json
@@ -22,6 +22,7 @@ from core.database.port import (
     as_int,
 )
 from core.domain.model import OpenCounts, Pause
+from core.domain.rate import Budget
 
 # Pauses in a row double, if billing does not say how long: 1, 2, 4 … seconds.
 MAX_BLIND_PAUSE = timedelta(seconds=60)
@@ -35,7 +36,7 @@ REST_FACTOR = 9
 MAX_REST = timedelta(minutes=10)
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
-_COLUMNS = "paused_until, pauses, last_tick, counts, counted_at, count_again_at"
+_COLUMNS = "paused_until, pauses, last_tick, counts, counted_at, count_again_at, budget"
 _SELECT = "SELECT {columns} FROM checkout_session_pause WHERE id = 1"
 
 
@@ -48,6 +49,12 @@ class StateRow(NamedTuple):
     last_counts: OpenCounts  # zeros before the first reconciliation
     reconciled_at: datetime | None
     reconcile_after: datetime | None
+    budget_text: str | None
+
+    @property
+    def budget(self) -> Budget | None:
+        """None: billing does not limit the rate, as far as is known."""
+        return Budget.from_json(self.budget_text) if self.budget_text else None
 
     @property
     def may_reconcile(self) -> bool:
@@ -76,7 +83,7 @@ class MonitorState:
                 (_LONG_AGO,),
             )
             rows = connection.query(select)
-        [(until, pauses, last_tick, counts, ended, after, now_value, *values)] = rows
+        [(until, pauses, last_tick, counts, ended, after, budget, now_value, *values)] = rows
         now, pause = as_datetime(now_value), Pause(as_datetime(until), as_int(pauses))
         row = StateRow(
             now,
@@ -85,12 +92,30 @@ class MonitorState:
             _open_counts(counts),
             as_datetime_or_none(ended),
             as_datetime_or_none(after),
+            budget if isinstance(budget, str) else None,
         )
         return row, tuple(values)
 
     def read_pause(self) -> tuple[Pause, datetime]:
         """The last pause that billing asked for (it may be over), and the database's clock."""
         return self._database.run(self._pause_and_now)
+
+    def exchange(self, change: Callable[[StateRow], Budget | None]) -> StateRow:
+        """Read the row, and keep the budget that `change` makes of it, if that is another one.
+
+        Workers may do so at the same time: `change` is called again if another one was faster. It
+        costs an UPDATE of this row only where there is a budget. Returns the row as it was.
+        """
+
+        def work(connection: Connection) -> StateRow:
+            while True:
+                row, _ = self.read_or_create(connection)
+                budget = change(row)
+                text = budget.as_json() if budget else None
+                if text == row.budget_text or _keep_budget(connection, row.budget_text, text):
+                    return row
+
+        return self._database.run(work)
 
     def take_lead(self, tick: datetime, *, not_after: datetime) -> bool:
         """Become the leader of the tick; returns whether this worker is it.
@@ -167,6 +192,13 @@ def _extended(current: Pause, now: datetime, *, seconds: float | None) -> Pause:
         # 2**20 seconds is beyond the maximum; the bound keeps the power small.
         until = now + min(timedelta(seconds=2 ** min(in_a_row - 1, 20)), MAX_BLIND_PAUSE)
     return Pause(max(until, current.until), in_a_row)
+
+
+def _keep_budget(connection: Connection, old: str | None, new: str | None) -> bool:
+    """Write the budget unless another worker has; returns whether it is written."""
+    unchanged = "budget IS NULL" if old is None else "budget = %s"
+    statement = f"UPDATE checkout_session_pause SET budget = %s WHERE id = 1 AND {unchanged}"
+    return connection.execute(statement, (new,) if old is None else (new, old)) > 0
 
 
 def _open_counts(text: Value) -> OpenCounts:

@@ -388,10 +388,13 @@ class Queue:
         )
         claims: defaultdict[int, list[Claim]] = defaultdict(list)
         closed: defaultdict[int, list[int]] = defaultdict(list)
+        batch_due = {as_int(row[0]): as_datetime(row[1]) for row in rows}
         for row in sessions:
             batch_id = as_int(row[_BATCH_ID])
             if _is_open(row):
-                claims[batch_id].append(_claim_on(row, now, until, batch_id))
+                claim = _claim_on(row, now, until, batch_id)
+                due_at = claim.due_at or batch_due[batch_id]
+                claims[batch_id].append(claim._replace(due_at=due_at))
             else:
                 closed[batch_id].append(as_int(row[_ROWID]))
         return [
@@ -491,8 +494,12 @@ class Queue:
         ]
         self.write_records(transaction, records, now)
         released = [claim for claim in results.released if claim.rowid in valid]
-        self._give_due_time(transaction, released, now)
-        self._bring_forward(transaction, {claim.rowid: now for claim in released})
+        # Longest due first: what was given back keeps its place.
+        due = {claim.rowid: min(claim.due_at or now, now) for claim in released}
+        for due_at in set(due.values()):
+            due_then = [claim for claim in released if due[claim.rowid] == due_at]
+            self._give_due_time(transaction, due_then, due_at)
+        self._bring_forward(transaction, due)
 
     def _write_rows(
         self, transaction: Transaction, records: Iterable[CheckRecord], now: datetime
@@ -719,6 +726,7 @@ def _claim_on(
         last_outcome=as_text_or_none(outcome),
         last_status_code=None if code is None else as_int(code),
         has_due_time=next_at is not None,
+        due_at=as_datetime_or_none(next_at),
     )
 
 

@@ -5,6 +5,7 @@ number of open sessions comes from the leader's last complete reconciliation.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,11 @@ from core.database.port import (
     as_int,
     as_text,
 )
+from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.other_monitors import OtherMonitor, others_at_work
+from core.domain.rate import KNOWN_LIMIT_SHARE, Budget
 from core.domain.verdict import Facts, judge
 from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
@@ -85,7 +88,12 @@ class _StatusReport:
 
     def read(self) -> JsonObject:
         now = self._connection.now()
-        paused_until, counts, counted_at = self._monitor_state()
+        paused_until, counts, counted_at, budget = self._monitor_state()
+        known_limit = self._settings.billing_max_per_second
+        allowed = rate.allowed(budget, known_limit)
+        ages = counts["ages"] if counts else {}
+        interval = self._settings.interval_seconds
+        demand = rate.demand(ages, self._settings.cadence, interval)
         last_pass_at, has_api_key = self._newest_tick(now)
         ticks = self._ticks(since=now - HISTORY)
         under_way = self._under_way(now)
@@ -102,6 +110,9 @@ class _StatusReport:
             outcomes=counts["outcomes"] if counts else {},
             overdue_seconds=self._overdue_seconds(now),
             paused_until=_in_force(paused_until, now),
+            allowed=allowed,
+            demand=demand,
+            slower_cadence=rate.slower_cadence(ages, allowed, interval) if allowed else None,
             has_api_key=has_api_key,
             other_monitors=self._other_monitors(now),
             shared_checkouts=self._shared_checkouts(),
@@ -131,6 +142,14 @@ class _StatusReport:
             },
             "overdue_seconds": round(facts.overdue_seconds, 3),
             "paused_until": _iso(facts.paused_until),
+            "billing_rate": allowed
+            and {
+                "allowed_per_second": round(allowed, 1),
+                "source": "billing"
+                if budget and budget.rate < (known_limit or math.inf) * KNOWN_LIMIT_SHARE
+                else "BILLING_MAX_PER_SECOND",
+                "demand_per_second": round(demand, 1),
+            },
             "last_pass_at": _iso(last_pass_at),
             "passes": self._passes(ticks, under_way, now),
             "missed_ticks": {
@@ -144,15 +163,19 @@ class _StatusReport:
             "settings": settings_in_force(self._settings),
         }
 
-    def _monitor_state(self) -> tuple[datetime | None, dict[str, Any], datetime | None]:
-        """The pause, and the counts of the last complete reconciliation with their time."""
+    def _monitor_state(
+        self,
+    ) -> tuple[datetime | None, dict[str, Any], datetime | None, Budget | None]:
+        """The pause, the last complete reconciliation's counts with their time, and the budget."""
         rows = self._connection.query(
-            "SELECT paused_until, counts, counted_at FROM checkout_session_pause WHERE id = 1"
+            "SELECT paused_until, counts, counted_at, budget"
+            " FROM checkout_session_pause WHERE id = 1"
         )
-        for paused_until, counts, counted_at in rows:
+        for paused_until, counts, counted_at, text in rows:
             found = json.loads(counts) if isinstance(counts, str) else {}
-            return as_datetime(paused_until), found, as_datetime_or_none(counted_at)
-        return None, {}, None
+            budget = Budget.from_json(text) if isinstance(text, str) else None
+            return as_datetime(paused_until), found, as_datetime_or_none(counted_at), budget
+        return None, {}, None, None
 
     def _newest_tick(self, now: datetime) -> tuple[datetime | None, bool]:
         """When the newest pass of a tick began, and whether it had an API key."""
@@ -395,6 +418,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "REQUEST_TIMEOUT_SECONDS": settings.request_timeout_seconds,
         "MAX_CONCURRENCY": settings.max_concurrency,
         "MAX_WORKERS": settings.max_workers,
+        "BILLING_MAX_PER_SECOND": settings.billing_max_per_second,
         "STATUS_UPDATES": reader is not None,
         "BILLING_STATUS_PATH": reader.path if reader else None,
         "BILLING_STATUS_MAP": dict(reader.words) if reader else None,

@@ -1,0 +1,143 @@
+"""Billing allows so many requests a second: as many checks as it allows, and nobody starves."""
+
+import asyncio
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+
+from core.domain.model import Answer, Outcome
+from core.passes import check_pass
+from core.store.store import Store
+from handlers.routes import message
+from local.billing import Bucket
+from testkit.shops import add_sessions, numbered, settings_for
+from tests.passes.virtual import VirtualMonitor
+from tests.support import FakeBilling, Passes, database_of
+
+SECONDS = 120
+LIMITED = Answer(Outcome.RATE_LIMITED, 429, 0.05)
+
+
+class LimitedMonitor(VirtualMonitor):
+    """A monitor whose billing answers from a token bucket, after 50 ms."""
+
+    def __init__(self, allows: Callable[[str, float], Answer | None], **env: str) -> None:
+        super().__init__(lambda _checkout_id, _earlier: 0.05, **env)
+        self.allows = allows
+        self.requests: list[tuple[float, bool]] = []  # when, and whether it was answered
+
+    async def check(self, billing_checkout_id: str | None) -> Answer:
+        checkout_id, at = str(billing_checkout_id), self.loop.now
+        limited = self.allows(checkout_id, at)
+        self.requests.append((at, limited is None))
+        if limited is None:
+            return await super().check(checkout_id)
+        await asyncio.sleep(0.05)
+        return limited
+
+
+def with_bucket(
+    per_second: float, burst: float, retry_after: float | None = None
+) -> Callable[[str, float], Answer | None]:
+    bucket = Bucket(per_second, burst)
+    limited = LIMITED._replace(retry_after=retry_after)
+    return lambda _checkout_id, at: None if bucket.take(at) else limited
+
+
+@pytest.mark.parametrize(
+    ("per_second", "burst", "sessions", "retry_after"),
+    [
+        (25, 25, 1000, 1.0),
+        (100, 100, 300, None),
+        (4, 8, 15, 1.0),
+    ],
+)
+def test_as_much_is_checked_as_billing_allows_and_nobody_starves(
+    per_second: float, burst: float, sessions: int, retry_after: float | None
+) -> None:
+    monitor = LimitedMonitor(with_bucket(per_second, burst, retry_after))
+    monitor.open(sessions)
+    monitor.run(ticks=SECONDS // 5)
+    second_minute = [ok for at, ok in monitor.requests if SECONDS / 2 <= at < SECONDS]
+    possible = min(per_second, sessions / 5) * SECONDS / 2
+    assert sum(second_minute) >= 0.95 * possible
+    assert second_minute.count(False) <= 0.03 * len(second_minute)
+    assert len(monitor.asked) == sessions
+    longest = max(
+        b - a for times in monitor.asked.values() for a, b in pairwise(times) if b > SECONDS / 2
+    )
+    assert longest <= max(1.5 * sessions / per_second, 10)
+
+
+def test_limits_of_single_sessions_are_theirs() -> None:
+    """Ten of 200 are always limited; soon the others are checked at every tick."""
+    locked = {f"checkout_{n}" for n in range(0, 200, 20)}
+    monitor = LimitedMonitor(lambda checkout_id, _at: LIMITED if checkout_id in locked else None)
+    monitor.open(200)
+    monitor.run(ticks=12)
+    of_each_tick = Counter(int(at // 5) for at, ok in monitor.requests if ok and at >= 20)
+    assert of_each_tick == dict.fromkeys(range(4, 12), 190)
+    assert len([at for at, ok in monitor.requests if not ok and at >= 20]) <= 20  # they back off
+
+
+def test_a_known_limit_is_used_and_never_exceeded_in_any_second() -> None:
+    monitor = LimitedMonitor(with_bucket(1000, 1000), BILLING_MAX_PER_SECOND="50")
+    monitor.workers_a_tick = 8
+    monitor.open(1000)
+    monitor.run(ticks=6)
+    times = sorted(at for at, _ in monitor.requests)
+    assert max(bisect_left(times, at + 1) - n for n, at in enumerate(times)) <= 50
+    assert len([at for at in times if 5 <= at < 30]) >= 0.95 * 50 * 25
+
+
+def test_without_a_limit_the_checks_of_a_tick_are_no_burst() -> None:
+    """They are spread over a tenth of the interval, once it is known how many there are."""
+    monitor = LimitedMonitor(lambda _checkout_id, _at: None)
+    monitor.open(1000)
+    monitor.run(ticks=2)
+    times = sorted(at - 5 for at, _ in monitor.requests if at >= 5)
+    assert len(times) == 1000
+    assert 0.4 < times[-1] < 0.8
+    assert len([at for at in times if at <= times[0] + 0.1]) < 300
+
+
+def test_a_pass_hands_over_to_the_worker_of_the_next_tick() -> None:
+    monitor = LimitedMonitor(with_bucket(25, 25))
+    monitor.open(1000)
+    monitor.run(ticks=6)
+    *earlier, last = monitor.summaries
+    assert all(summary.duration_seconds < 12 for summary in earlier)
+    assert last.duration_seconds > 40  # nobody takes over
+
+
+def test_helpers_are_started_for_what_the_budget_allows_only() -> None:
+    limited = {"MAX_CONCURRENCY": "10", "BILLING_MAX_PER_SECOND": "200"}
+    monitor = LimitedMonitor(with_bucket(200, 200), **limited)
+    monitor.open(5000)
+    monitor.run(ticks=5)
+    assert monitor.started == 5
+
+
+async def test_a_manual_trigger_says_what_the_limit_left(
+    passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_pass, "MANUAL_SECONDS", 1.0)
+    add_sessions(passes.shop, numbered(100))
+    with ThreadPoolExecutor(1) as thread:
+        store = Store(database_of(passes.shop, passes.clock))
+        known = settings_for(passes.shop, BILLING_MAX_PER_SECOND="20")
+        try:
+            summary = await check_pass.trigger_checkout_session_check(
+                store, billing, known, database_thread=thread
+            )
+        finally:
+            thread.submit(store.close).result()
+    assert 10 <= summary.checked <= 20
+    assert message(summary) == (
+        f"Checked {summary.checked} of 100 open checkout sessions; skipped: "
+        f"{100 - summary.checked} rate_limited; billing allows about 19 checks a second."
+    )
