@@ -149,7 +149,7 @@ async def test_another_workers_pause_is_noticed_when_recording_results(
 async def test_another_workers_pause_is_noticed_by_the_next_claim(
     mariadb_shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next batch is claimed after three of five have begun; the pause comes with the second."""
+    """The next claim is made after three of five have begun; the pause comes with the second."""
     monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
     other = Store(database_of(mariadb_shop, clock), batch_size=1)
     answered = asyncio.Event()

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_batch (
   due_at DATETIME(3) NOT NULL,
   claimed_until DATETIME(3) NULL,
   checked_at DATETIME(3) NULL,
-  KEY checkout_session_batch_due (due_at)
+  KEY checkout_session_batch_due (due_at, checked_at)
 ) ENGINE=InnoDB"""
 
 CHECK_TABLE = """\

@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_batch (
   claimed_until DATETIME,
   checked_at DATETIME
 );
-CREATE INDEX IF NOT EXISTS checkout_session_batch_due ON checkout_session_batch (due_at);
+CREATE INDEX IF NOT EXISTS checkout_session_batch_due
+  ON checkout_session_batch (due_at, checked_at);
 CREATE TABLE IF NOT EXISTS checkout_session_check (
   rowid INTEGER PRIMARY KEY, -- as every table of SQLite has it, declared or not
   session_id TEXT NOT NULL UNIQUE,

@@ -46,13 +46,13 @@ BEGIN_WITHIN_SECONDS = 5.0
 # A lease lasts for this long besides that time and the request itself: for a slow database to
 # return the claim and to record the result.
 RECORD_WITHIN_SECONDS = 5.0
-# Sessions claimed at once, for each request in flight. The first batch is small, because what is
+# Sessions claimed at once, for each request in flight. The first claim is small, because what is
 # claimed is kept from workers that have free permits. If billing is quick, one transaction claims
-# many: a batch that was begun quickly is followed by one of twice the size, one that was not begun
-# in time by one of half the size.
+# many: after a claim whose checks began quickly comes one of twice the size, after one whose checks
+# did not begin in time one of half the size.
 FIRST_CLAIMS_PER_REQUEST, MAX_CLAIMS_PER_REQUEST = 5, 20
 QUICKLY_SECONDS = 0.2
-# The next batch is claimed when this one will last as many times as long as a claim takes. Later,
+# The next claim is made when this one will last as many times as long as a claim takes. Later,
 # the pass would wait for it; earlier, it would be kept from workers that have free permits.
 CLAIM_AHEAD = 4
 # A pass that waits for its last answers looks this long after the next slot whether that slot's own
@@ -233,7 +233,7 @@ async def _log_other_monitors(store: Store, database: DatabaseThread) -> None:
             logger.warning(f"⚠️ {OTHER_MONITOR}: {shown(str(other))}")
 
 
-class _Batch(NamedTuple):
+class _Waiting(NamedTuple):
     """Claims that wait for a permit. Times are by the event loop's clock."""
 
     claims: deque[Claim]
@@ -349,7 +349,7 @@ class _Pass:
             async with asyncio.timeout_at(ends), self._tasks as tasks:
                 # In this order on the database's thread: claims do not wait for counting.
                 size = FIRST_CLAIMS_PER_REQUEST * self._settings.max_concurrency
-                first = tasks.create_task(self._claim_batch(size)) if billing else None
+                first = tasks.create_task(self._claim_more(size)) if billing else None
                 reconciling = tasks.create_task(self._reconcile()) if self._reconciles else None
                 if billing and first:
                     await self._claim_and_begin(billing, first, size, reconciling)
@@ -359,42 +359,42 @@ class _Pass:
     async def _claim_and_begin(
         self,
         billing: Billing,
-        next_batch: asyncio.Task[_Batch],
+        next_claims: asyncio.Task[_Waiting],
         size: int,
         reconciling: asyncio.Task[bool] | None,
     ) -> None:
-        """Begin a check whenever a permit is free, and claim the next batch meanwhile."""
+        """Begin a check whenever a permit is free, and claim more meanwhile."""
         max_in_flight, share_ahead = self._settings.max_concurrency, 0.5
         while True:
-            batch = await next_batch
-            if not batch.claims:
+            waiting = await next_claims
+            if not waiting.claims:
                 made_due, reconciling = reconciling is not None and await reconciling, None
                 if not await self._pause_is_over() or self._has_handed_over:
                     return
-                if not (self._gave_back or made_due or batch.paused):
-                    needed = await self._is_needed_in_next_slot(batch.requested)
+                if not (self._gave_back or made_due or waiting.paused):
+                    needed = await self._is_needed_in_next_slot(waiting.requested)
                     if not (needed or self._gave_back):
                         return
-                if self._gave_back:  # maybe after this batch was claimed
+                if self._gave_back:  # maybe after this claim was made
                     self._gave_back = False
                     await self._writer.wait_until_given_back()
-                next_batch = self._tasks.create_task(self._claim_batch(size))
+                next_claims = self._tasks.create_task(self._claim_more(size))
                 continue
-            began, count = self._loop.time(), len(batch.claims)
-            await self._begin(billing, batch, remaining=int(share_ahead * len(batch.claims)))
-            next_batch = self._tasks.create_task(self._claim_batch(size))
-            await self._begin(billing, batch, remaining=0)
-            lasted, waited = self._loop.time() - began, batch.received - batch.requested
+            began, count = self._loop.time(), len(waiting.claims)
+            await self._begin(billing, waiting, remaining=int(share_ahead * len(waiting.claims)))
+            next_claims = self._tasks.create_task(self._claim_more(size))
+            await self._begin(billing, waiting, remaining=0)
+            lasted, waited = self._loop.time() - began, waiting.received - waiting.requested
             share_ahead = min(1.0, CLAIM_AHEAD * waited / lasted) if lasted else 1.0
-            self._share = max(1.0, (count - len(batch.claims)) / max(lasted, QUICKLY_SECONDS))
-            if batch.claims:
-                self._give_back(batch.claims)
+            self._share = max(1.0, (count - len(waiting.claims)) / max(lasted, QUICKLY_SECONDS))
+            if waiting.claims:
+                self._give_back(waiting.claims)
                 # If no answer comes, all requests hang: the next pass has free permits.
                 silent = self._loop.time() - max(self._tally.last_answer_at, self._first_request_at)
                 hang = self._permits.locked() and silent >= BEGIN_WITHIN_SECONDS
                 late = self._loop.time() >= self._begin_until
                 if hang or late or not await self._pause_is_over():
-                    self._give_back((await next_batch).claims)
+                    self._give_back((await next_claims).claims)
                     self._tally.out_of_time = True
                     return
                 size = max(max_in_flight, size // 2)
@@ -434,7 +434,7 @@ class _Pass:
         await self._database.run(self._pause.read)
         return not self._pause.in_force
 
-    async def _claim_batch(self, limit: int) -> _Batch:
+    async def _claim_more(self, limit: int) -> _Waiting:
         requested = self._loop.time()
         paused = self._pause.in_force
         claims = await self._database.run(self._claim, limit)
@@ -444,7 +444,7 @@ class _Pass:
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)
-        return _Batch(deque(claims), requested, self._loop.time(), begin_by, paused)
+        return _Waiting(deque(claims), requested, self._loop.time(), begin_by, paused)
 
     def _pace(self) -> float:
         """At how many requests a second all workers together work off what is due."""
@@ -485,19 +485,19 @@ class _Pass:
         self._pause.claimed(len(claimed.claims))
         return claimed.claims
 
-    async def _begin(self, billing: Billing, batch: _Batch, *, remaining: int) -> None:
-        """Begin checks of the batch until `remaining` claims are left or time is up."""
-        self._pause.begin_by = batch.begin_by
+    async def _begin(self, billing: Billing, waiting: _Waiting, *, remaining: int) -> None:
+        """Begin checks until `remaining` claims are left or time is up."""
+        self._pause.begin_by = waiting.begin_by
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(batch.begin_by):
-                while len(batch.claims) > remaining:
+            async with asyncio.timeout_at(waiting.begin_by):
+                while len(waiting.claims) > remaining:
                     await self._writer.wait_for_room()
                     await self._permits.acquire()
-                    turn = self._pause.takes_turn() or await self._may_leave(batch.begin_by)
+                    turn = self._pause.takes_turn() or await self._may_leave(waiting.begin_by)
                     if not turn:
                         return
                     self._pause.gone(1)
-                    check = self._check(billing, batch.claims.popleft(), batch.requested)
+                    check = self._check(billing, waiting.claims.popleft(), waiting.requested)
                     self._tasks.create_task(check)
 
     async def _may_leave(self, until: float) -> bool:

@@ -340,7 +340,7 @@ class Queue:
             rows = transaction.query(
                 f"SELECT {_BATCH} FROM checkout_session_batch {self._database.in_due_order}"
                 f" WHERE {wanted.batches} AND {UNCLAIMED.format('')}"
-                f" ORDER BY due_at LIMIT {most:d} {self._database.lock_rows}",
+                f" ORDER BY due_at, checked_at LIMIT {most:d} {self._database.lock_rows}",
                 (*wanted.batch_parameters, now, now + MAX_LEASE),
             )
             if not rows:

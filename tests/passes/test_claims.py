@@ -1,4 +1,4 @@
-"""Batches of claims: how large they are, how long they last, and that none is left behind."""
+"""Claims: how large they are, how long they last, and that none is left behind."""
 
 import asyncio
 import itertools
@@ -22,7 +22,7 @@ from tests.support import FakeBilling, Passes, database_of, until
 
 @pytest.fixture
 def claim_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches claimed, without the empty ones."""
+    """How many sessions each claim had, without the empty ones."""
     sizes: list[int] = []
     claim_due = Queue.claim_due
 
@@ -42,14 +42,14 @@ def claim_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [(60, [10, 10, 20, 40, 40, 40, 40]), (0, [10] * 20)],
     ids=["quickly", "not quickly"],
 )
-async def test_batches_grow_up_to_four_times_if_checks_begin_quickly(
+async def test_claims_grow_up_to_four_times_if_checks_begin_quickly(
     passes: Passes,
     monkeypatch: pytest.MonkeyPatch,
     claim_sizes: list[int],
     quickly_seconds: int,
     sizes: list[int],
 ) -> None:
-    """The next batch is claimed before the pass knows how quickly this one begins."""
+    """The next claim is made before the pass knows how quickly this one's checks begin."""
     monkeypatch.setattr(check_pass, "QUICKLY_SECONDS", quickly_seconds)
     add_sessions(passes.shop, numbered(200))
     assert (await passes.run(MAX_CONCURRENCY="2")).checked == 200
@@ -62,7 +62,7 @@ async def test_claims_not_begun_in_time_are_released(
     monkeypatch: pytest.MonkeyPatch,
     claim_sizes: list[int],
 ) -> None:
-    """Of two batches of five; the second one comes when no more checks may begin."""
+    """Of two claims of five; the second one comes when no more checks may begin."""
     monkeypatch.setattr(check_pass, "BEGIN_WITHIN_SECONDS", 0.05)
     add_sessions(passes.shop, numbered(10))
     billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
@@ -76,7 +76,7 @@ async def test_claims_not_begun_in_time_are_released(
     assert claim_sizes == [5, 5]
 
 
-async def test_a_batch_that_comes_too_late_is_released_and_claimed_again(
+async def test_a_claim_that_comes_too_late_is_released_and_made_again(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One slow statement must not postpone every session that is still to be checked."""
