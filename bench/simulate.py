@@ -30,7 +30,7 @@ from core.domain.batch import MAX_BATCH
 from core.domain.model import Answer, Outcome, Reason, Recorded, StatusChange
 from core.passes.check_pass import PassOptions, check_open_checkout_sessions
 from core.settings import Settings
-from core.store.queue import Results
+from core.store.results import Results
 from core.store.store import Store
 from core.worker import FINISH_SECONDS
 from local.billing import Bucket

@@ -14,7 +14,7 @@ from bench.report import Results, progress
 from core.domain.batch import Settlement
 from core.domain.model import Answer, Outcome, Recheck
 from core.store.queue import Claimed
-from core.store.queue import Results as CheckResults
+from core.store.results import Results as CheckResults
 from core.store.store import Store
 from core.worker import open_database
 from local.mariadb import mariadb_server

@@ -6,7 +6,8 @@ import pytest
 
 from core.domain.model import Answer, BatchClaim, Claim, Outcome, Recheck
 from core.passes.held_claims import HOLD_SECONDS, SETTLE_BEFORE, HeldClaims
-from core.store.queue import Claimed, Results
+from core.store.queue import Claimed
+from core.store.results import Results
 from testkit.clock import NOON
 
 UNTIL = NOON + timedelta(seconds=20)

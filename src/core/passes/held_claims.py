@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 from core.domain.batch import Settlement
 from core.domain.model import BatchClaim, Claim, Recheck
-from core.store.queue import Claimed, Results
+from core.store.queue import Claimed
+from core.store.results import Results
 
 # A batch is given back at the latest this long after its first decision, so that those that billing
 # has not answered about delay nobody: they are then held by themselves, which takes writes.

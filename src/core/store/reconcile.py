@@ -17,7 +17,8 @@ from functools import partial
 from core.database.port import Connection, Database, Transaction, Value, as_int, placeholders
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
-from core.store.queue import MAX_LEASE, UNCLAIMED, Queue
+from core.store.queue import Queue
+from core.store.queue_rows import MAX_LEASE, UNCLAIMED
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
@@ -140,7 +141,7 @@ class Reconciliation:
         self._queue.adopt(transaction, piece.new, now)
         self._queue.form_batches(transaction, piece.without_batch, now)
         self._queue.make_due(transaction, piece.late, piece.late_batches, now)
-        self._queue.drop(transaction, piece.closed)
+        self._queue.rows.drop(transaction, piece.closed)
 
     def _count_not_open(self, connection: Connection, session_ids: Iterable[str]) -> int:
         """How many of the ids have no open session; several spellings may be one session's."""

@@ -33,7 +33,7 @@ from core.domain.model import (
 )
 from core.errors import RefusedError, StoreError
 from core.log import logger
-from core.store.queue import Queue
+from core.store.queue_rows import QueueRows
 
 # In one transaction. Few, so that it locks few of the shop's rows (with hundreds of ids MariaDB may
 # also read the whole table); enough for a bus that takes 0.2 s a call, which gets them in parallel.
@@ -77,13 +77,13 @@ class StatusChanges:
     def __init__(
         self,
         database: Database,
-        queue: Queue,
+        rows: QueueRows,
         publisher: Publisher | None,
         late_payments_for: timedelta | None = None,
     ) -> None:
         self._database = database
         self._late_payments_for = late_payments_for
-        self._queue = queue
+        self._rows = rows
         self._publisher = publisher
 
     def make(self, changes: Sequence[StatusChange]) -> Recorded:
@@ -167,7 +167,7 @@ class StatusChanges:
                 of_any_row=True,
             )
         now = transaction.now()
-        claimed = self._queue.lock_claimed(transaction, [c.claim for c in changes], now)
+        claimed = self._rows.lock_claimed(transaction, [c.claim for c in changes], now)
         rows = self._lock_open(transaction, claimed)
         still_open = [_Open(c, rows[c.claim.rowid]) for c in changes if c.claim.rowid in rows]
         same = [one for one in still_open if one.row.billing_checkout_id == _asked(one.change)]
@@ -179,8 +179,8 @@ class StatusChanges:
             *(_deferred(one.change, until=now) for one in still_open if one not in same),
             *(_deferred(c, until=c.retry_at) for c in changes if c.claim.rowid in locked),
         ]
-        self._queue.drop(transaction, gone)
-        self._queue.write_records(transaction, deferred, now)
+        self._rows.drop(transaction, gone)
+        self._rows.write_records(transaction, deferred, now)
         changed = self._write_and_publish(transaction, same, now)
         closed = len(gone) + len(changed)
         outcomes = {Outcome.CLOSED: closed, Outcome.DEFERRED: len(changes) - closed}
@@ -231,7 +231,7 @@ class StatusChanges:
             self._write(transaction, accepted, now)
             rejected = [one.change for one in changes if one not in accepted]
             records = [_deferred(change, until=change.retry_at) for change in rejected]
-            self._queue.write_records(transaction, records, now)
+            self._rows.write_records(transaction, records, now)
         return [one.change for one in accepted]
 
     def _publish(
@@ -287,7 +287,7 @@ class StatusChanges:
             " late_check_at) VALUES " + ", ".join(placeholders(row) for row in log),
             [value for row in log for value in row],
         )
-        self._queue.drop(transaction, [change.claim.rowid for change, _ in changes])
+        self._rows.drop(transaction, [change.claim.rowid for change, _ in changes])
 
     def _late_check_at(self, change: StatusChange, now: datetime) -> datetime | None:
         expired = change.new_status is SessionStatus.TIMEOUT and bool(_asked(change))
@@ -295,13 +295,13 @@ class StatusChanges:
 
     def _record_refused(self, transaction: Transaction, changes: Sequence[StatusChange]) -> None:
         now = transaction.now()
-        claimed = self._queue.lock_claimed(transaction, [c.claim for c in changes], now)
+        claimed = self._rows.lock_claimed(transaction, [c.claim for c in changes], now)
         records = [
             CheckRecord(c.claim, Outcome.REFUSED, c.answer.status_code, c.retry_after_refusal_at)
             for c in changes
             if c.claim.rowid in claimed
         ]
-        self._queue.write_records(transaction, records, now)
+        self._rows.write_records(transaction, records, now)
 
 
 def _message(error: Exception) -> str:

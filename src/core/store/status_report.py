@@ -41,7 +41,8 @@ from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive
-from core.store.queue import LAST_CHECK, oldest_due
+from core.store.queue import oldest_due
+from core.store.queue_rows import LAST_CHECK
 from core.store.status_changes import KEEP_CHANGES
 
 PASSES = 60  # of ticks

@@ -19,8 +19,9 @@ from core.store.late_payments import LatePayments
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.other_monitors import OtherMonitors, newest_settings
 from core.store.pass_history import PassHistory
-from core.store.queue import Queue, Results, oldest_due
+from core.store.queue import Queue, oldest_due
 from core.store.reconcile import Reconciliation
+from core.store.results import Results
 from core.store.status_changes import Publisher, StatusChanges
 
 
@@ -87,7 +88,7 @@ class Store:
     ) -> None:
         self._database = database
         self.queue = Queue(database, batch_size)
-        self.status_changes = StatusChanges(database, self.queue, publisher, late_payments_for)
+        self.status_changes = StatusChanges(database, self.queue.rows, publisher, late_payments_for)
         self.late_payments = LatePayments(database, publisher, late_payments_for)
         self.state = MonitorState(database)
         self.history = PassHistory(database, monitor.as_text() if monitor else None)

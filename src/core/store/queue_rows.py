@@ -1,0 +1,178 @@
+"""The rows of the queue: statements that claims, results and status changes share."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import batched
+from typing import NamedTuple
+
+from core.database.port import (
+    STATEMENT_ROWS,
+    Connection,
+    Database,
+    Transaction,
+    Value,
+    as_int,
+    number_list,
+)
+from core.domain.batch import CheckRecord
+from core.domain.model import Claim, Outcome
+
+# A claim that is valid for longer came from a clock that was ahead. The settings allow requests of
+# up to 30 s, and a lease lasts ten more.
+MAX_LEASE_SECONDS = 60
+MAX_LEASE = timedelta(seconds=MAX_LEASE_SECONDS)
+# Parameters: now, and now plus MAX_LEASE.
+UNCLAIMED = "({0}claimed_until IS NULL OR {0}claimed_until <= %s OR {0}claimed_until > %s)"
+
+# When a session was checked last; of a row c and its batch b.
+LAST_CHECK = "CASE WHEN c.next_check_at IS NULL THEN b.checked_at ELSE c.last_checked_at END"
+
+# A session counts as checked at least this long after its claim. A manual pass that begins in the
+# very millisecond of a check can then tell earlier checks from its own.
+_AFTER_CLAIM = timedelta(milliseconds=1)
+
+
+class QueueRows:
+    """Writes rows whose claim the caller holds. Every method raises StoreError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def drop(self, connection: Connection, rowids: Iterable[int]) -> None:
+        """Take sessions that are not open any more off the queue."""
+        for some in batched(rowids, STATEMENT_ROWS, strict=False):
+            connection.execute(
+                f"DELETE FROM checkout_session_check WHERE rowid IN {number_list(some)}"
+            )
+
+    def lock_claimed(
+        self, transaction: Transaction, claims: Iterable[Claim], now: datetime
+    ) -> list[int]:
+        """The numbers of the rows whose claim is still valid, locked until the commit."""
+        locked: list[int] = []
+        for token, rowids in group_by_token(claims).items():
+            rows = transaction.query(
+                f"SELECT c.rowid FROM checkout_session_check c {self._database.by_rowid}"
+                f" {self._database.join_in_order} checkout_session_batch b ON b.id = c.batch_id"
+                f" WHERE c.rowid IN {number_list(rowids)} AND (c.claimed_until = %s"
+                f" OR (b.claimed_until = %s AND {UNCLAIMED.format('c.')}))"
+                f" {self._database.lock_rows_or_wait}",
+                (token, token, now, now + MAX_LEASE),
+            )
+            locked += [as_int(rowid) for (rowid,) in rows]
+        return locked
+
+    def write_records(
+        self, transaction: Transaction, records: Sequence[CheckRecord], now: datetime
+    ) -> None:
+        """Write rows of sessions with a valid claim; frees the claims on the rows themselves."""
+        self.write(transaction, records, now)
+        self.bring_forward(
+            transaction, {r.claim.rowid: r.next_check_at for r in records if r.next_check_at}
+        )
+
+    def write(
+        self, transaction: Transaction, records: Iterable[CheckRecord], now: datetime
+    ) -> None:
+        """Write records with one statement for all rows that get the same values."""
+        for values, rowids in _group_by_values(records).items():
+            at = checked_at(now, values.claimed_at)
+            failing = "consecutive_failures = 0, failing_since = NULL"
+            parameters: tuple[Value, ...] = ()
+            if values.outcome.is_error:
+                failing = (
+                    "consecutive_failures = consecutive_failures + 1,"
+                    " failing_since = COALESCE(failing_since, %s)"
+                )
+                parameters = (at,)
+            for some in batched(rowids, STATEMENT_ROWS, strict=False):
+                transaction.execute(
+                    f"UPDATE checkout_session_check {self._database.by_rowid}"
+                    " SET last_checked_at = %s, last_outcome = %s, last_status_code = %s,"
+                    f" next_check_at = %s, {failing}, claimed_until = NULL"
+                    f" WHERE rowid IN {number_list(some)}",
+                    (
+                        at,
+                        values.outcome.value,
+                        values.status_code,
+                        values.next_check_at,
+                        *parameters,
+                    ),
+                )
+
+    def claim(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
+        """Claim sessions on their own rows. If the claim ends unused, they are due."""
+        for token, rowids in group_by_token(claims).items():
+            self._set_rows(transaction, rowids, next_check_at=token, claimed_until=token)
+
+    def give_due_time(
+        self, transaction: Transaction, claims: Iterable[Claim], due: datetime
+    ) -> None:
+        rowids = [claim.rowid for claim in claims]
+        self._set_rows(transaction, rowids, next_check_at=due, claimed_until=None)
+
+    def bring_forward(self, transaction: Transaction, due: Mapping[int, datetime]) -> None:
+        """Make the batches of rows due when the rows are, if that is earlier."""
+        earliest: dict[int, datetime] = {}
+        for some in batched(due, STATEMENT_ROWS, strict=False):
+            for rowid, batch_id in transaction.query(
+                f"SELECT rowid, batch_id FROM checkout_session_check {self._database.by_rowid}"
+                f" WHERE batch_id IS NOT NULL AND rowid IN {number_list(some)}"
+            ):
+                at = due[as_int(rowid)]
+                earliest[as_int(batch_id)] = min(at, earliest.get(as_int(batch_id), at))
+        by_time: defaultdict[datetime, list[int]] = defaultdict(list)
+        for batch_id, at in earliest.items():
+            by_time[at].append(batch_id)
+        for at, batch_ids in by_time.items():
+            transaction.execute(
+                "UPDATE checkout_session_batch SET due_at = %s"
+                f" WHERE due_at > %s AND id IN {number_list(batch_ids)}",
+                (at, at),
+            )
+
+    def _set_rows(
+        self,
+        transaction: Transaction,
+        rowids: Iterable[int],
+        *,
+        next_check_at: datetime,
+        claimed_until: datetime | None,
+    ) -> None:
+        for some in batched(rowids, STATEMENT_ROWS, strict=False):
+            transaction.execute(
+                f"UPDATE checkout_session_check {self._database.by_rowid}"
+                " SET next_check_at = %s, claimed_until = %s"
+                f" WHERE rowid IN {number_list(some)}",
+                (next_check_at, claimed_until),
+            )
+
+
+def checked_at(now: datetime, claimed_at: datetime) -> datetime:
+    """When a check counts as made."""
+    return max(now, claimed_at + _AFTER_CLAIM)
+
+
+class _RecordValues(NamedTuple):
+    outcome: Outcome
+    status_code: int | None
+    next_check_at: datetime | None
+    claimed_at: datetime
+
+
+def _group_by_values(records: Iterable[CheckRecord]) -> dict[_RecordValues, list[int]]:
+    """Row numbers by what is written: most of them are one group, and so one statement."""
+    groups: defaultdict[_RecordValues, list[int]] = defaultdict(list)
+    for claim, outcome, status_code, next_check_at in records:
+        values = _RecordValues(outcome, status_code, next_check_at, claim.claimed_at)
+        groups[values].append(claim.rowid)
+    return groups
+
+
+def group_by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+    """The row numbers of some claims by their `claimed_until`."""
+    groups: defaultdict[datetime, list[int]] = defaultdict(list)
+    for claim in claims:
+        groups[claim.claimed_until].append(claim.rowid)
+    return groups
