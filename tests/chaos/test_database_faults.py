@@ -52,7 +52,10 @@ def test_server_lost_at_some_statement_and_back_later(proxied: ProxiedWorld, cas
 
         proxied.proxy.before[number] = lose_server
         with cases.case(f"no server from statement {number} on"):
-            assert proxied.world.tick() is None
+            summary = proxied.world.tick()
+            if proxied.proxy.count < number:
+                continue  # this pass needed one write fewer
+            assert summary is None
             [error] = proxied.world.errors
             assert error.startswith("The database 127.0.0.1:")
             assert proxied.world.tick() is None  # still no server
