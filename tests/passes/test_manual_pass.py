@@ -31,6 +31,23 @@ async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
     await tick
 
 
+async def test_a_manual_pass_waits_for_what_others_have_decided(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    """Another pass holds their batch, because billing has not answered about one of them."""
+    add_sessions(passes.shop, numbered(5))
+    hanging = billing.held["checkout_active_4"] = asyncio.Event()
+
+    tick = asyncio.create_task(passes.run())
+    await until(lambda: billing.asked.total() == 5)
+    clock.advance(1)
+    manual = await passes.run(PassOptions(Reason.MANUAL))
+    assert manual.checked == 4
+    assert manual.skipped == {Skip.IN_FLIGHT: 1}
+    hanging.set()
+    await tick
+
+
 async def test_a_manual_pass_does_not_disturb_the_next_tick(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

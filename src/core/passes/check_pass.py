@@ -32,10 +32,11 @@ from core.domain.rate import (
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
+from core.passes.held_claims import HOLD_SECONDS
 from core.passes.late_payments import look_for_late_payments
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
-from core.passes.writer import Progress, Writer
+from core.passes.writer import WRITE_EVERY_SECONDS, Progress, Writer
 from core.settings import Settings
 from core.store.reconcile import Reconciliation
 from core.store.store import Store, View
@@ -70,6 +71,9 @@ COLLECT_SECONDS = 0.05
 # the session is limited this often in a row, or was so last time, while of the last others only one
 # or no larger share is limited.
 OWN_LIMITS, OTHERS, MAX_LIMITED_SHARE = 3, 50, 0.3
+# A manual pass waits this long for batches that others hold. By then all but those that billing has
+# not answered about have been given back: HOLD_SECONDS, and two writes.
+WAIT_FOR_BATCHES_SECONDS = HOLD_SECONDS + 2 * WRITE_EVERY_SECONDS
 # API Gateway gives up after 29 s; a manual pass ends well before.
 MANUAL_SECONDS = 22.0
 
@@ -520,7 +524,7 @@ class _Pass:
         own worker from working. Its `last_claim` is a time by the event loop's clock.
         """
         if self._options.reason is Reason.MANUAL:
-            return False
+            return await self._batches_are_held()
         interval = self._settings.interval_seconds
         now = self._now()
         claimed = self._view.now + timedelta(seconds=last_claim - self._began)
@@ -541,6 +545,19 @@ class _Pass:
             return False
         await asyncio.sleep(max(0.0, left + END_SECONDS))
         return self._may_begin(self._begin_until)
+
+    async def _batches_are_held(self) -> bool:
+        """Wait a little for batches of which others hold sessions that are decided already."""
+        if self._loop.time() - self._began > WAIT_FOR_BATCHES_SECONDS:
+            return False
+        if not await self._database.run(self._others_hold_batches):
+            return False
+        await asyncio.sleep(WRITE_EVERY_SECONDS)
+        return True
+
+    def _others_hold_batches(self) -> bool:
+        held = self._store.queue.count_claimed(self._store.now())
+        return held > self._writer.batches_held
 
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
         tally = self._tally
@@ -682,9 +699,12 @@ class _Pass:
         if not has_api_key:
             skipped[Skip.NO_API_KEY] = tally.open
         elif tally.counted:
+            unchecked = max(0, tally.open - self._writer.outcomes.total())
             skipped.update(tally.elsewhere)
-            checked = self._writer.outcomes.total()
-            left = max(0, tally.open - checked - tally.elsewhere.total())
+            # Others may have given back some of what they held when it was counted.
+            others = max(0, unchecked - tally.elsewhere[Skip.NOT_DUE])
+            skipped[Skip.IN_FLIGHT] = min(tally.elsewhere[Skip.IN_FLIGHT], others)
+            left = max(0, unchecked - tally.elsewhere[Skip.NOT_DUE] - skipped[Skip.IN_FLIGHT])
             if self._pause.until is not None:
                 skipped[Skip.PAUSED] += left
             elif self._pause.rate is not None:

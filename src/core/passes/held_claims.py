@@ -57,6 +57,11 @@ class HeldClaims:
         )
         return of_batches + len(self._sessions) + len(self._rechecks) + len(self._released)
 
+    @property
+    def batches(self) -> int:
+        """How many batches are held."""
+        return len(self._batches)
+
     def hold(self, claimed: Claimed) -> None:
         for batch in claimed.batches:
             undecided = {claim.rowid: claim for claim in batch.claims}

@@ -73,6 +73,11 @@ class Writer:
         """Whether the block has ended, so that nothing more may be claimed."""
         return self._closing
 
+    @property
+    def batches_held(self) -> int:
+        """How many batches this pass holds; read it on the database's thread."""
+        return self._held.batches
+
     def hold(self, claimed: Claimed) -> None:
         """Take claims, on the database's thread, in the same step in which they were made.
 

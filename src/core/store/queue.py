@@ -184,6 +184,19 @@ class Queue:
 
         return self._database.run(count)
 
+    def count_claimed(self, now: datetime) -> int:
+        """How many batches are claimed, by whomever."""
+
+        def count(connection: Connection) -> int:
+            [(claimed,)] = connection.query(
+                "SELECT COUNT(*) FROM checkout_session_batch"
+                " WHERE claimed_until > %s AND claimed_until <= %s",
+                (now, now + MAX_LEASE),
+            )
+            return as_int(claimed)
+
+        return self._database.run(count)
+
     def adopt(self, transaction: Transaction, session_ids: Sequence[Value], now: datetime) -> None:
         """Queue new sessions in new batches, due at once."""
         chunks = [list(some) for some in batched(session_ids, self._batch_size, strict=False)]
