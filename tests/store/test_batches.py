@@ -1,15 +1,16 @@
 """Batches on every engine: what a check writes, and what becomes of a batch."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from core.database.port import as_datetime
 from core.domain.model import Claim, Outcome
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
-from testkit.queue import due_times
+from testkit.queue import LAST_CHECK, OF_SESSIONS, due_times
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered
 from tests.store.claims import LEASE, claim_all, claim_unchecked, give_back, ids, rechecks, record
 from tests.support import reconcile
@@ -138,6 +139,20 @@ def test_what_waits_in_a_killed_pass_is_due_after_its_lease(
     check(queued, others, clock.now + INTERVAL)
     clock.advance(0.001)
     assert ids(claim_all(queued, clock.now)) == ids(claims[2:])
+
+
+def test_a_session_that_leaves_its_batch_keeps_the_time_of_its_last_check(
+    queued: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """Its row is older: the checks with its batch did not write it."""
+    check(queued, claim_all(queued, clock.now), clock.now + INTERVAL)
+    checked_at = clock.now + timedelta(milliseconds=1)
+    clock.advance(5)
+    claims = claim_all(queued, clock.now)
+    record(queued, rechecks(claims[:2], clock.now + INTERVAL, Outcome.ACTIVE))
+    give_back(queued, claims[2:])
+    [(last,)] = shop.run(f"SELECT {LAST_CHECK} {OF_SESSIONS} WHERE c.next_check_at IS NOT NULL")
+    assert as_datetime(last).replace(tzinfo=UTC) == checked_at
 
 
 @pytest.mark.parametrize("asked", [1, 2])

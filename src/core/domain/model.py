@@ -96,6 +96,7 @@ class Claim(NamedTuple):
     last_outcome: str | None = None  # None: never checked
     last_status_code: int | None = None
     has_due_time: bool = False  # it has one of its own; otherwise its batch's is its
+    last_checked_at: datetime | None = None
     due_at: datetime | None = None  # that time; None: not known
 
 

@@ -705,6 +705,9 @@ class _Pass:
             others = max(0, unchecked - tally.elsewhere[Skip.NOT_DUE])
             skipped[Skip.IN_FLIGHT] = min(tally.elsewhere[Skip.IN_FLIGHT], others)
             left = max(0, unchecked - tally.elsewhere[Skip.NOT_DUE] - skipped[Skip.IN_FLIGHT])
+            if self._pause.rate is not None and self._options.reason is Reason.MANUAL:
+                # What others hold waits for its turn.
+                left += skipped.pop(Skip.IN_FLIGHT)
             if self._pause.until is not None:
                 skipped[Skip.PAUSED] += left
             elif self._pause.rate is not None:

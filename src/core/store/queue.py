@@ -49,7 +49,7 @@ _MAX_CLOCK_ERROR = timedelta(seconds=5)
 # table whose ids are not unique: of its rows, an open one counts.
 _SESSION = (
     "c.rowid, c.batch_id, c.session_id, c.first_seen_at, c.consecutive_failures, c.last_outcome,"
-    " c.last_status_code, c.next_check_at, (SELECT"
+    " c.last_status_code, c.next_check_at, {last_check}, (SELECT"
     " MAX(CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END)"
     " FROM checkout_session s WHERE s.id = c.session_id)"
 )
@@ -310,20 +310,26 @@ class Queue:
         full = [batch_id for batch_id, covers in due.items() if covers]
         with_batch = f" OR (c.next_check_at IS NULL AND c.batch_id IN {number_list(full)})"
         sessions = connection.query(
-            f"SELECT {_SESSION} FROM checkout_session_check c {self._database.by_batch}"
+            f"SELECT {_SESSION.format(last_check='c.last_checked_at')}"
+            f" FROM checkout_session_check c {self._database.by_batch}"
             f" WHERE c.batch_id IN {number_list(due)} AND {UNCLAIMED.format('c.')}"
             f" AND ({wanted.sessions}{with_batch if full else ''})",
             (now, now + MAX_LEASE, *wanted.session_parameters),
         )
         claims: defaultdict[int, list[Claim]] = defaultdict(list)
         closed: defaultdict[int, list[int]] = defaultdict(list)
-        batch_due = {as_int(row[0]): as_datetime(row[1]) for row in rows}
+        of_batch = {
+            as_int(batch_id): (as_datetime(due), as_datetime_or_none(checked))
+            for batch_id, due, checked in rows
+        }
         for row in sessions:
             batch_id = as_int(row[_BATCH_ID])
             if _is_open(row):
                 claim = _claim_on(row, now, until, batch_id)
-                due_at = claim.due_at or batch_due[batch_id]
-                claims[batch_id].append(claim._replace(due_at=due_at))
+                if not claim.has_due_time:
+                    due_at, checked = of_batch[batch_id]
+                    claim = claim._replace(due_at=due_at, last_checked_at=checked)
+                claims[batch_id].append(claim)
             else:
                 closed[batch_id].append(as_int(row[_ROWID]))
         return [
@@ -356,7 +362,7 @@ class Queue:
 
         def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
             rows = transaction.query(
-                f"SELECT {_SESSION} FROM checkout_session_check c"
+                f"SELECT {_SESSION.format(last_check=LAST_CHECK)} FROM checkout_session_check c"
                 " JOIN checkout_session_batch b ON b.id = c.batch_id"
                 f" WHERE c.session_id IN {placeholders(session_ids)} AND {last_check}"
                 f" AND {UNCLAIMED.format('c.')} AND {UNCLAIMED.format('b.')}"
@@ -389,7 +395,7 @@ class Queue:
 
 
 # Columns of _SESSION.
-_ROWID, _BATCH_ID, _CHECKOUT_ID = 0, 1, 8
+_ROWID, _BATCH_ID, _CHECKOUT_ID = 0, 1, 9
 
 
 def _in_milliseconds(time: datetime) -> datetime:
@@ -404,7 +410,7 @@ def _is_open(row: Row) -> bool:
 def _claim_on(
     row: Row, claimed_at: datetime, claimed_until: datetime, batch_id: int | None
 ) -> Claim:
-    rowid, _, session_id, first_seen_at, failures, outcome, code, next_at, checkout_id = row
+    rowid, _, session_id, first_seen_at, failures, outcome, code, next_at, last, checkout_id = row
     return Claim(
         rowid=as_int(rowid),
         session_id=as_text(session_id),
@@ -418,4 +424,5 @@ def _claim_on(
         last_status_code=None if code is None else as_int(code),
         has_due_time=next_at is not None,
         due_at=as_datetime_or_none(next_at),
+        last_checked_at=as_datetime_or_none(last),
     )

@@ -103,14 +103,39 @@ class QueueRows:
 
     def claim(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
         """Claim sessions on their own rows. If the claim ends unused, they are due."""
-        for token, rowids in group_by_token(claims).items():
-            self._set_rows(transaction, rowids, next_check_at=token, claimed_until=token)
+        groups: defaultdict[datetime, list[Claim]] = defaultdict(list)
+        for claim in claims:
+            groups[claim.claimed_until].append(claim)
+        for token, some in groups.items():
+            self._set_times(transaction, some, due=token, claimed_until=token)
 
     def give_due_time(
         self, transaction: Transaction, claims: Iterable[Claim], due: datetime
     ) -> None:
-        rowids = [claim.rowid for claim in claims]
-        self._set_rows(transaction, rowids, next_check_at=due, claimed_until=None)
+        """Give sessions a due time of their own, and free the claims on their rows."""
+        self._set_times(transaction, claims, due=due, claimed_until=None)
+
+    def _set_times(
+        self,
+        transaction: Transaction,
+        claims: Iterable[Claim],
+        *,
+        due: datetime,
+        claimed_until: datetime | None,
+    ) -> None:
+        # A row that leaves its batch unchecked takes the time of its last check along.
+        groups: defaultdict[datetime | None, list[int]] = defaultdict(list)
+        for claim in claims:
+            groups[None if claim.has_due_time else claim.last_checked_at].append(claim.rowid)
+        for of_batch, rowids in groups.items():
+            for some in batched(rowids, STATEMENT_ROWS, strict=False):
+                transaction.execute(
+                    f"UPDATE checkout_session_check {self._database.by_rowid}"
+                    " SET next_check_at = %s, claimed_until = %s,"
+                    " last_checked_at = COALESCE(%s, last_checked_at)"
+                    f" WHERE rowid IN {number_list(some)}",
+                    (due, claimed_until, of_batch),
+                )
 
     def bring_forward(self, transaction: Transaction, due: Mapping[int, datetime]) -> None:
         """Make the batches of rows due when the rows are, if that is earlier."""
@@ -130,22 +155,6 @@ class QueueRows:
                 "UPDATE checkout_session_batch SET due_at = %s"
                 f" WHERE due_at > %s AND id IN {number_list(batch_ids)}",
                 (at, at),
-            )
-
-    def _set_rows(
-        self,
-        transaction: Transaction,
-        rowids: Iterable[int],
-        *,
-        next_check_at: datetime,
-        claimed_until: datetime | None,
-    ) -> None:
-        for some in batched(rowids, STATEMENT_ROWS, strict=False):
-            transaction.execute(
-                f"UPDATE checkout_session_check {self._database.by_rowid}"
-                " SET next_check_at = %s, claimed_until = %s"
-                f" WHERE rowid IN {number_list(some)}",
-                (next_check_at, claimed_until),
             )
 
 
