@@ -143,6 +143,7 @@ class Passes:
                 database_of(self.shop, self.clock),
                 self.publisher,
                 late_payments_for=settings.late_payments_for,
+                late_status_updates=settings.late_status_updates,
                 batch_size=settings.max_concurrency,
             )
             try:

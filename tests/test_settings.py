@@ -55,6 +55,7 @@ OPTIONAL = (
     "BILLING_STATUS_MAP",
     "SESSION_EXPIRES_AFTER",
     "LATE_PAYMENTS_FOR",
+    "LATE_STATUS_UPDATES",
     "EVENT_BUS_NAME",
     "LOG_LINES_ACTIVE",
     "DEBUG",
@@ -170,6 +171,8 @@ INVALID = {
     ("STATUS_UPDATES", "it must be true or false."): ("maybe", "1"),
     ("SESSION_EXPIRES_AFTER", "set STATUS_UPDATES=true, or leave it out."): ("24h",),
     ("EVENT_BUS_NAME", "set STATUS_UPDATES=true, or leave it out."): ("shop",),
+    ("LATE_STATUS_UPDATES", "it must be true or false."): ("1",),
+    ("LATE_STATUS_UPDATES", "set STATUS_UPDATES=true and LATE_PAYMENTS_FOR, or"): ("true",),
     ("BILLING_API_URL", URL): (
         "billing", "localhost:4000/x", "//billing/x", "ftp://billing/x", "http:billing", "http://",
         "http:///x", "http://:80/x", "http://billing/x?y=z", "http://billing/x?",
@@ -304,6 +307,10 @@ def test_late_payments_are_looked_for_a_week_with_status_updates() -> None:
     assert read().late_payments_for is None
     assert read(STATUS_UPDATES="true").late_payments_for == week
     assert read(STATUS_UPDATES="true", LATE_PAYMENTS_FOR="0").late_payments_for is None
+    assert not read(STATUS_UPDATES="true").late_status_updates
+    assert read(STATUS_UPDATES="true", LATE_STATUS_UPDATES="true").late_status_updates
+    refused = refusal(LATE_STATUS_UPDATES="true", STATUS_UPDATES="true", LATE_PAYMENTS_FOR="0")
+    assert "LATE_PAYMENTS_FOR" in refused
 
 
 def test_headers_and_a_token_need_only_what_they_name() -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 from aws_lambda_powertools import Logger
 
-from core.domain.model import Answer, Claim, Outcome, Refusal, StatusChange, iso
+from core.domain.model import Answer, Claim, Outcome, Refusal, SessionStatus, StatusChange, iso
 from core.domain.summary import Summary
 
 # Lines of one outcome in one pass; the others are only counted. 10,000 lines of 200 bytes every 5 s
@@ -50,10 +50,14 @@ def _log_check(claim: Claim, answer: Answer) -> None:
     write(check_line(claim, answer), extra=fields)
 
 
-def log_paid_late(session_id: str, billing_checkout_id: str, billing_status: str) -> None:
+def log_paid_late(
+    session_id: str, billing_checkout_id: str, billing_status: str, status: SessionStatus
+) -> None:
+    """`status` is the session's now: `timeout`, or what LATE_STATUS_UPDATES made of it."""
+    now = "" if status is SessionStatus.TIMEOUT else f" and is {status.value} now"
     logger.warning(
         f"💶 Checkout session {shown(session_id)} ({shown(billing_checkout_id)}) was paid after it "
-        f"had become timeout; billing says {shown(billing_status)}",
+        f"had become timeout{now}; billing says {shown(billing_status)}",
         extra={
             "session_id": session_id,
             "billing_checkout_id": billing_checkout_id,

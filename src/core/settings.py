@@ -61,6 +61,7 @@ class Settings:
     status_reader: StatusReader | None  # None: no status is written
     expires_after_seconds: int | None
     late_payments_for: timedelta | None  # None: expired sessions are not looked at again
+    late_status_updates: bool
     event_bus_name: str | None
     log_lines_active: int | None  # in one pass; None: no limit
     debug: bool
@@ -80,6 +81,7 @@ class Settings:
                     f"{name} is {given[name]!r}, but no status is ever written without "
                     "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
+        late_payments_for = _late_payments_for(given) if status_updates else None
         allow_http = _boolean(given, "ALLOW_HTTP")
         debug = _boolean(given, "DEBUG")
         log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, min_value=0, max_value=10_000)
@@ -117,7 +119,8 @@ class Settings:
             or None,
             status_reader=_status_reader(given) if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
-            late_payments_for=_late_payments_for(given) if status_updates else None,
+            late_payments_for=late_payments_for,
+            late_status_updates=_late_status_updates(given, late_payments_for),
             event_bus_name=_event_bus_name(given.get("EVENT_BUS_NAME")),
             log_lines_active=None if debug else log_lines,
             debug=debug,
@@ -381,6 +384,16 @@ def _late_payments_for(given: Mapping[str, str]) -> timedelta | None:
         raise SettingsError(
             f"LATE_PAYMENTS_FOR is {text!r}; it must be a number with s, m, h or d, e.g. 7d, or 0."
         ) from None
+
+
+def _late_status_updates(given: Mapping[str, str], late_payments_for: timedelta | None) -> bool:
+    updates = _boolean(given, "LATE_STATUS_UPDATES")
+    if updates and late_payments_for is None:
+        raise SettingsError(
+            f"LATE_STATUS_UPDATES is {given['LATE_STATUS_UPDATES']!r}, but no late payment is "
+            "looked for; set STATUS_UPDATES=true and LATE_PAYMENTS_FOR, or leave it out."
+        )
+    return updates
 
 
 def _event_bus_name(text: str | None) -> str | None:

@@ -77,6 +77,7 @@ class Worker:
             _publisher(settings),
             monitor=monitor,
             late_payments_for=settings.late_payments_for,
+            late_status_updates=settings.late_status_updates,
             batch_size=settings.max_concurrency,
         )
         self._billing = _billing(settings, transport)

@@ -1,4 +1,4 @@
-"""LATE_PAYMENTS_FOR: a session that has become `timeout` is looked at again, and never changed."""
+"""LATE_PAYMENTS_FOR, LATE_STATUS_UPDATES: a session that became `timeout` is looked at again."""
 
 from datetime import timedelta
 
@@ -103,6 +103,26 @@ async def test_a_session_that_the_shop_has_changed_is_not_looked_at(
     await later(passes, MINUTE)
     assert passes.shop.run(late)[0] == (None,)
     assert billing.asked[CHECKOUT] == (1 if "open" in change else 0)  # as an open one
+
+
+async def test_a_late_payment_changes_the_status_where_that_is_asked_for(
+    passes: Passes, billing: FakeBilling, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = await expire(passes, billing)
+    billing.answers = {CHECKOUT: PAID}
+    bus.rejects = {"s"}
+    await later(passes, 20 * MINUTE, LATE_STATUS_UPDATES="true")
+    assert statuses(passes.shop) == {"s": "timeout"}
+    bus.rejects = set()
+    await later(passes, MINUTE, LATE_STATUS_UPDATES="true")
+    await later(passes, HOUR, LATE_STATUS_UPDATES="true")
+    assert statuses(passes.shop) == {"s": "success"}
+    [event] = bus.published
+    assert (event.new_status, event.expired_at) == ("success", NOON + HOUR)
+    assert notes(passes) == []
+    log = "SELECT session_id, new_status, billing_status FROM checkout_session_change ORDER BY id"
+    assert passes.shop.run(log) == [("s", "timeout", "pending"), ("s", "success", "paid")]
+    assert any("had become timeout and is success now" in line for line in caplog.messages)
 
 
 async def test_an_event_that_is_refused_is_tried_again_in_a_minute(

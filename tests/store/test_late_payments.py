@@ -2,11 +2,14 @@
 
 from datetime import timedelta
 
+import pytest
+
 from core.domain.model import Answer, Outcome, SessionStatus
+from core.store.late_payments import ExpiredSession
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
-from testkit.shops import Shop, add_sessions
-from tests.store.fake_bus import Bus
+from testkit.shops import MySQLShop, Shop, add_sessions, connect
+from tests.store.fake_bus import Bus, statuses
 from tests.support import database_of
 
 PAID = Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS, billing_status="paid")
@@ -38,7 +41,7 @@ def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeCl
     assert stores[0].late_payments.claim_due(9) == []
     claimed = sorted((one.session_id, one.billing_checkout_id) for one in [*first, *second])
     assert claimed == [("s0", "c0"), ("s1", "c1"), ("s2", "c2")]
-    assert stores[0].late_payments.record_paid(first[0], PAID)
+    assert stores[0].late_payments.record_paid(first[0], PAID) is SessionStatus.TIMEOUT
     assert len(bus.published) == 1
     kept = sorted(tuple(map(str, row)) for row in shop.run(KEPT))
     paid = first[0].session_id
@@ -54,3 +57,59 @@ def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeCl
     assert shop.run(KEPT) == []
     for store in stores:
         store.close()
+
+
+def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSession]:
+    """A store that writes late payments' status, and the expired session `s` that it claimed."""
+    store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)
+    store.prepare()
+    expired(shop, {"s": "c"})
+    [session] = store.late_payments.claim_due(9)
+    return store, session
+
+
+@pytest.mark.parametrize("change", ["status = 'failure'", "billing_checkout_id = 'another'"])
+def test_a_late_payment_changes_no_session_that_the_shop_has_changed(
+    shop: Shop, clock: FakeClock, change: str
+) -> None:
+    bus = Bus()
+    store, session = claimed(shop, clock, bus)
+    shop.run(f"UPDATE checkout_session SET {change}")
+    before = statuses(shop)
+    assert store.late_payments.record_paid(session, PAID) is None
+    store.close()
+    assert (statuses(shop), bus.published) == (before, [])
+    assert [tuple(map(str, row)) for row in shop.run(KEPT)] == [("s", "1", "1")]
+
+
+def test_a_late_payment_waits_for_a_row_that_the_shop_has_locked(
+    mariadb_shop: MySQLShop, clock: FakeClock
+) -> None:
+    bus = Bus()
+    store, session = claimed(mariadb_shop, clock, bus)
+    with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute("SELECT * FROM checkout_session FOR UPDATE")
+        assert store.late_payments.record_paid(session, PAID) is None
+        cursor.execute("COMMIT")
+    assert (statuses(mariadb_shop), bus.published) == ({"s": "timeout"}, [])
+    clock.advance(60)
+    assert store.late_payments.claim_due(9) == [session]
+    assert store.late_payments.record_paid(session, PAID) is SessionStatus.SUCCESS
+    store.close()
+    assert statuses(mariadb_shop) == {"s": "success"}
+
+
+@pytest.mark.parametrize(
+    "body", ["SELECT RAISE(ABORT, 'no')", "UPDATE checkout_session SET status = 'timeout'"]
+)
+def test_a_late_payment_whose_status_is_refused_is_published_as_timeout(
+    sqlite_shop: Shop, clock: FakeClock, body: str
+) -> None:
+    bus = Bus()
+    store, session = claimed(sqlite_shop, clock, bus)
+    sqlite_shop.run(f"CREATE TRIGGER audit AFTER UPDATE ON checkout_session BEGIN {body}; END")
+    assert store.late_payments.record_paid(session, PAID) is SessionStatus.TIMEOUT
+    store.close()
+    assert statuses(sqlite_shop) == {"s": "timeout"}
+    assert [event.new_status for event in bus.published] == ["timeout"]

@@ -197,6 +197,7 @@ def test_a_region_that_hangs_in_a_pass_delays_its_sessions_by_a_lease(
         ("BILLING_CURRENCY_PATH", "currency"),
         ("SESSION_EXPIRES_AFTER", "24h"),
         ("LATE_PAYMENTS_FOR", "0"),
+        ("LATE_STATUS_UPDATES", "true"),
         ("EVENT_BUS_NAME", "shop-events"),
     ],
 )

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.aws.clients import make_client
-from core.domain.model import JsonObject, SessionStatus, StatusChangedEvent, iso
+from core.domain.model import JsonObject, StatusChangedEvent, iso
 from core.log import logger
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def detail(event: StatusChangedEvent) -> JsonObject:
     paid = {"amount": event.amount, "currency": event.currency}
     if event.expired_at is not None:
         what = {
-            "status": SessionStatus.TIMEOUT.value,
+            "status": event.new_status.value,
             "billing_status": event.billing_status,
             "expired_at": iso(event.expired_at),
             "found_at": iso(event.changed_at),

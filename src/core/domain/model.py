@@ -152,8 +152,8 @@ type Decision = Recheck | StatusChange
 class StatusChangedEvent(NamedTuple):
     """What others are told of a status change.
 
-    With `expired_at`, the status did not change: its session became `timeout` at that time, and a
-    payment was found at `changed_at`.
+    With `expired_at`, it is a late payment: the session became `timeout` at that time, the payment
+    was found at `changed_at`, and `new_status` is the status since: still `timeout`, or `success`.
     """
 
     session_id: str

@@ -56,7 +56,7 @@ async def _record(
     late_payments: LatePayments, database: DatabaseThread, session: ExpiredSession, answer: Answer
 ) -> None:
     try:
-        published = await database.run(late_payments.record_paid, session, answer)
+        status = await database.run(late_payments.record_paid, session, answer)
     except StoreError:
         raise
     except Exception as error:  # noqa: BLE001 (its event; the other sessions go on)
@@ -65,5 +65,7 @@ async def _record(
             f"{type(error).__name__}: {error}"
         )
         return
-    if published:
-        log_paid_late(session.session_id, session.billing_checkout_id, answer.billing_status)
+    if status:
+        log_paid_late(
+            session.session_id, session.billing_checkout_id, answer.billing_status, status
+        )

@@ -1,7 +1,7 @@
 """Payments that come after a session has become `timeout`: looked for at growing distance.
 
 `checkout_session_change` holds when each such session is looked at again, and when a payment was
-found. The shop's status stays as it is.
+found. The shop's status stays `timeout`, unless LATE_STATUS_UPDATES asks for `success`.
 """
 
 from collections import defaultdict
@@ -16,9 +16,12 @@ from core.database.port import (
     as_text,
     as_text_or_none,
     number_list,
+    placeholders,
 )
 from core.domain.model import Answer, SessionStatus, StatusChangedEvent
-from core.store.status_changes import LATE_CHECK_FIRST, Publisher
+from core.errors import RefusedError
+from core.log import logger
+from core.store.status_changes import LATE_CHECK_FIRST, MAX_LOGGED, Publisher
 
 # From which age of an expired session on it is looked at how often.
 DISTANCES = (
@@ -27,8 +30,11 @@ DISTANCES = (
     (timedelta(hours=1), timedelta(hours=2)),
     (timedelta(0), LATE_CHECK_FIRST),
 )
-# An event that could not be published is tried again after this time.
-PUBLISH_AGAIN = timedelta(minutes=1)
+# What could not be published, or written because the shop holds the row, is tried again after this.
+RECORD_AGAIN = timedelta(minutes=1)
+
+# Used beside an id, as STILL_OPEN is.
+_STILL_TIMEOUT = "COALESCE(status, '') = 'timeout'"
 
 
 class ExpiredSession(NamedTuple):
@@ -45,11 +51,17 @@ class LatePayments:
     """Every method raises StoreError."""
 
     def __init__(
-        self, database: Database, publisher: Publisher | None, looks_for: timedelta | None
+        self,
+        database: Database,
+        publisher: Publisher | None,
+        looks_for: timedelta | None,
+        *,
+        updates_status: bool = False,
     ) -> None:
         self._database = database
         self._publisher = publisher
         self._looks_for = looks_for
+        self._updates_status = updates_status
 
     def claim_due(self, limit: int) -> list[ExpiredSession]:
         """Up to `limit` sessions that are due; each is then due again at a greater distance.
@@ -104,30 +116,114 @@ class LatePayments:
             )
         return sessions
 
-    def record_paid(self, session: ExpiredSession, answer: Answer) -> bool:
-        """Publish that it was paid, and keep that; returns False where the bus refuses the event.
+    def record_paid(self, session: ExpiredSession, answer: Answer) -> SessionStatus | None:
+        """Publish that it was paid, and keep that; with `updates_status` it becomes `success`.
 
-        The event is published before the commit: it may come twice, but is never lost.
+        Returns the session's status, or None if nothing is kept: the bus refuses the event, or the
+        shop has locked or changed the session. The event is published before the commit: it may
+        come twice, but is never lost.
         """
+        if self._updates_status:
+            try:
+                return self._database.transaction(
+                    lambda t: self._record(t, session, answer, SessionStatus.SUCCESS),
+                    refusable=True,
+                )
+            except RefusedError as error:
+                why = ". ".join(filter(None, (str(error), error.remedy)))
+                logger.error(
+                    f"❌ Session {session.session_id!r} was paid late and stays timeout, because "
+                    f"its status cannot be written: {why}"
+                )
+        return self._database.transaction(
+            lambda t: self._record(t, session, answer, SessionStatus.TIMEOUT)
+        )
 
-        def record(transaction: Transaction) -> bool:
-            now = transaction.now()
-            # The row is locked before the event is published.
-            transaction.execute(
-                "UPDATE checkout_session_change SET late_check_at = NULL, paid_late_at = %s"
-                f" WHERE id = {session.change_id:d}",
-                (now,),
-            )
-            if self._publisher is None or self._publisher.publish([_event(session, answer, now)]):
-                return True
-            transaction.execute(
-                "UPDATE checkout_session_change SET late_check_at = %s, paid_late_at = NULL"
-                f" WHERE id = {session.change_id:d}",
-                (now + PUBLISH_AGAIN,),
-            )
-            return False
+    def _record(
+        self,
+        transaction: Transaction,
+        session: ExpiredSession,
+        answer: Answer,
+        status: SessionStatus,
+    ) -> SessionStatus | None:
+        now = transaction.now()
+        succeeds = status is SessionStatus.SUCCESS
+        # The row is locked before the event is published. The page lists those that stay timeout.
+        self._keep(transaction, session, None, None if succeeds else now)
+        transaction.savepoint()
+        if succeeds and not self._lock_timeout(transaction, session):
+            if self._is_timeout(transaction, session):  # the shop holds the row: do not overrule it
+                self._keep(transaction, session, now + RECORD_AGAIN, None)
+            return None
+        if succeeds:
+            self._write_success(transaction, session, answer, now)
+        event = _event(session, answer, status, now)
+        if self._publisher is None or self._publisher.publish([event]):
+            return status
+        transaction.roll_back_to_savepoint()
+        self._keep(transaction, session, now + RECORD_AGAIN, None)
+        return None
 
-        return self._database.transaction(record)
+    def _keep(
+        self,
+        transaction: Transaction,
+        session: ExpiredSession,
+        late_check_at: datetime | None,
+        paid_late_at: datetime | None,
+    ) -> None:
+        transaction.execute(
+            "UPDATE checkout_session_change SET late_check_at = %s, paid_late_at = %s"
+            f" WHERE id = {session.change_id:d}",
+            (late_check_at, paid_late_at),
+        )
+
+    def _lock_timeout(self, transaction: Transaction, session: ExpiredSession) -> bool:
+        return self._is_timeout(transaction, session, self._database.lock_rows)
+
+    def _is_timeout(
+        self, transaction: Transaction, session: ExpiredSession, lock: str = ""
+    ) -> bool:
+        """Whether the session is `timeout` and has the checkout that billing was asked about."""
+        rows = transaction.query(
+            "SELECT COALESCE(billing_checkout_id, '') FROM checkout_session"
+            f" WHERE id = %s AND {_STILL_TIMEOUT} {lock}",
+            (session.session_id,),
+        )
+        return any(as_text(checkout) == session.billing_checkout_id for (checkout,) in rows)
+
+    def _write_success(
+        self, transaction: Transaction, session: ExpiredSession, answer: Answer, now: datetime
+    ) -> None:
+        if self._publisher is not None and not self._database.is_transactional:
+            raise RefusedError(
+                "checkout_session has no transactions, so an event could be published for a "
+                "change that is not made"
+            )
+        new = SessionStatus.SUCCESS.value
+        written = transaction.execute(
+            f"UPDATE checkout_session SET status = %s WHERE {_STILL_TIMEOUT} AND id = %s",
+            (new, session.session_id),
+        )
+        if written > 1:
+            raise RefusedError("several sessions that are timeout have the same id")
+        [(kept,)] = transaction.query(
+            "SELECT COUNT(*) FROM checkout_session WHERE COALESCE(status, '') = %s AND id = %s",
+            (new, session.session_id),
+        )
+        if not as_int(kept):  # a trigger kept the old status, or wrote another one
+            raise RefusedError("the row does not keep the new status")
+        log = (
+            session.session_id,
+            session.billing_checkout_id[:MAX_LOGGED],
+            new,
+            answer.billing_status[:255],
+            now,
+        )
+        transaction.execute(
+            "INSERT INTO checkout_session_change (session_id, billing_checkout_id, new_status,"
+            f" billing_status, changed_at) VALUES {placeholders(log)}",
+            log,
+        )
 
 
 def next_look(expired_at: datetime, now: datetime, looks_for: timedelta | None) -> datetime | None:
@@ -138,12 +234,14 @@ def next_look(expired_at: datetime, now: datetime, looks_for: timedelta | None) 
     return now + distance if looks_for and age + distance <= looks_for else None
 
 
-def _event(session: ExpiredSession, answer: Answer, now: datetime) -> StatusChangedEvent:
+def _event(
+    session: ExpiredSession, answer: Answer, status: SessionStatus, now: datetime
+) -> StatusChangedEvent:
     return StatusChangedEvent(
         session_id=session.session_id,
         billing_checkout_id=session.billing_checkout_id,
         billing_order_id=session.billing_order_id,
-        new_status=SessionStatus.SUCCESS,
+        new_status=status,
         billing_status=answer.billing_status,
         first_seen_at=session.expired_at,
         changed_at=now,

@@ -47,6 +47,7 @@ def monitor_of(settings: Settings, name: str) -> Monitor:
         values["BILLING_STATUS_PATH"] = reader.path
         values["BILLING_STATUS_MAP"] = f"#{_checksum(words)}"
         values["LATE_PAYMENTS_FOR"] = int(late.total_seconds()) if late else None
+        values["LATE_STATUS_UPDATES"] = settings.late_status_updates
         values["BILLING_ID_PATH"] = reader.id_path
         values["BILLING_AMOUNT_PATH"] = reader.amount_path
         values["BILLING_CURRENCY_PATH"] = reader.currency_path

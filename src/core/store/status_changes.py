@@ -1,8 +1,8 @@
 """Status changes: a session leaves `open` once, by billing's word about its checkout.
 
-Only `status` of the shop's table is ever written, and only from `open`. What was changed is logged
-in `checkout_session_change`. Rows are found by the numbers of the queue's rows: the shop may write
-an id differently that its collation takes as equal.
+Only `status` of the shop's table is ever written, here only from `open`; `late_payments` may write
+it from `timeout`. What was changed is logged in `checkout_session_change`. Rows are found by the
+numbers of the queue's rows: the shop may write an id differently that its collation takes as equal.
 """
 
 from collections import Counter, defaultdict

@@ -428,6 +428,7 @@ def settings_in_force(settings: Settings) -> JsonObject:
         "BILLING_CURRENCY_PATH": reader.currency_path if reader else None,
         "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
         "LATE_PAYMENTS_FOR": int(late.total_seconds()) if late else None,
+        "LATE_STATUS_UPDATES": settings.late_status_updates,
         "EVENT_BUS_NAME": settings.event_bus_name,
         "LOG_LINES_ACTIVE": settings.log_lines_active,
         "DEBUG": settings.debug,

@@ -84,12 +84,15 @@ class Store:
         *,
         monitor: Monitor | None = None,  # None: passes do not record who makes them
         late_payments_for: timedelta | None = None,  # None: expired sessions are not looked at
+        late_status_updates: bool = False,
         batch_size: int = MAX_BATCH,
     ) -> None:
         self._database = database
         self.queue = Queue(database, batch_size)
         self.status_changes = StatusChanges(database, self.queue.rows, publisher, late_payments_for)
-        self.late_payments = LatePayments(database, publisher, late_payments_for)
+        self.late_payments = LatePayments(
+            database, publisher, late_payments_for, updates_status=late_status_updates
+        )
         self.state = MonitorState(database)
         self.history = PassHistory(database, monitor.as_text() if monitor else None)
         self.others = OtherMonitors(database, self.history, monitor)
