@@ -236,6 +236,7 @@ async def test_a_request_on_an_old_client_ends_and_then_it_is_closed(
         await until(lambda: len(service.open & old) <= (1 if http2 else 0))
 
 
+@pytest.mark.slow
 @BOTH
 async def test_a_hanging_request_on_an_old_client_still_times_out(
     http2: bool, tls: ssl.SSLContext
@@ -253,6 +254,7 @@ async def test_a_hanging_request_on_an_old_client_still_times_out(
             assert (await hanging).outcome is Outcome.TIMEOUT
 
 
+@pytest.mark.slow
 @BOTH
 async def test_a_client_closed_with_an_old_request_in_flight_leaves_none(
     http2: bool, tls: ssl.SSLContext

@@ -75,6 +75,7 @@ async def test_no_more_than_max_concurrency_requests_are_in_flight(
     assert billing.most_in_flight == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("recorded_at_once")
 async def test_a_hanging_session_delays_only_itself(
     passes: Passes, clock: FakeClock, billing: FakeBilling

@@ -162,6 +162,7 @@ class Turns(Executor):
         return done
 
 
+@pytest.mark.slow
 async def test_no_order_of_answers_and_claims_leaves_a_claim_behind(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:

@@ -153,6 +153,7 @@ def test_sessions_that_hang_at_random_cost_the_others_no_slot(hanging: int) -> N
         assert [slot for slot in range(30) if slots[slot] != 1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [100, 500, 1500])
 @pytest.mark.parametrize("slow_seconds", [0.5, 1.0, 2.0, 4.0])
 def test_billing_that_becomes_slow_is_not_taken_for_one_that_hangs(

@@ -64,6 +64,7 @@ async def test_a_late_helper_with_nothing_to_do_adds_no_row(
     assert busy.shop.run(ticks) == [(1,)]
 
 
+@pytest.mark.slow
 async def test_helpers_that_come_late_again_and_again_start_no_chain(
     busy: Passes, clock: FakeClock, starts: list[datetime]
 ) -> None:

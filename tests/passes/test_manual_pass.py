@@ -13,6 +13,7 @@ from testkit.shops import add_sessions, numbered
 from tests.support import FakeBilling, Passes, until
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("recorded_at_once")
 async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
     passes: Passes, clock: FakeClock, billing: FakeBilling
@@ -31,6 +32,7 @@ async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
     await tick
 
 
+@pytest.mark.slow
 async def test_a_manual_pass_waits_for_what_others_have_decided(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

@@ -184,6 +184,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
     assert billing.asked.total() == 3
 
 
+@pytest.mark.slow
 async def test_pauses_without_retry_after_double_up_to_a_minute(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
@@ -206,6 +207,7 @@ async def test_pauses_without_retry_after_double_up_to_a_minute(
     assert again.paused_until == clock.now + timedelta(seconds=1)
 
 
+@pytest.mark.slow
 async def test_an_error_does_not_reset_pauses_without_retry_after(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

@@ -48,6 +48,7 @@ def with_bucket(
     return lambda _checkout_id, at: None if bucket.take(at) else limited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per_second", "burst", "sessions", "retry_after"),
     [
@@ -73,6 +74,7 @@ def test_as_much_is_checked_as_billing_allows_and_nobody_starves(
     assert longest <= max(1.5 * sessions / per_second, 10)
 
 
+@pytest.mark.slow
 def test_limits_of_single_sessions_are_theirs() -> None:
     """Ten of 200 are always limited; soon the others are checked at every tick."""
     locked = {f"checkout_{n}" for n in range(0, 200, 20)}
@@ -84,6 +86,7 @@ def test_limits_of_single_sessions_are_theirs() -> None:
     assert len([at for at, ok in monitor.requests if not ok and at >= 20]) <= 20  # they back off
 
 
+@pytest.mark.slow
 def test_a_known_limit_is_used_and_never_exceeded_in_any_second() -> None:
     monitor = LimitedMonitor(with_bucket(1000, 1000), BILLING_MAX_PER_SECOND="50")
     monitor.workers_a_tick = 8
@@ -114,6 +117,7 @@ def test_a_pass_hands_over_to_the_worker_of_the_next_tick() -> None:
     assert last.duration_seconds > 40  # nobody takes over
 
 
+@pytest.mark.slow
 def test_helpers_are_started_for_what_the_budget_allows_only() -> None:
     limited = {"MAX_CONCURRENCY": "10", "BILLING_MAX_PER_SECOND": "200"}
     monitor = LimitedMonitor(with_bucket(200, 200), **limited)
@@ -122,6 +126,7 @@ def test_helpers_are_started_for_what_the_budget_allows_only() -> None:
     assert monitor.started == 5
 
 
+@pytest.mark.slow
 async def test_a_manual_trigger_says_what_the_limit_left(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:

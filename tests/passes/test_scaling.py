@@ -82,6 +82,7 @@ async def test_a_leader_starts_no_more_than_max_workers(
     assert ticks == [NOON] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [

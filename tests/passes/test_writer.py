@@ -23,6 +23,7 @@ from testkit.shops import Shop, add_sessions, numbered
 from tests.support import FakeBilling, Passes, database_of, reconcile, until
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("recorded_at_once")
 async def test_results_are_recorded_while_requests_are_in_flight(
     passes: Passes, billing: FakeBilling

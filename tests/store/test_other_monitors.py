@@ -59,6 +59,7 @@ def is_alone(worker: Worker) -> bool:
     return worker.health().checks["other_monitors"]
 
 
+@pytest.mark.slow
 def test_a_monitor_whose_every_tick_another_one_leads_says_so(
     shop: Shop, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +109,7 @@ def test_nothing_is_said_any_more_two_minutes_after_the_other_one_stopped(
         assert is_alone(b)  # it makes no passes any more
 
 
+@pytest.mark.slow
 def test_a_deployment_with_new_settings_says_nothing(sqlite_shop: Shop, clock: FakeClock) -> None:
     """Workers with the old settings make passes for a minute beside the new ones."""
     with (

@@ -140,6 +140,7 @@ def refuse_changes(shop: Shop, session_id: str) -> None:
     shop.run(f"CREATE TRIGGER audit BEFORE {timing} {then}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("publishes", [True, False])
 async def test_a_refused_row_backs_off_alone_and_is_not_published(
     shop: Shop,
