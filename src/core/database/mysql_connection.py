@@ -7,6 +7,7 @@ connection becomes a StoreError here, in one sentence.
 import re
 import ssl
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def _verifying(ca: str | None, *, is_rds: bool) -> ssl.SSLContext:
     return context
 
 
+@lru_cache(maxsize=1024)  # the sessions of a batch were first seen together
 def _utc(text: str) -> datetime:
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 

@@ -310,7 +310,7 @@ class Queue:
         full = [batch_id for batch_id, covers in due.items() if covers]
         with_batch = f" OR (c.next_check_at IS NULL AND c.batch_id IN {number_list(full)})"
         sessions = connection.query(
-            f"SELECT {_SESSION.format(last_check='c.last_checked_at')}"
+            f"SELECT {_SESSION.format(last_check='NULL')}"
             f" FROM checkout_session_check c {self._database.by_batch}"
             f" WHERE c.batch_id IN {number_list(due)} AND {UNCLAIMED.format('c.')}"
             f" AND ({wanted.sessions}{with_batch if full else ''})",
@@ -325,11 +325,7 @@ class Queue:
         for row in sessions:
             batch_id = as_int(row[_BATCH_ID])
             if _is_open(row):
-                claim = _claim_on(row, now, until, batch_id)
-                if not claim.has_due_time:
-                    due_at, checked = of_batch[batch_id]
-                    claim = claim._replace(due_at=due_at, last_checked_at=checked)
-                claims[batch_id].append(claim)
+                claims[batch_id].append(_claim_on(row, now, until, batch_id, *of_batch[batch_id]))
             else:
                 closed[batch_id].append(as_int(row[_ROWID]))
         return [
@@ -370,7 +366,7 @@ class Queue:
                 (*session_ids, *parameters, *(now, now + MAX_LEASE) * 2),
             )
             self.rows.drop(transaction, (as_int(row[_ROWID]) for row in rows if not _is_open(row)))
-            claims = [_claim_on(row, now, until, None) for row in rows if _is_open(row)]
+            claims = [_claim_on(row, now, until) for row in rows if _is_open(row)]
             self.rows.claim(transaction, claims)
             self.rows.bring_forward(transaction, {claim.rowid: until for claim in claims})
             return len(rows), claims
@@ -407,8 +403,13 @@ def _is_open(row: Row) -> bool:
     return row[_CHECKOUT_ID] is not None
 
 
-def _claim_on(
-    row: Row, claimed_at: datetime, claimed_until: datetime, batch_id: int | None
+def _claim_on(  # noqa: PLR0917 (called in two places)
+    row: Row,
+    claimed_at: datetime,
+    claimed_until: datetime,
+    batch_id: int | None = None,
+    batch_due_at: datetime | None = None,
+    batch_checked_at: datetime | None = None,
 ) -> Claim:
     rowid, _, session_id, first_seen_at, failures, outcome, code, next_at, last, checkout_id = row
     return Claim(
@@ -423,6 +424,6 @@ def _claim_on(
         last_outcome=as_text_or_none(outcome),
         last_status_code=None if code is None else as_int(code),
         has_due_time=next_at is not None,
-        due_at=as_datetime_or_none(next_at),
-        last_checked_at=as_datetime_or_none(last),
+        due_at=batch_due_at if next_at is None else as_datetime(next_at),
+        last_checked_at=as_datetime_or_none(last) or batch_checked_at,
     )
