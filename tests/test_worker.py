@@ -2,9 +2,11 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
+from core.domain.model import Reason
 from core.domain.summary import Summary
 from core.passes import check_pass
 from core.passes.check_pass import PassOptions, trigger_checkout_session_check
@@ -57,6 +59,24 @@ def test_health_does_not_blame_other_monitors_for_a_broken_database(sqlite_shop:
     checks = api.health().checks
     assert (checks["database"], checks["other_monitors"]) == (False, True)
     api.close()
+
+
+def test_health_and_page_name_lambda_when_passes_start_late(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    api = Worker(settings_for(sqlite_shop), clock=clock, on_lambda=True)
+    assert api.health().checks["starts_on_time"]
+    store = Store(database_of(sqlite_shop))
+    for seconds in (5, 10, 15):
+        tick = NOON + timedelta(seconds=seconds)
+        store.history.begin(Summary(Reason.TICK, tick + timedelta(seconds=14), tick))
+    store.close()
+    clock.advance(30)
+    failed = [name for name, ok in api.health().checks.items() if not ok]
+    verdict = api.status()["verdict"]
+    api.close()
+    assert failed == ["starts_on_time"]
+    assert "Lambda probably throttles the worker" in str(verdict)
 
 
 async def test_a_long_pass_counts_as_a_heartbeat_from_its_start(

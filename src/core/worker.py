@@ -17,7 +17,7 @@ from core.database.mysql import MySQLDatabase
 from core.database.port import Database
 from core.domain.model import JsonObject, Reason, iso
 from core.domain.summary import Summary
-from core.domain.verdict import FRESH_INTERVALS
+from core.domain.verdict import FRESH_INTERVALS, starts_late_by
 from core.errors import SettingsError, StoreError
 from core.log import logger
 from core.passes import check_pass
@@ -56,7 +56,8 @@ class Worker:
     """What one Lambda execution environment keeps between passes, above all connections.
 
     It does one thing at a time and belongs to the thread that uses it first; only `stop` may be
-    called from another one. `name` tells monitors on the same tables apart, for people.
+    called from another one. `name` tells monitors on the same tables apart, for people; they are
+    also told `on_lambda`, whether Lambda starts the passes.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Worker:
         clock: Callable[[], datetime] | None = None,
         start_worker: StartWorker | None = None,
         name: str = "a monitor without a name",
+        on_lambda: bool = False,
     ) -> None:
         self._settings = settings
         self._start_worker = start_worker
+        self._on_lambda = on_lambda
         self._database = open_database(settings, clock=clock)
         monitor = monitor_of(settings, name)
         self._store = Store(
@@ -125,24 +128,28 @@ class Worker:
         )
 
     def health(self) -> Health:
-        """Check the database, the heartbeat, the API key, and that no monitor works against it.
+        """Check the database, the passes, the API key, and that no monitor works against it.
 
         A failure of the database is logged.
         """
         checks = {
             "database": False,
             "last_pass": False,
+            "starts_on_time": True,
             "api_key": self._billing is not None,
             "other_monitors": True,
         }
         last_pass_at = None
         try:
-            last_pass_at, now, alone = self._database_thread.submit(self._heartbeat).result()
+            last_pass_at, now, on_time, alone = self._database_thread.submit(
+                self._heartbeat
+            ).result()
         except StoreError as error:
             logger.error(f"❌ {error}")
             now = datetime.now(UTC)
         else:
             checks["database"] = True
+            checks["starts_on_time"] = on_time
             checks["other_monitors"] = alone
             age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
             checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
@@ -154,7 +161,7 @@ class Worker:
 
         def read() -> JsonObject:
             self._prepare()
-            return read_status(self._database, self._settings)
+            return read_status(self._database, self._settings, on_lambda=self._on_lambda)
 
         return self._database_thread.submit(read).result()
 
@@ -184,10 +191,12 @@ class Worker:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
 
-    def _heartbeat(self) -> tuple[datetime | None, datetime, bool]:
-        """The newest pass, the database's clock, and whether no other monitor disagrees."""
+    def _heartbeat(self) -> tuple[datetime | None, datetime, bool, bool]:
+        """The newest pass, the clock, whether passes start on time and no monitor disagrees."""
         self._prepare()
-        return self._store.history.last_start(), self._store.now(), not self._store.others.find()
+        history = self._store.history
+        on_time = starts_late_by(history.start_delays()) is None
+        return history.last_start(), self._store.now(), on_time, not self._store.others.find()
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:

@@ -45,7 +45,8 @@ def worker() -> Worker:
     start_worker = LambdaWorkers(function_name) if function_name else None
     # The stack's name; health and the page of another monitor on the same tables show it.
     name = os.environ.get("POWERTOOLS_SERVICE_NAME") or "a monitor without a name"
-    return Worker(settings, start_worker=start_worker, name=name)
+    on_lambda = function_name is not None
+    return Worker(settings, start_worker=start_worker, name=name, on_lambda=on_lambda)
 
 
 def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:

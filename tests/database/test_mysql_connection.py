@@ -310,6 +310,7 @@ def test_health_reports_an_unusable_database_without_raising(
     assert health.checks == {
         "database": False,
         "last_pass": False,
+        "starts_on_time": True,
         "api_key": True,
         "other_monitors": True,
     }

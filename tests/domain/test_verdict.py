@@ -6,7 +6,7 @@ import pytest
 
 from core.domain.model import Outcome
 from core.domain.other_monitors import Difference, OtherMonitor
-from core.domain.verdict import Facts, Level, clock, duration, judge
+from core.domain.verdict import Facts, Level, clock, duration, judge, starts_late_by
 from testkit.clock import NOON
 
 WELL = {
@@ -19,6 +19,7 @@ WELL = {
     "overdue_seconds": 0.4,
 }
 FAILING_SINCE = NOON - timedelta(minutes=89)
+THROTTLED = ": Lambda probably throttles the worker (see WorkerThrottles)"
 
 
 def ago(seconds: float) -> object:
@@ -62,6 +63,12 @@ def ago(seconds: float) -> object:
             Level.OK,
             "All 128 open sessions checked on time",
         ),
+        (
+            {"starts_late_by": 14.2, "on_lambda": True, "overdue_seconds": 23},
+            Level.CRITICAL,
+            f"Passes start 14 s after their tick{THROTTLED}",
+        ),
+        ({"starts_late_by": 14.2}, Level.CRITICAL, "Passes start 14 s after their tick"),
         ({"overdue_seconds": 10.0}, Level.OK, "All 128 open sessions checked on time"),
         ({"overdue_seconds": 23.4}, Level.WARNING, "Checks are up to 23 s late"),
         ({"overdue_seconds": 61}, Level.CRITICAL, "Checks are up to 61 s late"),
@@ -99,6 +106,25 @@ def test_the_verdict_is_the_worst_finding(
 ) -> None:
     verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
     assert (verdict.level, verdict.text) == (level, text)
+
+
+@pytest.mark.parametrize(
+    ("delays", "late_by"),
+    [
+        ([], None),
+        ([14, 14], None),  # too few to judge
+        ([10, 14, 31], 14),
+        ([0.1, 14, 31], 14),
+        ([0.1, 0.1, 14, 31], None),  # half of them are on time
+        ([6, 6, 6, 6], None),  # cold starts
+        ([600, 600, 600], None),  # a wrong clock
+        ([-600, -600, -600], None),
+    ],
+)
+def test_passes_start_late_if_most_of_several_do(
+    delays: list[float], late_by: float | None
+) -> None:
+    assert starts_late_by(delays) == late_by
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome.is_error])

@@ -41,6 +41,7 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
     assert body["checks"] == {
         "database": "ok",
         "last_pass": "ok",
+        "starts_on_time": "ok",
         "api_key": "ok",
         "other_monitors": "ok",
     }

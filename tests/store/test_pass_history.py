@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
+
 from core.domain.model import Outcome, Reason, Skip
 from core.domain.summary import Summary
 from core.store.store import Store
@@ -41,6 +43,24 @@ def test_a_pass_is_one_row_kept_for_a_day(store: Store, shop: Shop, clock: FakeC
 
 def test_a_new_installation_has_a_first_heartbeat(store: Store) -> None:
     assert store.history.last_start() == NOON
+
+
+def test_a_start_is_late_by_its_ticks_first_pass(store: Store, clock: FakeClock) -> None:
+    def begin(started: float, tick: float | None) -> None:
+        at = NOON + timedelta(seconds=started)
+        if tick is None:
+            store.history.begin(Summary(Reason.MANUAL, at))
+        else:
+            store.history.begin(Summary(Reason.TICK, at, NOON + timedelta(seconds=tick)))
+
+    begin(0.1, 0)
+    begin(14.2, 5)
+    begin(20, 5)  # a helper
+    begin(21, None)
+    begin(-700, -720)  # too old to count
+    begin(100, 90)  # a tick of a clock that was ahead
+    clock.advance(30)
+    assert store.history.start_delays() == pytest.approx([9.2, 0.1])
 
 
 def test_a_pass_is_one_row_if_the_answer_to_its_insert_is_lost(

@@ -20,6 +20,11 @@ OVERDUE_SECONDS = 60
 FAILED_SHARE = 0.5
 # The threshold of the alarm Limited.
 LIMITED_SHARE = 1.05
+# Passes start late if at least so many did, and most of them by this much. A cold start takes less.
+MIN_LATE_STARTS = 3
+LATE_START_SECONDS = 10
+# Lambda drops the event of a tick after a minute. A start that is later is of a wrong clock.
+MAX_START_SECONDS = 75
 MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
 BILLING_TROUBLE = {
@@ -84,6 +89,8 @@ class Facts:
     missed_ticks: int = 0
     last_missed: datetime | None = None
     killed_pass_at: datetime | None = None  # when the newest of them began
+    starts_late_by: float | None = None  # seconds; None: passes start on time
+    on_lambda: bool = False
 
     @property
     def failed(self) -> Mapping[Outcome, int]:
@@ -110,6 +117,19 @@ def judge(facts: Facts) -> Verdict:
     return Verdict(level, text, (*notes, *_notes(facts)))
 
 
+def starts_late_by(delays: Sequence[float]) -> float | None:
+    """By how many seconds passes start late, from the delays of recent ones; None: on time.
+
+    It is the median, so most of them start that late or later. Lambda retries a throttled start
+    after 1 s at first, then after longer and longer.
+    """
+    plausible = sorted(delay for delay in delays if delay <= MAX_START_SECONDS)
+    if len(plausible) < MIN_LATE_STARTS:
+        return None
+    median = plausible[(len(plausible) - 1) // 2]
+    return median if median >= LATE_START_SECONDS else None
+
+
 def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
     """All that applies, the worst first."""
     began = facts.last_pass_at or facts.installed_at
@@ -133,11 +153,20 @@ def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
         yield Level.WARNING, f"Billing answers, but {_failed(facts)}"
     if facts.limited_to is not None and facts.open:
         yield Level.WARNING, _limited(facts.open, facts.limited_to)
+    yield from _late(facts)
+    yield _on_time(facts.open)
+
+
+def _late(facts: Facts) -> Iterator[tuple[Level, str]]:
+    if facts.starts_late_by is not None:
+        text = f"Passes start {duration(facts.starts_late_by)} after their tick"
+        if facts.on_lambda:
+            text += ": Lambda probably throttles the worker (see WorkerThrottles)"
+        yield Level.CRITICAL, text
     if facts.overdue_seconds > LATE_INTERVALS * facts.interval_seconds:
         worse = facts.overdue_seconds > OVERDUE_SECONDS
         text = f"Checks are up to {duration(facts.overdue_seconds)} late"
         yield Level.CRITICAL if worse else Level.WARNING, text
-    yield _on_time(facts.open)
 
 
 def _on_time(open_sessions: int | None) -> tuple[Level, str]:

@@ -19,6 +19,10 @@ KEEP_PASSES = timedelta(days=1)
 # killed or is frozen: nobody has to wait for it.
 ALIVE_SECONDS = 5.0
 
+# The starts of this many ticks are compared with their ticks, if they are not older than this.
+RECENT_TICKS = 12
+RECENT = timedelta(minutes=5)
+
 
 class PassHistory:
     """Writes and reads the history. Every method raises StoreError.
@@ -131,6 +135,10 @@ class PassHistory:
         rows = self._database.run(newest)
         return as_datetime(rows[0][0]) if rows else None
 
+    def start_delays(self) -> list[float]:
+        """See the function of this name."""
+        return self._database.run(lambda connection: start_delays(connection, connection.now()))
+
     def _update(self, pass_id: int, row: dict[str, Value]) -> None:
         columns = ", ".join(f"{name} = %s" for name in row)
 
@@ -141,6 +149,19 @@ class PassHistory:
             )
 
         self._database.run(update)
+
+
+def start_delays(connection: Connection, now: datetime) -> list[float]:
+    """Seconds from each recent tick to the start of its first pass, the newest tick first.
+
+    Helpers start later than the first, and manual passes have no tick.
+    """
+    rows = connection.query(
+        "SELECT tick, MIN(started_at) FROM checkout_session_run WHERE tick > %s AND tick <= %s"
+        f" GROUP BY tick ORDER BY tick DESC LIMIT {RECENT_TICKS:d}",
+        (now - RECENT, now),
+    )
+    return [(as_datetime(began) - as_datetime(tick)).total_seconds() for tick, began in rows]
 
 
 def is_alive(started_at: datetime, so_far_ms: int, now: datetime) -> bool:

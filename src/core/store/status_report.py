@@ -36,11 +36,11 @@ from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import KNOWN_LIMIT_SHARE, Budget
-from core.domain.verdict import Facts, judge
+from core.domain.verdict import Facts, judge, starts_late_by
 from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
-from core.store.pass_history import ALIVE_SECONDS, is_alive
+from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays
 from core.store.queue import oldest_due
 from core.store.queue_rows import LAST_CHECK
 from core.store.status_changes import KEEP_CHANGES
@@ -57,15 +57,18 @@ START_SECONDS = 5
 MOST_FAIL = "errors * 2 > checked"
 
 
-def read_status(database: Database, settings: Settings) -> JsonObject:
+def read_status(database: Database, settings: Settings, *, on_lambda: bool = False) -> JsonObject:
     """The whole answer; its form is `Status` in `handlers/openapi.json`.
+
+    `on_lambda`: whether Lambda starts the passes, so that the verdict can say why they are late.
 
     Raises:
         StoreError: the database cannot be used.
     """
 
     def read(connection: Connection) -> JsonObject:
-        return _StatusReport(connection, oldest_due(database), settings).read()
+        due = oldest_due(database)
+        return _StatusReport(connection, due, settings, on_lambda=on_lambda).read()
 
     return database.run(read)
 
@@ -82,10 +85,13 @@ class _UnderWay:
 class _StatusReport:
     """Reads the monitor's tables. It writes nothing, and locks no row."""
 
-    def __init__(self, connection: Connection, oldest_due_sql: str, settings: Settings) -> None:
+    def __init__(
+        self, connection: Connection, oldest_due_sql: str, settings: Settings, *, on_lambda: bool
+    ) -> None:
         self._connection = connection
         self._oldest_due_sql = oldest_due_sql
         self._settings = settings
+        self._on_lambda = on_lambda
 
     def read(self) -> JsonObject:
         now = self._connection.now()
@@ -122,6 +128,8 @@ class _StatusReport:
             missed_ticks=len(missed),
             last_missed=missed[0] if missed else None,
             killed_pass_at=max(killed, default=None),
+            starts_late_by=starts_late_by(start_delays(self._connection, now)),
+            on_lambda=self._on_lambda,
         )
         if facts.most_fail:
             worst = next(iter(facts.failed))
