@@ -21,7 +21,7 @@ from bench.programs import Client, Program
 from bench.report import progress
 from local.mariadb import mariadb_server
 from testkit import queue
-from testkit.shops import Shop, SQLiteShop, add_sessions, mysql_shop, statements
+from testkit.shops import MySQLShop, Shop, SQLiteShop, add_sessions, mysql_shop, statements
 
 PACKAGES = {
     "nginx": "nginx-light",
@@ -100,7 +100,8 @@ def adopt(client: Client, job: Job, shop: Shop) -> None:
 
 def make_due(shop: Shop) -> None:
     if _has_batches(shop):
-        queue.make_due(shop, "2026-01-01")
+        past = "2026-01-01" if isinstance(shop, MySQLShop) else "2026-01-01T00:00:00.000Z"
+        queue.make_due(shop, past)
     else:
         shop.run("UPDATE checkout_session_check SET next_check_at = first_seen_at")
 
