@@ -332,3 +332,45 @@ def test_sqlites_tables_of_the_first_version_are_created_again(
     assert reconcile(store, NOON).open == 1
     assert len(claim_all(store, NOON)) == 1
     store.close()
+
+
+# What makes SQLite's tables those of version 0.2.0, with a row in each.
+SQLITE_0_2 = """\
+DROP TABLE checkout_session_batch;
+DROP TABLE checkout_session_check;
+CREATE TABLE checkout_session_check (
+  rowid INTEGER PRIMARY KEY, session_id TEXT NOT NULL UNIQUE, next_check_at DATETIME NOT NULL,
+  claimed_until DATETIME, first_seen_at DATETIME NOT NULL, last_checked_at DATETIME,
+  last_outcome TEXT, last_status_code INTEGER, attempts INTEGER NOT NULL DEFAULT 0,
+  consecutive_failures INTEGER NOT NULL DEFAULT 0, failing_since DATETIME);
+CREATE INDEX checkout_session_check_due ON checkout_session_check (next_check_at);
+DROP INDEX checkout_session_change_late;
+DROP INDEX checkout_session_change_paid_late;
+ALTER TABLE checkout_session_change DROP COLUMN late_check_at;
+ALTER TABLE checkout_session_change DROP COLUMN paid_late_at;
+ALTER TABLE checkout_session_pause DROP COLUMN budget;
+ALTER TABLE checkout_session_run DROP COLUMN settings;
+INSERT INTO checkout_session_check (session_id, next_check_at, first_seen_at, last_outcome,
+  consecutive_failures) VALUES ('s0', '2026-01-15T12:00:00.000Z', '2026-01-15T11:00:00.000Z',
+  'timeout', 2);
+INSERT INTO checkout_session_change (session_id, new_status, billing_status, changed_at)
+  VALUES ('gone', 'success', 'paid', '2026-01-15T11:59:00.000Z');
+INSERT OR REPLACE INTO checkout_session_pause (id, paused_until, pauses, count_again_at)
+  VALUES (1, '2026-01-15T11:00:00.000Z', 3, '2026-01-15T12:09:00.000Z')"""
+
+
+async def test_sqlites_tables_of_version_0_2_are_upgraded_with_their_rows(
+    sqlite_shop: Shop, clock: FakeClock, billing: FakeBilling
+) -> None:
+    passes = Passes(sqlite_shop, clock, billing)
+    for statement in SQLITE_0_2.split(";"):
+        sqlite_shop.run(statement)
+    add_sessions(sqlite_shop, numbered(1))
+    runs = sqlite_shop.run("SELECT COUNT(*) FROM checkout_session_run")[0][0]
+    assert (await passes.run()).checked == 1
+    kept = "SELECT last_outcome, first_seen_at FROM checkout_session_check"
+    assert sqlite_shop.run(kept) == [("active", "2026-01-15T11:00:00.000Z")]
+    assert sqlite_shop.run("SELECT session_id FROM checkout_session_change") == [("gone",)]
+    paused = "SELECT paused_until FROM checkout_session_pause"
+    assert sqlite_shop.run(paused) == [("2026-01-15T11:00:00.000Z",)]
+    assert sqlite_shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(runs + 1,)]

@@ -107,8 +107,15 @@ OUTDATED = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND ("
     " (name = 'checkout_session_check' AND sql NOT LIKE '%failing_since%') OR"
     " (name = 'checkout_session_run' AND sql LIKE '%finished_at DATETIME NOT NULL%') OR"
-    " (name = 'checkout_session_change' AND sql NOT LIKE '%late_check_at%') OR"
-    " (name = 'checkout_session_pause' AND sql NOT LIKE '%budget%'))"
+    " (name = 'checkout_session_pause' AND sql NOT LIKE '%last_tick%'))"
+)
+
+# Columns that tables of version 0.2.0 lack.
+ADDED_COLUMNS = (
+    ("checkout_session_run", "settings", "TEXT"),
+    ("checkout_session_pause", "budget", "TEXT"),
+    ("checkout_session_change", "late_check_at", "DATETIME"),
+    ("checkout_session_change", "paid_late_at", "DATETIME"),
 )
 
 # Times are kept as text that sorts by time, 2026-01-15T10:30:00.000Z. sqlite3 registers adapters
@@ -168,7 +175,7 @@ class SQLiteDatabase:
 
     def prepare(self) -> Sequence[str]:
         self.run(self._check_shop)
-        if self.run(_of_version_0_2):
+        if self.run(_is_older):
             self.transaction(_upgrade)
         warnings = self.run(_make_tables)
         self.prepared = True
@@ -247,10 +254,10 @@ def _make_tables(connection: Connection) -> Sequence[str]:
     return [] if indexed else [NO_STATUS_INDEX]
 
 
-def _of_version_0_2(connection: Connection) -> bool:
-    return _lacks(connection, "checkout_session_check", "batch_id") or _lacks(
-        connection, "checkout_session_run", "settings"
-    )
+def _is_older(connection: Connection) -> bool:
+    """Whether the tables are of version 0.2.0."""
+    columns = [("checkout_session_check", "batch_id"), *((t, c) for t, c, _ in ADDED_COLUMNS)]
+    return any(_lacks(connection, table, column) for table, column in columns)
 
 
 def _upgrade(transaction: Transaction) -> None:
@@ -272,8 +279,9 @@ def _upgrade(transaction: Transaction) -> None:
         transaction.execute("DROP TABLE checkout_session_check")
         transaction.execute("ALTER TABLE checkout_session_copy RENAME TO checkout_session_check")
         transaction.execute("UPDATE checkout_session_pause SET count_again_at = NULL")
-    if _lacks(transaction, "checkout_session_run", "settings"):
-        transaction.execute("ALTER TABLE checkout_session_run ADD COLUMN settings TEXT")
+    for table, column, kind in ADDED_COLUMNS:
+        if _lacks(transaction, table, column):
+            transaction.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
 
 
 def _lacks(connection: Connection, table: str, column: str) -> bool:
