@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -13,23 +14,30 @@ from testkit.shops import add_sessions, numbered
 from tests.support import FakeBilling, Passes, until
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("recorded_at_once")
-async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
-    passes: Passes, clock: FakeClock, billing: FakeBilling
+async def check_beside_a_hanging_one(
+    passes: Passes, clock: FakeClock, billing: FakeBilling, is_ready: Callable[[], bool]
 ) -> None:
-    """Whether they are due or not."""
+    """A manual pass beside a tick's pass that waits for one of five answers."""
     add_sessions(passes.shop, numbered(5))
     hanging = billing.held["checkout_active_4"] = asyncio.Event()
 
     tick = asyncio.create_task(passes.run())
-    await until(lambda: passes.recorded(4))
+    await until(is_ready)
     clock.advance(1)
     manual = await passes.run(PassOptions(Reason.MANUAL))
     assert manual.checked == 4
     assert manual.skipped == {Skip.IN_FLIGHT: 1}
     hanging.set()
     await tick
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recorded_at_once")
+async def test_a_manual_pass_checks_all_open_sessions_not_in_flight(
+    passes: Passes, clock: FakeClock, billing: FakeBilling
+) -> None:
+    """Whether they are due or not."""
+    await check_beside_a_hanging_one(passes, clock, billing, lambda: passes.recorded(4))
 
 
 @pytest.mark.slow
@@ -37,17 +45,7 @@ async def test_a_manual_pass_waits_for_what_others_have_decided(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:
     """Another pass holds their batch, because billing has not answered about one of them."""
-    add_sessions(passes.shop, numbered(5))
-    hanging = billing.held["checkout_active_4"] = asyncio.Event()
-
-    tick = asyncio.create_task(passes.run())
-    await until(lambda: billing.asked.total() == 5)
-    clock.advance(1)
-    manual = await passes.run(PassOptions(Reason.MANUAL))
-    assert manual.checked == 4
-    assert manual.skipped == {Skip.IN_FLIGHT: 1}
-    hanging.set()
-    await tick
+    await check_beside_a_hanging_one(passes, clock, billing, lambda: billing.asked.total() == 5)
 
 
 async def test_a_manual_pass_does_not_disturb_the_next_tick(

@@ -1,6 +1,6 @@
 """What the store needs of a database engine; `mysql` and `sqlite` beside this file are the two."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Protocol
@@ -102,6 +102,14 @@ def placeholders(values: Iterable[object]) -> str:
 def number_list(numbers: Iterable[int]) -> str:
     """Some numbers as they stand in a statement: `(1, 2, 3)`. They need no placeholders."""
     return f"({', '.join(map(str, numbers))})"
+
+
+def numbers_by_value[T](values: Mapping[int, T]) -> dict[T, list[int]]:
+    """The numbers of rows by what is written to them: one statement serves all with one value."""
+    groups: dict[T, list[int]] = {}
+    for number, value in values.items():
+        groups.setdefault(value, []).append(number)
+    return groups
 
 
 def as_int(value: Value) -> int:

@@ -100,6 +100,11 @@ class Seen(NamedTuple):
     waited: bool = False  # checks wait for the budget, and would use more of it
 
 
+def is_below(budget: Budget, known_limit: float | None) -> bool:
+    """Whether billing allows less than the limit that the operator knows."""
+    return budget.rate < (known_limit or math.inf) * KNOWN_LIMIT_SHARE
+
+
 def rate_in_force(budget: Budget | None, known_limit: float | None) -> float | None:
     """The rate at which requests may leave; None: no limit."""
     if known_limit is None:
@@ -133,7 +138,7 @@ def updated(
     rate = budget.rate
     since = max(0.0, now - budget.seen_at)
     answered = _counted(budget.answered, seen.answered, since, ANSWERED_SECONDS)
-    grows = seen.waited and rate < (known_limit or math.inf) * KNOWN_LIMIT_SHARE
+    grows = seen.waited and is_below(budget, known_limit)
     budget = budget._replace(
         grown=budget.grown + min(since, RECOVERY_SECONDS) if grows else budget.grown,
         answers=budget.answers + seen.answered,

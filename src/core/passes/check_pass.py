@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,6 @@ from core.domain.decision import decide
 from core.domain.model import Answer, Claim, Decision, Outcome, Reason, Recheck, Skip
 from core.domain.other_monitors import OTHER_MONITOR
 from core.domain.rate import (
-    MAX_RESERVED_SECONDS,
     MIN_PACE,
     SPREAD_SHARE,
     UNLIMITED_SPREAD_SHARE,
@@ -33,7 +32,7 @@ from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
 from core.passes.held_claims import HOLD_SECONDS
-from core.passes.late_payments import look_for_late_payments
+from core.passes.late_payments import in_turn, look_for_late_payments
 from core.passes.pause import SharedPause
 from core.passes.scaling import Scaling, StartWorker
 from core.passes.writer import WRITE_EVERY_SECONDS, Progress, Writer
@@ -179,47 +178,15 @@ async def check_open_checkout_sessions(
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
         if billing is not None and may_check and summary.paused_until is None:
+            known_limit = settings.billing_max_per_second
             await look_for_late_payments(
                 store.late_payments,
-                _in_turn(billing, store, settings, database),
+                in_turn(billing.check, store.state, database, known_limit=known_limit),
                 database,
                 at_once=settings.max_concurrency,
                 until=began + options.start_seconds,
             )
     return summary
-
-
-def _in_turn(
-    billing: Billing, store: Store, settings: Settings, database: DatabaseThread
-) -> Callable[[str | None], Awaitable[Answer]]:
-    """Ask billing under the budget, when no pass is there to reserve requests."""
-    pause = SharedPause(store.state, known_limit=settings.billing_max_per_second)
-    one_at_a_time = asyncio.Lock()
-
-    async def has_turn() -> bool:
-        await database.run(pause.claimed, 1)
-        try:
-            while True:
-                await database.run(pause.read)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(MAX_RESERVED_SECONDS):
-                        return await pause.wait_for_turn()
-        finally:
-            pause.gone(1)
-
-    async def ask(billing_checkout_id: str | None) -> Answer:
-        async with one_at_a_time:
-            if not await has_turn():
-                return Answer(Outcome.RATE_LIMITED)
-        answer = await billing.check(billing_checkout_id)
-        if answer.outcome is Outcome.RATE_LIMITED:
-            pause.rate_limited(answer)
-            await database.run(pause.read)
-        else:
-            pause.answered(answer)
-        return answer
-
-    return ask
 
 
 async def _show_monitor(
@@ -337,7 +304,7 @@ class _Pass:
             if self._reconciles and not tally.counted:
                 self._log.start(self._view.now, tally.open)
         summary = self._summary(has_api_key=billing is not None)
-        await self._database.run(self._store.history.end, pass_id, summary)
+        await self._database.run_to_end(self._store.history.end, pass_id, summary)
         self._log.end(summary)
         return summary
 
@@ -345,7 +312,7 @@ class _Pass:
         """Record the end of a pass that failed, so that it does not count as under way."""
         summary = self._summary(has_api_key=has_api_key)
         with suppress(StoreError):  # most likely the reason why it failed
-            await self._database.run(self._store.history.end, pass_id, summary)
+            await self._database.run_to_end(self._store.history.end, pass_id, summary)
 
     async def _work(self, billing: Billing | None, ends: float) -> None:
         """Check what is due, unless `billing` is None, and reconcile meanwhile."""

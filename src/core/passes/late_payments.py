@@ -2,17 +2,54 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Outcome, SessionStatus
+from core.domain.rate import MAX_RESERVED_SECONDS
 from core.errors import StoreError
 from core.log import log_paid_late, logger
+from core.passes.pause import SharedPause
 from core.store.late_payments import ExpiredSession, LatePayments
+from core.store.monitor_state import MonitorState
 
 type Ask = Callable[[str | None], Awaitable[Answer]]
 
 # In one minute. 50,000 sessions that expire in a day are looked at 400 times a minute.
 MAX_LOOKS = 600
+
+
+def in_turn(
+    ask: Ask, state: MonitorState, database: DatabaseThread, *, known_limit: int | None
+) -> Ask:
+    """Ask billing under the budget, when no pass is there to reserve requests."""
+    pause = SharedPause(state, known_limit=known_limit)
+    one_at_a_time = asyncio.Lock()
+
+    async def has_turn() -> bool:
+        await database.run(pause.claimed, 1)
+        try:
+            while True:
+                await database.run(pause.read)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_RESERVED_SECONDS):
+                        return await pause.wait_for_turn()
+        finally:
+            pause.gone(1)
+
+    async def ask_in_turn(billing_checkout_id: str | None) -> Answer:
+        async with one_at_a_time:
+            if not await has_turn():
+                return Answer(Outcome.RATE_LIMITED)
+        answer = await ask(billing_checkout_id)
+        if answer.outcome is Outcome.RATE_LIMITED:
+            pause.rate_limited(answer)
+            await database.run(pause.read)
+        else:
+            pause.answered(answer)
+        return answer
+
+    return ask_in_turn
 
 
 async def look_for_late_payments(

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from core.database.port import STATEMENT_ROWS
-from core.database.thread import DatabaseThread
+from core.database.thread import DatabaseThread, wait_to_end
 from core.domain.model import Claim, Decision, Outcome, Recheck, Recorded, StatusChange
 from core.domain.summary import count_errors
 from core.errors import StoreError
@@ -135,7 +135,7 @@ class Writer:
                 finally:
                     self._closing = True
                     self._wake.set()
-                    await _wait_for_last_write(writing)
+                    await wait_to_end(writing)
         except ExceptionGroup as failed:
             store_errors, others = failed.split(StoreError)
             if store_errors is None or others is not None:
@@ -210,24 +210,13 @@ class Writer:
         return recorded
 
     def _give_back_rest(self) -> None:
-        self._count(self._store.record(self._held.take_all(), (), self._store.now()))
+        if results := self._held.take_all():
+            self._count(self._store.record(results, (), self._store.now()))
 
     def _count(self, recorded: Recorded) -> None:
         self.outcomes += recorded.outcomes
         self.status_changes += len(recorded.changed)
         self.unpublished += recorded.unpublished
-
-
-async def _wait_for_last_write(writing: asyncio.Task[None]) -> None:
-    """Wait for the last write; a cancellation waits for it too."""
-    cancelled = None
-    while not writing.done():
-        try:
-            await asyncio.wait([writing])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
 
 
 def _first(group: BaseExceptionGroup[StoreError]) -> StoreError:

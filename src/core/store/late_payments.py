@@ -4,7 +4,6 @@
 found. The shop's status stays `timeout`, unless LATE_STATUS_UPDATES asks for `success`.
 """
 
-from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -16,12 +15,19 @@ from core.database.port import (
     as_text,
     as_text_or_none,
     number_list,
-    placeholders,
+    numbers_by_value,
 )
 from core.domain.model import Answer, SessionStatus, StatusChangedEvent
 from core.errors import RefusedError
 from core.log import logger
-from core.store.status_changes import LATE_CHECK_FIRST, MAX_LOGGED, Publisher
+from core.store.status_changes import (
+    LATE_CHECK_FIRST,
+    NO_ROLLBACK,
+    ChangeRecord,
+    Publisher,
+    log_changes,
+    write_status,
+)
 
 # From which age of an expired session on it is looked at how often.
 DISTANCES = (
@@ -105,10 +111,7 @@ class LatePayments:
             session.change_id: next_look(session.expired_at, now, self._looks_for)
             for session in sessions
         }
-        by_time: defaultdict[datetime | None, list[int]] = defaultdict(list)
-        for number, at in next_looks.items():
-            by_time[at].append(number)
-        for at, numbers in by_time.items():
+        for at, numbers in numbers_by_value(next_looks).items():
             transaction.execute(
                 "UPDATE checkout_session_change SET late_check_at = %s"
                 f" WHERE id IN {number_list(numbers)}",
@@ -151,7 +154,7 @@ class LatePayments:
         # The row is locked before the event is published. The page lists those that stay timeout.
         self._keep(transaction, session, None, None if succeeds else now)
         transaction.savepoint()
-        if succeeds and not self._lock_timeout(transaction, session):
+        if succeeds and not self._is_timeout(transaction, session, self._database.lock_rows):
             if self._is_timeout(transaction, session):  # the shop holds the row: do not overrule it
                 self._keep(transaction, session, now + RECORD_AGAIN, None)
             return None
@@ -177,9 +180,6 @@ class LatePayments:
             (late_check_at, paid_late_at),
         )
 
-    def _lock_timeout(self, transaction: Transaction, session: ExpiredSession) -> bool:
-        return self._is_timeout(transaction, session, self._database.lock_rows)
-
     def _is_timeout(
         self, transaction: Transaction, session: ExpiredSession, lock: str = ""
     ) -> bool:
@@ -195,34 +195,21 @@ class LatePayments:
         self, transaction: Transaction, session: ExpiredSession, answer: Answer, now: datetime
     ) -> None:
         if self._publisher is not None and not self._database.is_transactional:
-            raise RefusedError(
-                "checkout_session has no transactions, so an event could be published for a "
-                "change that is not made"
-            )
-        new = SessionStatus.SUCCESS.value
-        written = transaction.execute(
-            f"UPDATE checkout_session SET status = %s WHERE {_STILL_TIMEOUT} AND id = %s",
-            (new, session.session_id),
-        )
-        if written > 1:
-            raise RefusedError("several sessions that are timeout have the same id")
-        [(kept,)] = transaction.query(
-            "SELECT COUNT(*) FROM checkout_session WHERE COALESCE(status, '') = %s AND id = %s",
-            (new, session.session_id),
-        )
-        if not as_int(kept):  # a trigger kept the old status, or wrote another one
-            raise RefusedError("the row does not keep the new status")
-        log = (
-            session.session_id,
-            session.billing_checkout_id[:MAX_LOGGED],
-            new,
-            answer.billing_status[:255],
-            now,
-        )
-        transaction.execute(
-            "INSERT INTO checkout_session_change (session_id, billing_checkout_id, new_status,"
-            f" billing_status, changed_at) VALUES {placeholders(log)}",
-            log,
+            raise RefusedError(NO_ROLLBACK)
+        status, ids = SessionStatus.SUCCESS, [session.session_id]
+        several = "several sessions that are timeout have the same id"
+        write_status(transaction, ids, status, only=_STILL_TIMEOUT, several=several)
+        log_changes(
+            transaction,
+            [
+                ChangeRecord(
+                    session.session_id,
+                    session.billing_checkout_id,
+                    status,
+                    answer.billing_status,
+                    now,
+                )
+            ],
         )
 
 

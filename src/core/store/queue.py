@@ -35,7 +35,15 @@ from core.database.port import (
 )
 from core.domain.batch import MAX_BATCH, Settlement
 from core.domain.model import BatchClaim, Claim
-from core.store.queue_rows import LAST_CHECK, MAX_LEASE, MAX_LEASE_SECONDS, UNCLAIMED, QueueRows
+from core.store.queue_rows import (
+    CLAIMED,
+    DUE,
+    LAST_CHECK,
+    MAX_LEASE,
+    MAX_LEASE_SECONDS,
+    UNCLAIMED,
+    QueueRows,
+)
 from core.store.results import Results, ResultWriter
 
 # A check that was recorded further ahead is of a clock that was wrong. Less is a difference between
@@ -176,8 +184,7 @@ class Queue:
                 "SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_batch b"
                 f" {self._database.join_in_order} checkout_session_check c"
                 f" {self._database.by_batch} ON c.batch_id = b.id WHERE b.due_at <= %s"
-                " AND COALESCE(c.next_check_at, b.next_check_at) <= %s"
-                f" LIMIT {limit:d}) AS due",
+                f" AND {DUE} <= %s LIMIT {limit:d}) AS due",
                 (until, until),
             )
             return as_int(due)
@@ -189,8 +196,7 @@ class Queue:
 
         def count(connection: Connection) -> int:
             [(claimed,)] = connection.query(
-                "SELECT COUNT(*) FROM checkout_session_batch"
-                " WHERE claimed_until > %s AND claimed_until <= %s",
+                f"SELECT COUNT(*) FROM checkout_session_batch WHERE {CLAIMED.format('')}",
                 (now, now + MAX_LEASE),
             )
             return as_int(claimed)
@@ -216,13 +222,12 @@ class Queue:
         What is claimed there is due when the claim ends.
         """
         chunks = [list(some) for some in batched(rowids, self._batch_size, strict=False)]
-        claimed = "claimed_until > %s AND claimed_until <= %s"
         for batch_id, chunk in zip(
             self._new_batches(transaction, len(chunks), now), chunks, strict=True
         ):
             transaction.execute(
                 f"UPDATE checkout_session_check {self._database.by_rowid} SET next_check_at ="
-                f" CASE WHEN {claimed} THEN claimed_until WHEN next_check_at > %s"
+                f" CASE WHEN {CLAIMED.format('')} THEN claimed_until WHEN next_check_at > %s"
                 " THEN next_check_at END, batch_id = %s"
                 f" WHERE rowid IN {number_list(chunk)} AND (batch_id IS NULL OR NOT EXISTS"
                 " (SELECT 1 FROM checkout_session_batch b"
@@ -316,12 +321,12 @@ class Queue:
             f" AND ({wanted.sessions}{with_batch if full else ''})",
             (now, now + MAX_LEASE, *wanted.session_parameters),
         )
+        of_batch = {
+            as_int(batch_id): (as_datetime(due_at), as_datetime_or_none(checked_at))
+            for batch_id, due_at, checked_at in rows
+        }
         claims: defaultdict[int, list[Claim]] = defaultdict(list)
         closed: defaultdict[int, list[int]] = defaultdict(list)
-        of_batch = {
-            as_int(batch_id): (as_datetime(due), as_datetime_or_none(checked))
-            for batch_id, due, checked in rows
-        }
         for row in sessions:
             batch_id = as_int(row[_BATCH_ID])
             if _is_open(row):
@@ -329,16 +334,8 @@ class Queue:
             else:
                 closed[batch_id].append(as_int(row[_ROWID]))
         return [
-            BatchClaim(
-                batch_id,
-                now,
-                until,
-                as_datetime(next_check_at),
-                due[batch_id],
-                claims[batch_id],
-                closed[batch_id],
-            )
-            for batch_id, next_check_at, _ in ((as_int(i), at, c) for i, at, c in rows)
+            BatchClaim(i, now, until, due_at, due[i], claims[i], closed[i])
+            for i, (due_at, _) in of_batch.items()
         ]
 
     def _claim_sessions(  # noqa: PLR0917 (called in one place)

@@ -1,6 +1,5 @@
 """The rows of the queue: statements that claims, results and status changes share."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import batched
@@ -14,6 +13,7 @@ from core.database.port import (
     Value,
     as_int,
     number_list,
+    numbers_by_value,
 )
 from core.domain.batch import CheckRecord
 from core.domain.model import Claim, Outcome
@@ -22,10 +22,12 @@ from core.domain.model import Claim, Outcome
 # up to 30 s, and a lease lasts ten more.
 MAX_LEASE_SECONDS = 60
 MAX_LEASE = timedelta(seconds=MAX_LEASE_SECONDS)
-# Parameters: now, and now plus MAX_LEASE.
+# Conditions on a row or a batch, whose alias may stand before. Parameters: now, now plus MAX_LEASE.
+CLAIMED = "({0}claimed_until > %s AND {0}claimed_until <= %s)"
 UNCLAIMED = "({0}claimed_until IS NULL OR {0}claimed_until <= %s OR {0}claimed_until > %s)"
 
-# When a session was checked last; of a row c and its batch b.
+# When a session is due, and when it was checked last; of a row c and its batch b.
+DUE = "COALESCE(c.next_check_at, b.next_check_at)"
 LAST_CHECK = "CASE WHEN c.next_check_at IS NULL THEN b.checked_at ELSE c.last_checked_at END"
 
 # A session counts as checked at least this long after its claim. A manual pass that begins in the
@@ -51,7 +53,7 @@ class QueueRows:
     ) -> list[int]:
         """The numbers of the rows whose claim is still valid, locked until the commit."""
         locked: list[int] = []
-        for token, rowids in group_by_token(claims).items():
+        for token, rowids in by_token(claims).items():
             rows = transaction.query(
                 f"SELECT c.rowid FROM checkout_session_check c {self._database.by_rowid}"
                 f" {self._database.join_in_order} checkout_session_batch b ON b.id = c.batch_id"
@@ -76,7 +78,11 @@ class QueueRows:
         self, transaction: Transaction, records: Iterable[CheckRecord], now: datetime
     ) -> None:
         """Write records with one statement for all rows that get the same values."""
-        for values, rowids in _group_by_values(records).items():
+        by_row = {
+            claim.rowid: _RecordValues(outcome, status_code, next_check_at, claim.claimed_at)
+            for claim, outcome, status_code, next_check_at in records
+        }
+        for values, rowids in numbers_by_value(by_row).items():
             at = checked_at(now, values.claimed_at)
             failing = "consecutive_failures = 0, failing_since = NULL"
             parameters: tuple[Value, ...] = ()
@@ -103,38 +109,32 @@ class QueueRows:
 
     def claim(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
         """Claim sessions on their own rows. If the claim ends unused, they are due."""
-        groups: defaultdict[datetime, list[Claim]] = defaultdict(list)
-        for claim in claims:
-            groups[claim.claimed_until].append(claim)
-        for token, some in groups.items():
-            self._set_times(transaction, some, due=token, claimed_until=token)
+        self._set_times(transaction, ((c, c.claimed_until, c.claimed_until) for c in claims))
 
     def give_due_time(
-        self, transaction: Transaction, claims: Iterable[Claim], due: datetime
+        self, transaction: Transaction, due: Iterable[tuple[Claim, datetime]]
     ) -> None:
         """Give sessions a due time of their own, and free the claims on their rows."""
-        self._set_times(transaction, claims, due=due, claimed_until=None)
+        self._set_times(transaction, ((claim, at, None) for claim, at in due))
 
     def _set_times(
         self,
         transaction: Transaction,
-        claims: Iterable[Claim],
-        *,
-        due: datetime,
-        claimed_until: datetime | None,
+        times: Iterable[tuple[Claim, datetime, datetime | None]],  # due, claimed until
     ) -> None:
         # A row that leaves its batch unchecked takes the time of its last check along.
-        groups: defaultdict[datetime | None, list[int]] = defaultdict(list)
-        for claim in claims:
-            groups[None if claim.has_due_time else claim.last_checked_at].append(claim.rowid)
-        for of_batch, rowids in groups.items():
+        values = {
+            claim.rowid: (due, until, None if claim.has_due_time else claim.last_checked_at)
+            for claim, due, until in times
+        }
+        for value, rowids in numbers_by_value(values).items():
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     f"UPDATE checkout_session_check {self._database.by_rowid}"
                     " SET next_check_at = %s, claimed_until = %s,"
                     " last_checked_at = COALESCE(%s, last_checked_at)"
                     f" WHERE rowid IN {number_list(some)}",
-                    (due, claimed_until, of_batch),
+                    value,
                 )
 
     def bring_forward(self, transaction: Transaction, due: Mapping[int, datetime]) -> None:
@@ -147,10 +147,7 @@ class QueueRows:
             ):
                 at = due[as_int(rowid)]
                 earliest[as_int(batch_id)] = min(at, earliest.get(as_int(batch_id), at))
-        by_time: defaultdict[datetime, list[int]] = defaultdict(list)
-        for batch_id, at in earliest.items():
-            by_time[at].append(batch_id)
-        for at, batch_ids in by_time.items():
+        for at, batch_ids in numbers_by_value(earliest).items():
             transaction.execute(
                 "UPDATE checkout_session_batch SET due_at = %s"
                 f" WHERE due_at > %s AND id IN {number_list(batch_ids)}",
@@ -170,18 +167,6 @@ class _RecordValues(NamedTuple):
     claimed_at: datetime
 
 
-def _group_by_values(records: Iterable[CheckRecord]) -> dict[_RecordValues, list[int]]:
-    """Row numbers by what is written: most of them are one group, and so one statement."""
-    groups: defaultdict[_RecordValues, list[int]] = defaultdict(list)
-    for claim, outcome, status_code, next_check_at in records:
-        values = _RecordValues(outcome, status_code, next_check_at, claim.claimed_at)
-        groups[values].append(claim.rowid)
-    return groups
-
-
-def group_by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
+def by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:
     """The row numbers of some claims by their `claimed_until`."""
-    groups: defaultdict[datetime, list[int]] = defaultdict(list)
-    for claim in claims:
-        groups[claim.claimed_until].append(claim.rowid)
-    return groups
+    return numbers_by_value({claim.rowid: claim.claimed_until for claim in claims})

@@ -18,14 +18,15 @@ from core.database.port import Connection, Database, Transaction, Value, as_int,
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
 from core.store.queue import Queue
-from core.store.queue_rows import MAX_LEASE, UNCLAIMED
+from core.store.queue_rows import CLAIMED, DUE, MAX_LEASE, UNCLAIMED
 
 # About 5 ms of MariaDB's time, 12 of MySQL's: a claim may have to wait that long.
 PIECE_SESSIONS = 2000
 
 
-# When a session is due, where its row is joined with its batch.
-_DUE = "COALESCE(c.next_check_at, b.next_check_at)"
+# What a row of the queue should have.
+_BATCH = "checkout_session_batch o ON o.id = c.batch_id"
+_OPEN_SESSION = "checkout_session o ON o.id = c.session_id AND o.status = 'open'"
 
 
 @dataclass(slots=True)
@@ -133,7 +134,7 @@ class Reconciliation:
         last_id = self._last_id_of_piece(connection)
         queued = self._count(connection, piece, now, last_id)
         if self._rows_in_queue(connection, last_id) > queued:
-            piece.closed = self._find_closed(connection, last_id)
+            piece.closed = self._find_without(connection, _OPEN_SESSION, last_id)
         return piece, last_id
 
     def _change(self, transaction: Transaction, piece: _Piece) -> None:
@@ -168,7 +169,6 @@ class Reconciliation:
         """Count the open sessions of the piece; returns how many are in the queue."""
         condition, bounds = self._range("s.id", up_to)
         ages = " ".join(f"WHEN c.first_seen_at > %s THEN '{name}'" for name in list(AGES)[:-1])
-        claimed = "({0}claimed_until > %s AND {0}claimed_until <= %s)"
         valid = (now, now + MAX_LEASE)
         due_by = max(now, self._tick)
         wrong, wrong_parameters = self._due_at_wrong_time(now)
@@ -177,9 +177,9 @@ class Reconciliation:
             "SELECT COALESCE(c.last_outcome, ''),"
             f" CASE WHEN c.session_id IS NULL THEN '' {ages} ELSE '{list(AGES)[-1]}' END AS age,"
             " COUNT(*),"
-            f" SUM(CASE WHEN {claimed.format('c.')} OR ({claimed.format('b.')} AND {_DUE} <= %s)"
+            f" SUM(CASE WHEN {CLAIMED.format('c.')} OR ({CLAIMED.format('b.')} AND {DUE} <= %s)"
             " THEN 1 ELSE 0 END),"
-            f" SUM(CASE WHEN {UNCLAIMED.format('c.')} AND {_DUE} > %s THEN 1 ELSE 0 END),"
+            f" SUM(CASE WHEN {UNCLAIMED.format('c.')} AND {DUE} > %s THEN 1 ELSE 0 END),"
             " SUM(CASE WHEN c.rowid IS NOT NULL AND b.id IS NULL THEN 1 ELSE 0 END),"
             f" SUM(CASE WHEN {wrong} THEN 1 ELSE 0 END)"
             " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
@@ -202,7 +202,7 @@ class Reconciliation:
         if new:
             piece.new = self._find_new(connection, up_to)
         if without_batch:
-            piece.without_batch = self._find_without_batch(connection, up_to)
+            piece.without_batch = self._find_without(connection, _BATCH, up_to)
         if late:
             self._find_due_at_wrong_time(connection, piece, now, up_to)
         return queued
@@ -214,7 +214,7 @@ class Reconciliation:
         """
         steps, parameters = [], list[Value]()
         for wait in self._rules.longest_waits():
-            step = f"{_DUE} > %s AND (c.consecutive_failures = 0 OR {_DUE} > %s)"
+            step = f"{DUE} > %s AND (c.consecutive_failures = 0 OR {DUE} > %s)"
             parameters += [now + wait.healthy, now + wait.failing]
             if wait.max_age is not None:
                 step += " AND c.first_seen_at > %s"
@@ -222,7 +222,7 @@ class Reconciliation:
             steps.append(f"({step})")
         unclaimed = f"{UNCLAIMED.format('c.')} AND {UNCLAIMED.format('b.')}"
         return (
-            f"({unclaimed} AND ({_DUE} < b.due_at OR {' OR '.join(steps)}))",
+            f"({unclaimed} AND ({DUE} < b.due_at OR {' OR '.join(steps)}))",
             [*(now, now + MAX_LEASE) * 2, *parameters],
         )
 
@@ -252,16 +252,6 @@ class Reconciliation:
         )
         return [session_id for (session_id,) in ids]
 
-    def _find_without_batch(self, connection: Connection, up_to: Value) -> list[int]:
-        condition, bounds = self._range("c.session_id", up_to)
-        rows = connection.query(
-            f"SELECT c.rowid FROM checkout_session_check c {self._database.by_session}"
-            " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
-            f" WHERE b.id IS NULL{condition}",
-            bounds,
-        )
-        return [as_int(rowid) for (rowid,) in rows]
-
     def _rows_in_queue(self, connection: Connection, up_to: Value) -> int:
         condition, bounds = self._range("session_id", up_to)
         [(rows,)] = connection.query(
@@ -271,15 +261,15 @@ class Reconciliation:
         )
         return as_int(rows)
 
-    def _find_closed(self, connection: Connection, up_to: Value) -> list[int]:
+    def _find_without(self, connection: Connection, other: str, up_to: Value) -> list[int]:
+        """The numbers of the piece's rows `c` without one in `other`, a table joined as `o`."""
         condition, bounds = self._range("c.session_id", up_to)
-        closed = connection.query(
+        rows = connection.query(
             f"SELECT c.rowid FROM checkout_session_check c {self._database.by_session}"
-            " LEFT JOIN checkout_session s ON s.id = c.session_id AND s.status = 'open'"
-            f" WHERE s.id IS NULL{condition}",
+            f" LEFT JOIN {other} WHERE o.id IS NULL{condition}",
             bounds,
         )
-        return [as_int(rowid) for (rowid,) in closed]
+        return [as_int(rowid) for (rowid,) in rows]
 
     def _range(self, column: str, up_to: Value = None) -> tuple[str, Sequence[Value]]:
         """The condition that selects this piece's ids, and its parameters."""

@@ -16,10 +16,11 @@ from core.database.port import (
     as_datetime_or_none,
     as_int,
     number_list,
+    numbers_by_value,
 )
 from core.domain.batch import BatchRecord, CheckRecord, Settlement, settle
 from core.domain.model import BatchClaim, Claim, Recheck
-from core.store.queue_rows import MAX_LEASE, QueueRows, checked_at, group_by_token
+from core.store.queue_rows import CLAIMED, MAX_LEASE, QueueRows, by_token, checked_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +85,18 @@ class ResultWriter:
         records = [record for b in batches for record in b.records]
         self._rows.write(transaction, records, now)
         self._rows.claim(transaction, [claim for b in batches for claim in b.waiting])
-        for b in batches:
-            self._rows.give_due_time(transaction, b.left, b.batch.next_check_at)
+        left = [(claim, b.batch.next_check_at) for b in batches for claim in b.left]
+        self._rows.give_due_time(transaction, left)
         if results.rechecks or results.released:
             self._write_sessions(transaction, results, now)
         self._free(transaction, batches, now)
 
     def _lock_batches(self, transaction: Transaction, batches: Iterable[BatchClaim]) -> set[int]:
         """The ids of the batches whose claim is still valid, locked until the commit."""
-        by_token: defaultdict[datetime, list[int]] = defaultdict(list)
-        for batch in batches:
-            by_token[batch.claimed_until].append(batch.id)
+        tokens = {batch.id: batch.claimed_until for batch in batches}
         return {
             as_int(batch_id)
-            for token, ids in by_token.items()
+            for token, ids in numbers_by_value(tokens).items()
             for some in batched(ids, STATEMENT_ROWS, strict=False)
             for (batch_id,) in transaction.query(
                 "SELECT id FROM checkout_session_batch WHERE claimed_until = %s"
@@ -110,7 +109,7 @@ class ResultWriter:
         """Write what became of sessions whose own row is claimed, where the claim is valid."""
         claims = [*(r.claim for r in results.rechecks), *results.released]
         valid = set[int]()
-        for token, rowids in group_by_token(claims).items():
+        for token, rowids in by_token(claims).items():
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 rows = transaction.query(
                     f"SELECT rowid FROM checkout_session_check {self._database.by_rowid}"
@@ -127,11 +126,9 @@ class ResultWriter:
         self._rows.write_records(transaction, records, now)
         released = [claim for claim in results.released if claim.rowid in valid]
         # Longest due first: what was given back keeps its place.
-        due = {claim.rowid: min(claim.due_at or now, now) for claim in released}
-        for due_at in set(due.values()):
-            due_then = [claim for claim in released if due[claim.rowid] == due_at]
-            self._rows.give_due_time(transaction, due_then, due_at)
-        self._rows.bring_forward(transaction, due)
+        due = [(claim, min(claim.due_at or now, now)) for claim in released]
+        self._rows.give_due_time(transaction, due)
+        self._rows.bring_forward(transaction, {claim.rowid: at for claim, at in due})
 
     def _free(
         self, transaction: Transaction, batches: Sequence[BatchRecord], now: datetime
@@ -140,10 +137,7 @@ class ResultWriter:
         contents = self._contents(transaction, [b.batch.id for b in batches], now)
         frees = [free for b in batches if (free := _free_values(b, contents, now))]
         frees = self._merge(transaction, frees)
-        groups: defaultdict[_BatchValues, list[int]] = defaultdict(list)
-        for free in frees:
-            groups[free.values].append(free.id)
-        for values, ids in groups.items():
+        for values, ids in numbers_by_value({free.id: free.values for free in frees}).items():
             checked = "" if values.checked_at is None else ", checked_at = %s"
             parameters = () if values.checked_at is None else (values.checked_at,)
             for some in batched(ids, STATEMENT_ROWS, strict=False):
@@ -163,7 +157,7 @@ class ResultWriter:
     def _contents(
         self, transaction: Transaction, batch_ids: Iterable[int], now: datetime
     ) -> dict[int, _Contents]:
-        claimed = "claimed_until > %s AND claimed_until <= %s"
+        claimed = CLAIMED.format("")
         contents: dict[int, _Contents] = {}
         for some in batched(batch_ids, STATEMENT_ROWS, strict=False):
             rows = transaction.query(

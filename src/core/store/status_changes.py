@@ -48,6 +48,11 @@ KEEP_CHANGES = timedelta(days=1)
 LATE_CHECK_FIRST = timedelta(minutes=20)
 MAX_LOGGED = 16_000  # characters of a checkout id; MySQL's TEXT holds 65,535 bytes
 
+NO_ROLLBACK = (
+    "checkout_session has no transactions, so an event could be published for a change that is not "
+    "made"
+)
+
 _NO_ROWID = 0  # rows are counted from 1
 
 
@@ -56,6 +61,17 @@ class Publisher(Protocol):
 
     def publish(self, events: Sequence[StatusChangedEvent]) -> Collection[str]:
         """Publish up to CHANGES_AT_ONCE events; returns the session ids of the published ones."""
+
+
+class ChangeRecord(NamedTuple):
+    """A row of `checkout_session_change`, by the names of its columns."""
+
+    session_id: str
+    billing_checkout_id: str | None
+    new_status: SessionStatus
+    billing_status: str
+    changed_at: datetime
+    late_check_at: datetime | None = None  # None: not looked at again
 
 
 class _ShopRow(NamedTuple):
@@ -161,11 +177,7 @@ class StatusChanges:
 
     def _change(self, transaction: Transaction, changes: Sequence[StatusChange]) -> Recorded:
         if self._publisher is not None and not self._database.is_transactional:
-            raise RefusedError(
-                "checkout_session has no transactions, so an event could be published for a "
-                "change that is not made",
-                of_any_row=True,
-            )
+            raise RefusedError(NO_ROLLBACK, of_any_row=True)
         now = transaction.now()
         claimed = self._rows.lock_claimed(transaction, [c.claim for c in changes], now)
         rows = self._lock_open(transaction, claimed)
@@ -256,37 +268,20 @@ class StatusChanges:
         for change, row in changes:
             by_status[change.new_status].append(row.id)
         for status, ids in by_status.items():
-            written = transaction.execute(
-                "UPDATE checkout_session SET status = %s"
-                f" WHERE {STILL_OPEN} AND id IN {placeholders(ids)}",
-                (status.value, *ids),
-            )
-            if written > len(ids):
-                raise RefusedError("several open sessions have the same id")
-            [(kept,)] = transaction.query(
-                "SELECT COUNT(*) FROM checkout_session"
-                f" WHERE COALESCE(status, '') = %s AND id IN {placeholders(ids)}",
-                (status.value, *ids),
-            )
-            if as_int(kept) < len(ids):  # a trigger kept the old status, or wrote another one
-                raise RefusedError("the row does not keep the new status")
-        log = [
-            (
+            several = "several open sessions have the same id"
+            write_status(transaction, ids, status, only=STILL_OPEN, several=several)
+        records = [
+            ChangeRecord(
                 row.id,
-                (_asked(change) or "")[:MAX_LOGGED] or None,
+                _asked(change),
                 change.new_status,
-                change.answer.billing_status[:255],
+                change.answer.billing_status,
                 now,
                 self._late_check_at(change, now),
             )
             for change, row in changes
         ]
-        transaction.execute(
-            "INSERT INTO checkout_session_change"
-            " (session_id, billing_checkout_id, new_status, billing_status, changed_at,"
-            " late_check_at) VALUES " + ", ".join(placeholders(row) for row in log),
-            [value for row in log for value in row],
-        )
+        log_changes(transaction, records)
         self._rows.drop(transaction, [change.claim.rowid for change, _ in changes])
 
     def _late_check_at(self, change: StatusChange, now: datetime) -> datetime | None:
@@ -302,6 +297,50 @@ class StatusChanges:
             if c.claim.rowid in claimed
         ]
         self._rows.write_records(transaction, records, now)
+
+
+def write_status(
+    transaction: Transaction,
+    session_ids: Sequence[str],
+    status: SessionStatus,
+    *,
+    only: str,
+    several: str,
+) -> None:
+    """Write the status of sessions for which the condition `only` holds; their rows are locked.
+
+    Raises:
+        RefusedError: more rows have these ids, with the text `several`; or a row does not keep it.
+    """
+    written = transaction.execute(
+        f"UPDATE checkout_session SET status = %s WHERE {only} AND id IN"
+        f" {placeholders(session_ids)}",
+        (status.value, *session_ids),
+    )
+    if written > len(session_ids):
+        raise RefusedError(several)
+    [(kept,)] = transaction.query(
+        "SELECT COUNT(*) FROM checkout_session"
+        f" WHERE COALESCE(status, '') = %s AND id IN {placeholders(session_ids)}",
+        (status.value, *session_ids),
+    )
+    if as_int(kept) < len(session_ids):  # a trigger kept the old status, or wrote another one
+        raise RefusedError("the row does not keep the new status")
+
+
+def log_changes(transaction: Transaction, records: Sequence[ChangeRecord]) -> None:
+    log = [
+        record._replace(
+            billing_checkout_id=(record.billing_checkout_id or "")[:MAX_LOGGED] or None,
+            billing_status=record.billing_status[:255],
+        )
+        for record in records
+    ]
+    transaction.execute(
+        f"INSERT INTO checkout_session_change ({', '.join(ChangeRecord._fields)}) VALUES "
+        + ", ".join(placeholders(record) for record in log),
+        [value for record in log for value in record],
+    )
 
 
 def _message(error: Exception) -> str:

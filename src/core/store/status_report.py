@@ -5,7 +5,6 @@ number of open sessions comes from the leader's last complete reconciliation.
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,14 +34,14 @@ from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
 from core.domain.other_monitors import OtherMonitor, others_at_work
-from core.domain.rate import KNOWN_LIMIT_SHARE, Budget
+from core.domain.rate import Budget
 from core.domain.verdict import Facts, judge, starts_late_by
 from core.settings import CREDENTIALS, Settings, listed
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays
 from core.store.queue import oldest_due
-from core.store.queue_rows import LAST_CHECK
+from core.store.queue_rows import DUE, LAST_CHECK
 from core.store.status_changes import KEEP_CHANGES
 
 PASSES = 60  # of ticks
@@ -155,7 +154,7 @@ class _StatusReport:
             and {
                 "allowed_per_second": round(allowed, 1),
                 "source": "billing"
-                if budget and budget.rate < (known_limit or math.inf) * KNOWN_LIMIT_SHARE
+                if budget and rate.is_below(budget, known_limit)
                 else "BILLING_MAX_PER_SECOND",
                 "demand_per_second": round(demand, 1),
             },
@@ -286,8 +285,7 @@ class _StatusReport:
         rows = self._connection.query(
             # The few are found first, by their index, whatever is joined to them.
             "SELECT c.session_id, s.billing_checkout_id, c.last_outcome, c.last_status_code,"
-            f" c.consecutive_failures, c.failing_since, {LAST_CHECK},"
-            " COALESCE(c.next_check_at, b.next_check_at)"
+            f" c.consecutive_failures, c.failing_since, {LAST_CHECK}, {DUE}"
             " FROM (SELECT * FROM checkout_session_check WHERE consecutive_failures > 0"
             f" ORDER BY consecutive_failures DESC LIMIT {FAILING:d}) AS c"
             " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
