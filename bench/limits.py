@@ -7,7 +7,6 @@ minutes counts, as the first one is for finding out the limit.
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -25,12 +24,14 @@ from typing import NamedTuple, cast, override
 from bench.machine import Machine, wait
 from bench.report import Results, progress
 from local.billing import Bucket
+from local.mariadb import free_port
 from testkit.shops import numbered
 
 LATENCY_SECONDS = 0.05
 INTERVAL_SECONDS = 5
 SETTLE_SECONDS = MEASURE_SECONDS = 60
 CASES_AT_ONCE = 3
+MONITOR = ("-m", "local", "--share-database")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +244,7 @@ def _monitors(
         shop = stack.enter_context(machine.shop(engine, numbered(open_)))
         for _ in range(count):
             monitor = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "local",
-                    "--share-database",
-                    "--api-port",
-                    str(_free_port()),
-                ],
+                [sys.executable, *MONITOR, "--api-port", str(free_port())],
                 env=os.environ
                 | {"DATABASE_URL": shop.url, "BILLING_API_URL": url, "APIKEY": "bench", **env},
                 stdout=subprocess.DEVNULL,
@@ -260,10 +254,3 @@ def _monitors(
             stack.callback(monitor.terminate)
         progress(f"started {count} monitors, {open_:,} open, {engine}")
         yield
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port

@@ -21,6 +21,8 @@ import yaml
 # samtranslator has no types.
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
+from local.mariadb import free_port
+
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / ".emulator" / "bin"
 REGION = "us-east-1"
@@ -42,8 +44,7 @@ def running_aws(directory: Path) -> Iterator[str]:
     Raises:
         DeployError: the emulator did not start.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = directory / "aws.log"
     settings = {
         "AUTH": "true",  # enforce IAM

@@ -162,7 +162,8 @@ class SimulatedBilling:
         self._api_key = api_key
         self._first_asked: dict[str, float] = {}
         self._bucket = Bucket(LIMIT_PER_SECOND, LIMIT_BURST)
-        self._in_second = (0, 0)  # the latest second, and how many requests came in it
+        per_second = None if service is None else service.per_second
+        self._limit = None if per_second is None else Bucket(per_second, per_second)
         self._server: asyncio.Server | None = None
         self._host = HOST
         self._port: int | None = None
@@ -247,7 +248,8 @@ class SimulatedBilling:
         self.requests[request.checkout_id] += 1
         if not self._accepts(request.headers):
             return _error(401)
-        return _error(429) if self._is_too_much() else None
+        within = self._limit is None or self._limit.take(self._clock())
+        return None if within else _error(429)
 
     def session(self, checkout_id: str, state: str = "open") -> _Answer:
         """The answer about a session in a state."""
@@ -298,16 +300,6 @@ class SimulatedBilling:
             return None
         body = self.service.token_answer(request.target, request.headers, request.body)
         return None if body is None else _Answer(200, body)
-
-    def _is_too_much(self) -> bool:
-        """Whether this request exceeds the service's limit."""
-        if self.service is None or self.service.per_second is None:
-            return False
-        second, count = int(self._clock()), 1
-        if self._in_second[0] == second:
-            count += self._in_second[1]
-        self._in_second = (second, count)
-        return count > self.service.per_second
 
     def _control(self, request: _Request, address: str) -> _Answer:
         names = (self._host.lower(), address)

@@ -19,6 +19,13 @@ def is_installed() -> bool:
     return shutil.which("mariadb-install-db") is not None
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
 @contextlib.contextmanager
 def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
     """Run a server on 127.0.0.1 until the block ends; yields its URL for root.
@@ -29,8 +36,7 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
         RuntimeError: the server did not start; the message is its log.
     """
     data, log = directory / "data", directory / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     user = ["--user=root"] if Path("/root").owner() == "root" else []
     with log.open("wb") as output:
         subprocess.run(  # noqa: S603

@@ -10,7 +10,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from core.billing.client import CHECKOUT_ID
-from core.billing.headers import TOKEN, HeaderTemplates, parse_headers
+from core.billing.headers import (
+    API_KEY_HEADER,
+    BEARER_TOKEN,
+    TOKEN,
+    HeaderTemplates,
+    parse_headers,
+)
+from core.billing.token import CLIENT_ID, CLIENT_SECRET
 
 FILE = Path(__file__).with_name("services.toml")
 LIFETIME_SECONDS = 600  # of a token
@@ -88,14 +95,13 @@ class Service:
         for name in ("BILLING_API_URL", "BILLING_TOKEN_URL"):
             if name in settings:
                 settings[name] = origin + _target(settings[name])
-        names = self._templates().placeholders | {"BILLING_CLIENT_ID", "BILLING_CLIENT_SECRET"}
+        names = self._templates().placeholders | {CLIENT_ID, CLIENT_SECRET}
         return {name: f"simulated-{name.lower()}" for name in names - {TOKEN}} | settings
 
     def _templates(self) -> HeaderTemplates:
-        default = '{"x-api-key": "{APIKEY}"}'
-        if self.token_url:
-            default = '{"authorization": "Bearer {TOKEN}"}'
-        return parse_headers(self.settings.get("BILLING_HEADERS", default))
+        if "BILLING_HEADERS" in self.settings:
+            return parse_headers(self.settings["BILLING_HEADERS"])
+        return BEARER_TOKEN if self.token_url else API_KEY_HEADER
 
 
 def read_services() -> dict[str, Service]:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pymysql
 
-from local.mariadb import mariadb_server
+from local.mariadb import free_port, mariadb_server
 from testkit.shops import connect
 
 GALERA = Path("/usr/lib/galera/libgalera_smm.so")
@@ -62,12 +62,6 @@ def install() -> None:
     print(f"installing {', '.join(missing)}", flush=True)
     for command in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
         subprocess.run(["apt-get", "-qq", *command], check=True, stdout=subprocess.DEVNULL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
