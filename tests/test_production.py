@@ -226,7 +226,12 @@ class TestUpgrade:
         stack = Stack({"ApiLogRole": "CREATE", "AlarmEmail": "ops@example.com"})
         kept = {name: resource["Type"] for name, resource in stack.resources.items()}
         gone = self.BEFORE["resources"].keys() - kept.keys()
-        assert gone == {"CheckLoopEveryMinuteRole"}  # ScheduleRole takes its place
+        assert gone == {
+            "CheckLoopEveryMinuteRole",  # ScheduleRole takes its place
+            "OverdueAlarm",  # SessionsWaitingAlarm takes the place of these two
+            "FailedChecksAlarm",
+            "FailedChecksQueueAlarm",  # and WorkerErrorsAlarm of this one
+        }
         for name, kind in self.BEFORE["resources"].items():
             assert name in gone or kept[name] == kind
         assert set(self.BEFORE["outputs"]) <= set(stack.outputs)
