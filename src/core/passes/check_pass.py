@@ -262,7 +262,7 @@ class _Pass:
         self._loop = asyncio.get_running_loop()
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
-        self._reconciles = manual or (summary.led and view.state.may_reconcile)
+        self._reconciles = manual or (summary.led and view.may_reconcile)
         self._log = PassLog(
             max_active=settings.log_lines_active,
             waits=self._reconciles,
