@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,9 +19,12 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
+from core.database.port import Database
 from core.domain.model import JsonObject, Outcome, Reason, Skip
 from core.domain.summary import Summary
 from core.errors import StoreError
+from core.settings import Settings
+from core.store.session_search import find_sessions, sessions_of
 from core.store.status_report import read_status
 from core.worker import Health, open_database
 from handlers.routes import OPENAPI, add_routes
@@ -58,12 +61,21 @@ class Monitor:
         return Health({}, self.history.now, None)
 
     def status(self) -> JsonObject:
+        return self._read(read_status)
+
+    def find_sessions(self, text: str) -> JsonObject:
+        return self._read(lambda database, _settings: find_sessions(database, text))
+
+    def sessions_of(self, outcome: str, after: int) -> JsonObject:
+        return self._read(lambda database, _settings: sessions_of(database, outcome, after))
+
+    def _read(self, read: Callable[[Database, Settings], JsonObject]) -> JsonObject:
         if self.error is not None:
             raise StoreError(self.error)
         settings = self.history.settings(**self._env)
         database = open_database(settings, clock=FakeClock(self.history.now))
         try:
-            return read_status(database, settings)
+            return read(database, settings)
         finally:
             database.close()
 

@@ -81,7 +81,7 @@ class _Search:
         sessions = [_session(row) | {"change": self._change(row[0])} for row in rows[:FOUND]]
         return {
             "timestamp": iso(now),
-            "query": text,
+            "query": as_shown_text(text),
             "sessions": sessions,
             "note": None if sessions else note,
         }

@@ -32,6 +32,7 @@ from core.database.port import (
 from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
+from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
 from core.domain.verdict import Facts, judge, starts_late_by
@@ -137,9 +138,12 @@ class _StatusReport:
                 failing_since=self._failing_since(same, now),
                 failing_code=same[0]["status_code"] if same else None,
             )
+        verdict = judge(facts)
+        step = next_step(verdict)
         return {
             "timestamp": iso(now),
-            "verdict": judge(facts).as_dict(),
+            "verdict": verdict.as_dict(),
+            "next_step": step.as_dict() if step else None,
             "open": {
                 "count": facts.open,
                 "counted_at": _iso(counted_at),
