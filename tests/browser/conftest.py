@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from aws_lambda_powertools.event_handler import APIGatewayRestResolver
@@ -46,6 +46,7 @@ ARGUMENTS = [
 # Debian's, or what GitHub's machines have.
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NO_CHROMIUM = "no Chromium: apt-get install chromium"
+DASHBOARD = "https://console.aws.amazon.com/cloudwatch/home?region=r#dashboards/dashboard/s-r"
 SECURED = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
 
 
@@ -55,13 +56,18 @@ class Monitor:
     def __init__(self, history: History, **env: str) -> None:
         self.history = history
         self.error: str | None = None
+        self.waiting: JsonObject | None = None
+        self.answers = threading.Event()  # cleared: it does not answer
+        self.answers.set()
         self._env = env
 
     def health(self) -> Health:
         return Health({}, self.history.now, None)
 
     def status(self) -> JsonObject:
-        return self._read(read_status)
+        self.answers.wait()
+        found = self._read(read_status)
+        return found | {"waiting": self.waiting} if self.waiting else found
 
     def find_sessions(self, text: str) -> JsonObject:
         return self._read(lambda database, _settings: find_sessions(database, text))
@@ -96,17 +102,24 @@ class Stage:
         self.key = key
         self.is_up = True
         self._app = APIGatewayRestResolver()
-        add_routes(self._app, lambda: monitor)
+        add_routes(self._app, lambda: monitor, dashboard=lambda: DASHBOARD)
 
     def answer(self, method: str, target: str, headers: Any, body: str) -> dict[str, Any]:  # noqa: ANN401
-        path = urlsplit(target).path.removeprefix("/live") or "/"
+        url = urlsplit(target)
+        path = url.path.removeprefix("/live") or "/"
         operation = SECURED.get(path, {}).get(method.lower())
         if operation is None:
             return _refused("Missing Authentication Token")
         public = operation.get("security") == []
         if self.key is not None and not public and headers["x-api-key"] != self.key:
             return _refused("Forbidden")
-        request = {**event("health"), "httpMethod": method, "path": path, "body": body}
+        request = {
+            **event("health"),
+            "httpMethod": method,
+            "path": path,
+            "body": body,
+            "queryStringParameters": dict(parse_qsl(url.query)),
+        }
         return self._app.resolve(request, SimpleNamespace())  # type: ignore[arg-type]
 
 
@@ -149,7 +162,7 @@ def _refused(message: str) -> dict[str, Any]:
     return {
         "statusCode": 403,
         "multiValueHeaders": {"Content-Type": ["application/json"]},
-        "body": json.dumps({"message": message}),
+        "body": json.dumps({"success": False, "message": message}),
     }
 
 
