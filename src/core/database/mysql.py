@@ -4,7 +4,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Protocol
@@ -177,6 +177,9 @@ class MySQLDatabase:
         else:
             now = f"CAST('{self._clock():%Y-%m-%d %H:%M:%S.%f}' AS DATETIME(3))"
         return f"({now} + INTERVAL {plus_seconds:d} SECOND)" if plus_seconds else now
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        return f"CONCAT_WS('|', {', '.join(expressions)})"
 
     def comparable(self, session_id: str) -> bool:
         if self._ids is None:

@@ -1,7 +1,7 @@
 """What the store needs of a database engine; `mysql` and `sqlite` beside this file are the two."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Protocol
 
@@ -69,6 +69,9 @@ class Database(Protocol):
 
     def now_sql(self, *, plus_seconds: int = 0) -> str:
         """The database's clock, to the millisecond, as an expression within a statement."""
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        """An expression: the values of others, none NULL, as one text with | between them."""
 
     def prepare(self) -> Sequence[str]:
         """Make the monitor's tables fit the shop's: create, upgrade and change them if need be.
@@ -140,8 +143,9 @@ def as_shown_text(value: Value) -> str:
 
 
 def as_datetime(value: Value) -> datetime:
-    if isinstance(value, str):
-        return datetime.fromisoformat(value)
+    if isinstance(value, str):  # in a text, MySQL's times have no zone
+        time = datetime.fromisoformat(value)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
     if not isinstance(value, datetime):
         raise TypeError(f"expected a time from the database, not {value!r}")
     return value

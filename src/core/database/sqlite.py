@@ -1,7 +1,7 @@
 """SQLite, the embedded database of a laptop and of the tests."""
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -187,6 +187,9 @@ class SQLiteDatabase:
 
     def now_sql(self, *, plus_seconds: int = 0) -> str:
         return f"'{iso(self._clock() + timedelta(seconds=plus_seconds))}'"
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        return " || '|' || ".join(expressions)
 
     def comparable(self, session_id: str) -> bool:
         try:

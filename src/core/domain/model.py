@@ -53,6 +53,8 @@ class Outcome(StrEnum):
     INVALID_SESSION = "invalid_session"  # no billing_checkout_id, or one that no URL can carry
     INTERNAL_ERROR = "internal_error"  # an unexpected error of the monitor itself
 
+    __hash__ = str.__hash__  # Enum's is a Python function; each check is counted by its outcome
+
     @property
     def is_error(self) -> bool:
         """Whether the check failed; failures in a row make its session back off."""
