@@ -70,7 +70,8 @@ class PassLog:
     """The lines of one pass, at most LINES_PER_OUTCOME of each outcome.
 
     `max_active` is the limit for `active`; None: no limit. With `waits`, lines are held back until
-    the first one, which says how many sessions are open: checks begin before that is known.
+    the first one, which says how many sessions are open: checks begin before that is known. Those
+    of failures then come first.
     `sent_headers` are the names of the headers with credentials, where they are not the default.
     """
 
@@ -85,12 +86,12 @@ class PassLog:
         self._sent_headers = sent_headers
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
-        self._waiting: list[Callable[[], None]] | None = [] if waits else None
+        self._waiting: list[tuple[Outcome, Callable[[], None]]] | None = [] if waits else None
 
     def start(self, at: datetime, open_sessions: int) -> None:
         waiting, self._waiting = self._waiting, None
         logger.info(f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...")
-        for write in waiting or ():
+        for _, write in sorted(waiting or (), key=lambda line: not line[0].is_error):
             write()
 
     def check(self, claim: Claim, answer: Answer) -> None:
@@ -131,7 +132,7 @@ class PassLog:
         if self._waiting is None:
             write()
         else:
-            self._waiting.append(write)
+            self._waiting.append((outcome, write))
 
     def _limit(self, outcome: Outcome) -> int | None:
         return self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME

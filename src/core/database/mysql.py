@@ -113,9 +113,14 @@ class MySQLDatabase:
     by_rowid = "FORCE INDEX (PRIMARY)"
     by_session = "FORCE INDEX (checkout_session_check_session)"
     by_batch = "FORCE INDEX (checkout_session_check_batch)"
+    by_failures = "FORCE INDEX (checkout_session_check_failing)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     join_in_order = "STRAIGHT_JOIN"
+    has_index = (
+        "SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE()"
+        " AND table_name = 'checkout_session' AND seq_in_index = 1 AND column_name = %s LIMIT 1"
+    )
     skip_duplicates = "ON DUPLICATE KEY UPDATE {key} = {key}"  # INSERT IGNORE would cut values, too
 
     def __init__(

@@ -53,9 +53,13 @@ class Database(Protocol):
     by_rowid: str  # makes a statement find rows of checkout_session_check by their numbers
     by_session: str  # the same, by their session ids
     by_batch: str  # the same, by their batches
+    by_failures: str  # the same, by their failures in a row
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     join_in_order: str  # JOIN that reads the table on its left first
+    has_index: (
+        str  # a SELECT that finds a row if an index of the shop's table begins with column %s
+    )
     skip_duplicates: str  # after an INSERT: skip rows whose {key} exists
     is_transactional: bool  # a change of the shop's table can be rolled back
 
@@ -131,6 +135,11 @@ def as_text(value: Value) -> str:
 
 def as_text_or_none(value: Value) -> str | None:
     return None if value is None else as_text(value)
+
+
+def as_shown_text(value: Value) -> str:
+    """Text for people and JSON: bytes that are not UTF-8 are shown as escapes."""
+    return as_text(value).encode(errors="backslashreplace").decode()
 
 
 def as_datetime(value: Value) -> datetime:

@@ -214,6 +214,11 @@ class OpenCounts:
     outcomes: Mapping[str, int] = field(default_factory=dict)  # by last outcome; "": unchecked
     ages: Mapping[str, int] = field(default_factory=dict)  # by the names of AGES
 
+    @property
+    def failing(self) -> int:
+        """How many failed their last check."""
+        return sum(self.outcomes.get(outcome.value, 0) for outcome in Outcome if outcome.is_error)
+
 
 # Upper bounds of a session's age in seconds, by the name under which it is counted.
 AGES: Mapping[str, float] = {"10m": 600, "1h": 3600, "24h": 86_400, "older": float("inf")}

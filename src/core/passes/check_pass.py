@@ -154,6 +154,7 @@ async def check_open_checkout_sessions(
         options.tick,
         led=leads,
         open=view.last_counts.open,
+        failing=view.last_counts.failing,
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
