@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from core.billing.settings import CREDENTIALS, listed
 from core.database.address import (
     Auth,
     DatabaseAddress,
@@ -24,19 +25,19 @@ from core.database.port import (
     Connection,
     Database,
     Row,
-    Value,
     as_datetime,
     as_datetime_or_none,
     as_int,
-    as_text,
+    as_shown_text,
 )
 from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import JsonObject, Reason, Skip, iso
+from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
 from core.domain.verdict import Facts, judge, starts_late_by
-from core.settings import CREDENTIALS, Settings, listed
+from core.settings import Settings
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays
@@ -138,9 +139,12 @@ class _StatusReport:
                 failing_since=self._failing_since(same, now),
                 failing_code=same[0]["status_code"] if same else None,
             )
+        verdict = judge(facts)
+        step = next_step(verdict)
         return {
             "timestamp": iso(now),
-            "verdict": judge(facts).as_dict(),
+            "verdict": verdict.as_dict(),
+            "next_step": step.as_dict() if step else None,
             "open": {
                 "count": facts.open,
                 "counted_at": _iso(counted_at),
@@ -294,8 +298,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": _shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "outcome": outcome,
                 "status_code": status_code,
                 "consecutive_failures": failures,
@@ -353,7 +357,7 @@ class _StatusReport:
         sessions: defaultdict[str, list[str]] = defaultdict(list)
         for session_id, checkout_id, is_open in rows:
             if is_open and checkout_id:
-                sessions[_shown_id(checkout_id)].append(_shown_id(session_id))
+                sessions[as_shown_text(checkout_id)].append(as_shown_text(session_id))
         return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
     def _paid_late(self, now: datetime) -> list[str]:
@@ -363,7 +367,7 @@ class _StatusReport:
             f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
             (now - KEEP_CHANGES,),
         )
-        return [_shown_id(session_id) for (session_id,) in rows]
+        return [as_shown_text(session_id) for (session_id,) in rows]
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
@@ -372,8 +376,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": _shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "new_status": new_status,
                 "billing_status": billing_status,
                 "changed_at": iso(as_datetime(changed_at)),
@@ -466,11 +470,6 @@ def _database_settings(address: DatabaseAddress) -> JsonObject:
             found |= {"DATABASE_HOST": host, "DATABASE_PORT": port, "DATABASE_NAME": name}
             found["DATABASE_TLS"] = Tls.VERIFY
     return found
-
-
-def _shown_id(value: Value) -> str:
-    """An id as text, also of a binary column; bytes that are not UTF-8 are shown as escapes."""
-    return as_text(value).encode(errors="backslashreplace").decode()
 
 
 def _in_force(paused_until: datetime | None, now: datetime) -> datetime | None:
