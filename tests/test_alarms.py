@@ -230,7 +230,6 @@ CAUSES: Mapping[str, tuple[str, int, Situation]] = {
         aws(SCHEDULER, "InvocationDroppedCount"),
     ),
     "the API crashes": ("ApiErrors", 2, aws(LAMBDA, f"Errors/{API}")),
-    "the API is throttled": ("ApiErrors", 2, aws(LAMBDA, f"Throttles/{API}")),
 }
 # No alarm, however long they last.
 NO_CAUSE: Mapping[str, Situation] = {
@@ -246,7 +245,7 @@ NO_CAUSE: Mapping[str, Situation] = {
     "AWS sends zeroes": lambda setup, minute: (
         aws(STATES, "ExecutionsFailed", "ExecutionsTimedOut", value=0)(setup, minute)
         | aws(SCHEDULER, "InvocationDroppedCount", value=0)(setup, minute)
-        | aws(LAMBDA, f"Errors/{API}", f"Throttles/{API}", value=0)(setup, minute)
+        | aws(LAMBDA, f"Errors/{API}", value=0)(setup, minute)
     ),
 }
 

@@ -50,7 +50,7 @@ _BY_OUTCOME: Mapping[Outcome, Step] = {
     ),
     Outcome.INTERNAL_ERROR: Step("The log names the session and the error.", "SessionsWaiting"),
     Outcome.INVALID_SESSION: Step(
-        "Find out why the shop opens sessions without a billing_checkout_id.", "What a check finds"
+        "Find out why the shop opens sessions without a billing_checkout_id.", "SessionsWaiting"
     ),
 }
 _BY_TEXT: Mapping[str, Step] = {
