@@ -5,13 +5,14 @@ raises one alarm.
 """
 
 import io
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache
-from itertools import product
+from functools import cache, partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from tests.cloudwatch import (
     emf_values,
     next_state,
 )
+from tests.passes.virtual import VirtualMonitor
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
@@ -369,6 +371,50 @@ def test_billing_away_for_105_minutes_at_the_recommended_cadence() -> None:
     stack = Stack(Setup(cadence_minutes=RECOMMENDED_CADENCE))
     assert stack.run(away, 5) == {"SessionsWaiting"}
     assert stack.run(passes({TIMEOUT: 100}), 100) == {"SessionsWaiting"}
+
+
+class TestPasses:
+    """What passes really emit, in virtual time, with all sessions asked in the first minute."""
+
+    @pytest.mark.parametrize(
+        ("env", "minutes"),
+        [
+            # A session waits from two intervals after it was due on.
+            ({}, 5),
+            ({"CHECK_INTERVAL_SECONDS": "60"}, 7),
+            # It is due four minutes after billing has gone.
+            ({"CHECK_INTERVAL_SECONDS": "60", "CHECK_CADENCE": "5m"}, 11),
+        ],
+    )
+    def test_billing_goes_after_a_minute(self, env: Mapping[str, str], minutes: int) -> None:
+        monitor = VirtualMonitor(lambda *_: 0.1 if monitor.loop.now < 60 else math.inf, **env)
+        assert alarms_of(monitor, 1 + minutes) == {"SessionsWaiting": 1 + minutes}
+
+    def test_one_of_twenty_never_answers(self) -> None:
+        monitor = VirtualMonitor(
+            lambda session, _: math.inf if session == "checkout_7" else 0.1,
+            CHECK_INTERVAL_SECONDS="60",
+            CHECK_CADENCE="5m",
+        )
+        assert alarms_of(monitor, 30) == {}
+
+
+def alarms_of(monitor: VirtualMonitor, minutes: int) -> Mapping[str, int]:
+    """After how many minutes of a monitor of 20 sessions each alarm comes."""
+    monitor.open(20)
+    monitor.run(60 * minutes // monitor.settings.interval_seconds)
+    of_minute = defaultdict(list)
+    for summary in monitor.summaries:
+        of_minute[int((summary.finished_at - NOON).total_seconds() // 60)].append(summary)
+    watch = CloudWatch(ALARMS)
+    found: dict[str, int] = {}
+    for minute in range(minutes):
+        log = [emitted(partial(metrics.measure, summary), 1) for summary in of_minute[minute]]
+        for metric, values in chain.from_iterable(m.items() for m in (started(12), *log)):
+            watch.put(metric, values)
+        watch.end_minute()
+        found |= {n: minute + 1 for n, s in watch.states.items() if s == ALARM and n not in found}
+    return found
 
 
 class TestBirth:
