@@ -130,6 +130,11 @@ def as_text_or_none(value: Value) -> str | None:
     return None if value is None else as_text(value)
 
 
+def shown_id(value: Value) -> str:
+    """An id as text, also of a binary column; bytes that are not UTF-8 are shown as escapes."""
+    return as_text(value).encode(errors="backslashreplace").decode()
+
+
 def as_datetime(value: Value) -> datetime:
     if isinstance(value, str):
         return datetime.fromisoformat(value)
