@@ -437,18 +437,24 @@ class TestApi:
             if settings["security"] != [{"api_key": []}]
         ]
 
-        assert sorted(open_methods) == ["GET /", "GET /api/health", "GET /api/openapi.json"]
+        assert sorted(open_methods) == [
+            f"{method} {path}"
+            for method in ("GET", "HEAD")
+            for path in ("/", "/api/health", "/api/openapi.json", "/api/operate.md")
+        ]
         assert "post" in paths["/api/test/checkout-sessions"]
 
     def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
-        every, health = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
+        every, *health = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
         plan = resources["MonitorApiUsagePlan"]["Properties"]
 
         assert (every["ResourcePath"], every["HttpMethod"]) == ("/*", "*")
         assert every["ThrottlingRateLimit"] <= 10
         assert plan["Throttle"]["RateLimit"] <= every["ThrottlingRateLimit"]
-        assert (health["ResourcePath"], health["HttpMethod"]) == ("/~1api~1health", "GET")
-        assert health["ThrottlingRateLimit"] <= 2
+        assert [one["HttpMethod"] for one in health] == ["GET", "HEAD"]
+        for method in health:
+            assert method["ResourcePath"] == "/~1api~1health"
+            assert method["ThrottlingRateLimit"] <= 2
 
     def test_a_body_is_validated_with_the_limits_and_words_of_the_code(
         self, resources: dict[str, Resource]
@@ -457,7 +463,8 @@ class TestApi:
         trigger = body["paths"]["/api/test/checkout-sessions"]["post"]
         model = body["components"]["schemas"]["triggerbody"]
         ids = model["properties"]["session_ids"]
-        refusal = body["x-amazon-apigateway-gateway-responses"]["BAD_REQUEST_BODY"]
+        refusals = body["x-amazon-apigateway-gateway-responses"]
+        refusal = refusals["BAD_REQUEST_BODY"]
         validator = body["x-amazon-apigateway-request-validators"][
             trigger["x-amazon-apigateway-request-validator"]
         ]
@@ -472,6 +479,10 @@ class TestApi:
             "success": False,
             "message": f"{routes.BODY_FORM}.",
         }
+        for kind in ("DEFAULT_4XX", "DEFAULT_5XX"):
+            assert refusals[kind]["responseTemplates"]["application/json"] == (
+                '{"success": false, "message": $context.error.messageString}'
+            )
 
     def test_access_logs_are_json_without_the_key(self, resources: dict[str, Resource]) -> None:
         text = resources["MonitorApiliveStage"]["Properties"]["AccessLogSetting"]["Format"]
@@ -694,7 +705,10 @@ class TestEvents:
             "trigger-bad-body",
             "page",
             "status",
+            "session",
+            "sessions",
             "openapi",
+            "operate",
         }
 
     def test_requests_use_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
@@ -702,7 +716,9 @@ class TestEvents:
         events = [json.loads(file.read_text()) for file in EVENTS.iterdir()]
         requests = {(e["path"], e["httpMethod"].lower()) for e in events if "httpMethod" in e}
 
-        assert requests == {(path, method) for path, methods in paths.items() for method in methods}
+        assert requests == {
+            (path, method) for path, methods in paths.items() for method in methods
+        } - {(path, "head") for path in paths}
 
 
 class TestSamConfig:

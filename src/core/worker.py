@@ -30,6 +30,8 @@ from core.store.store import Store
 
 # Kept free at the end of a Lambda's time, to record what is in flight and to write the pass's row.
 FINISH_SECONDS = 5.0
+# Reading for the API takes no longer. The page says after ten seconds that no answer has come.
+READ_SECONDS = 7.0
 
 
 class Health(NamedTuple):
@@ -152,7 +154,7 @@ class Worker:
         }
         last_pass_at = None
         try:
-            beat = self._database_thread.submit(self._heartbeat).result()
+            beat = self._read(self._heartbeat)
         except StoreError as error:
             logger.error(f"❌ {error}")
             now = datetime.now(UTC)
@@ -174,7 +176,27 @@ class Worker:
             self._prepare()
             return read_status(self._database, self._settings, on_lambda=self._on_lambda)
 
-        return self._database_thread.submit(read).result()
+        return self._read(read)
+
+    def find_sessions(self, text: str) -> JsonObject:
+        """The answer of `GET /api/status?session=…`. Raises StoreError."""
+        from core.store.session_search import find_sessions  # noqa: PLC0415 (as above)
+
+        def read() -> JsonObject:
+            self._prepare()
+            return find_sessions(self._database, text)
+
+        return self._read(read)
+
+    def sessions_of(self, outcome: str, after: int) -> JsonObject:
+        """The answer of `GET /api/sessions`. Raises StoreError."""
+        from core.store.session_search import sessions_of  # noqa: PLC0415 (as above)
+
+        def read() -> JsonObject:
+            self._prepare()
+            return sessions_of(self._database, outcome, after)
+
+        return self._read(read)
 
     def stop(self) -> None:
         """Make a pass under way, from any thread, give back its claims and end (CancelledError)."""
@@ -197,6 +219,20 @@ class Worker:
                 self._running = None
 
         return self._runner.run(cancellable())
+
+    def _read[T](self, read: Callable[[], T]) -> T:
+        """What `read` returns in the database's thread. Raises StoreError after READ_SECONDS too.
+
+        Then `read` goes on until the database's own time limits end it, and later ones wait.
+        """
+        reading = self._database_thread.submit(read)
+        try:
+            return reading.result(READ_SECONDS)
+        except TimeoutError:
+            reading.cancel()  # if it has not begun
+            raise StoreError(
+                f"The database has not answered within {READ_SECONDS:.0f} s."
+            ) from None
 
     def _prepare(self) -> None:
         for warning in self._store.prepare():

@@ -37,6 +37,7 @@ _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECAS
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]+")
 
 
 class StatusCodes(NamedTuple):
@@ -214,8 +215,8 @@ def path_segment(billing_checkout_id: str) -> str | None:
     Everything but RFC 3986's unreserved characters is percent-encoded, so an id can neither leave
     its segment nor add a query.
     """
-    if billing_checkout_id in _DOT_SEGMENTS:
-        return None
+    if _UNRESERVED.fullmatch(billing_checkout_id):  # nearly every id
+        return None if billing_checkout_id in _DOT_SEGMENTS else billing_checkout_id
     try:
         return quote(billing_checkout_id, safe="")
     except UnicodeEncodeError:  # half of a surrogate pair is not a character
@@ -241,6 +242,8 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
 
 async def _read(response: httpx.Response) -> bytes | None:
     """The body, read to its end so that the connection can be reused; None beyond the limit."""
+    if response.is_closed:  # the transport has read it
+        return response.content if len(response.content) <= MAX_BODY_BYTES else None
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

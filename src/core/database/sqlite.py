@@ -1,7 +1,7 @@
 """SQLite, the embedded database of a laptop and of the tests."""
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -163,8 +163,12 @@ class SQLiteConnection:
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = by_rowid = by_session = by_batch = ""
+    in_due_order = by_rowid = by_session = by_batch = by_failures = ""
     join_in_order = "JOIN"
+    has_index = (
+        "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+        " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = %s"
+    )
     is_transactional = True
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     skip_duplicates = "ON CONFLICT DO NOTHING"
@@ -185,6 +189,9 @@ class SQLiteDatabase:
 
     def now_sql(self, *, plus_seconds: int = 0) -> str:
         return f"'{iso(self._clock() + timedelta(seconds=plus_seconds))}'"
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        return " || '|' || ".join(expressions)
 
     def comparable(self, session_id: str) -> bool:
         try:
@@ -249,10 +256,7 @@ def _make_tables(connection: Connection) -> Sequence[str]:
     """Make what is missing; returns warnings about the shop's table."""
     for statement in TABLES.split(";"):
         connection.execute(statement)
-    indexed = connection.query(
-        "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
-        " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
-    )
+    indexed = connection.query(SQLiteDatabase.has_index, ("status",))
     return [] if indexed else [NO_STATUS_INDEX]
 
 

@@ -53,6 +53,8 @@ class Outcome(StrEnum):
     INVALID_SESSION = "invalid_session"  # no billing_checkout_id, or one that no URL can carry
     INTERNAL_ERROR = "internal_error"  # an unexpected error of the monitor itself
 
+    __hash__ = str.__hash__  # Enum's is a Python function; each check is counted by its outcome
+
     @property
     def is_error(self) -> bool:
         """Whether the check failed; failures in a row make its session back off."""
@@ -211,6 +213,11 @@ class OpenCounts:
     not_due: int = 0
     outcomes: Mapping[str, int] = field(default_factory=dict)  # by last outcome; "": unchecked
     ages: Mapping[str, int] = field(default_factory=dict)  # by the names of AGES
+
+    @property
+    def failing(self) -> int:
+        """How many failed their last check."""
+        return sum(self.outcomes.get(outcome.value, 0) for outcome in Outcome if outcome.is_error)
 
 
 # Upper bounds of a session's age in seconds, by the name under which it is counted.

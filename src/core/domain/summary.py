@@ -25,6 +25,7 @@ class Summary:
     led: bool = False
     counted: bool = False
     open: int = 0
+    failing: int = 0  # open sessions whose last check failed, by the count before the pass
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     skipped: Counter[Skip] = field(default_factory=Counter)
     overdue_seconds: float = 0.0
@@ -69,6 +70,7 @@ class Summary:
             "started_at": iso(self.started_at),
             "tick": iso(self.tick) if self.tick else None,
             "open": self.open,
+            "failing": self.failing,
             "checked": self.checked,
             "success": self.successes,
             "errors": self.errors,

@@ -36,7 +36,7 @@ MIN_UNKNOWN_TO_BILLING = 10
 MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
 # What is wrong, by cause.
-TROUBLE = {
+TROUBLE: Mapping[str, str] = {
     Outcome.UNAUTHORIZED: "Billing refuses the key",
     Outcome.TIMEOUT: "Billing does not answer in time",
     Outcome.NETWORK_ERROR: "Billing cannot be reached",
@@ -51,6 +51,7 @@ TROUBLE = {
     NOT_ASKED: "Checks are late",
 }
 REFUSES_SOME = "Billing refuses some sessions"
+FAILED_LAST_CHECK = "failed their last check"
 
 
 class Level(StrEnum):
@@ -221,7 +222,7 @@ def _level(facts: Facts, cause: str, wait: Wait) -> Level:
 
 
 def _trouble(facts: Facts, cause: str, wait: Wait) -> str:
-    text = TROUBLE[Outcome(cause) if cause != NOT_ASKED else NOT_ASKED]
+    text = TROUBLE[cause]
     if cause == Outcome.UNAUTHORIZED and wait.sessions < MOST * facts.total:
         text = REFUSES_SOME
     if cause == Outcome.UNKNOWN_STATUS and facts.unknown_words:
@@ -303,7 +304,7 @@ def _what_helps(facts: Facts) -> str:
 
 
 def _failed(facts: Facts) -> str:
-    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
+    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} {FAILED_LAST_CHECK}"
 
 
 def _notes(facts: Facts) -> list[str]:

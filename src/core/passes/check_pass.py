@@ -155,6 +155,7 @@ async def check_open_checkout_sessions(
         options.tick,
         led=leads,
         open=view.last_counts.open,
+        failing=view.last_counts.failing,
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
@@ -215,6 +216,13 @@ class _Waiting(NamedTuple):
     paused: bool  # when it was requested, or when it came
 
 
+class _Beginning(NamedTuple):
+    """The claims whose checks are being begun, until so many remain."""
+
+    waiting: _Waiting
+    remaining: int
+
+
 @dataclass(slots=True)
 class _Tally:
     """What a pass has done so far; only the pass changes it."""
@@ -257,7 +265,7 @@ class _Pass:
         self._loop = asyncio.get_running_loop()
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
-        self._reconciles = manual or (summary.led and view.state.may_reconcile)
+        self._reconciles = manual or (summary.led and view.may_reconcile)
         self._log = PassLog(
             max_active=settings.log_lines_active,
             waits=self._reconciles,
@@ -275,6 +283,7 @@ class _Pass:
         self._tally = _Tally(view.last_counts.open)
         self._tasks = asyncio.TaskGroup()
         self._permits = asyncio.Semaphore(settings.max_concurrency)
+        self._beginning: _Beginning | None = None
         self._claimed = 0
         self._share: float | None = None  # requests a second that this pass began lately
         self._workers = under_way + 1
@@ -463,7 +472,8 @@ class _Pass:
     async def _begin(self, billing: Billing, waiting: _Waiting, *, remaining: int) -> None:
         """Begin checks until `remaining` claims are left or time is up."""
         self._pause.begin_by = waiting.begin_by
-        with suppress(TimeoutError):
+        self._beginning = _Beginning(waiting, remaining)
+        try:
             async with asyncio.timeout_at(waiting.begin_by):
                 while len(waiting.claims) > remaining:
                     await self._writer.wait_for_room()
@@ -472,8 +482,36 @@ class _Pass:
                     if not turn:
                         return
                     self._pause.gone(1)
-                    check = self._check(billing, waiting.claims.popleft(), waiting.requested)
-                    self._tasks.create_task(check)
+                    checks = self._check_and_go_on(billing, waiting.claims.popleft(), waiting)
+                    self._tasks.create_task(checks)
+        except TimeoutError:
+            pass
+        finally:
+            self._beginning = None
+
+    async def _check_and_go_on(self, billing: Billing, claim: Claim, waiting: _Waiting) -> None:
+        """Check a session, then others: a task for each of them would cost as much as to decide."""
+        try:
+            while True:
+                await self._check(billing, claim, waiting.requested)
+                following = self._following()
+                if following is None:
+                    return
+                claim, waiting = following
+        finally:
+            self._permits.release()
+
+    def _following(self) -> tuple[Claim, _Waiting] | None:
+        """A claim whose check may begin now. The last one is left to `_begin`, which then ends."""
+        if self._beginning is None:
+            return None
+        waiting, remaining = self._beginning
+        if len(waiting.claims) <= remaining + 1 or not self._writer.has_room:
+            return None
+        if not self._pause.takes_turn():
+            return None
+        self._pause.gone(1)
+        return waiting.claims.popleft(), waiting
 
     async def _may_leave(self, until: float) -> bool:
         """Wait for the turn of one request; it keeps its permit only if it may leave then."""
@@ -531,26 +569,22 @@ class _Pass:
         return held > self._writer.batches_held
 
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
-        tally = self._tally
-        try:
+        answer, decision = await self._ask_and_decide(billing, claim, requested)
+        limits = 0
+        while limited := self._is_limit_of_all(claim, answer, limits):
+            limits += 1
+            self._tally.rate_limited += 1
+            self._pause.rate_limited(answer)
+            if not await self._may_ask_again(requested):
+                break
             answer, decision = await self._ask_and_decide(billing, claim, requested)
-            limits = 0
-            while limited := self._is_limit_of_all(claim, answer, limits):
-                limits += 1
-                tally.rate_limited += 1
-                self._pause.rate_limited(answer)
-                if not await self._may_ask_again(requested):
-                    break
-                answer, decision = await self._ask_and_decide(billing, claim, requested)
-            if limited:
-                self._writer.give_back([claim])
-                self._gave_back = True
-            else:
-                self._writer.write(decision)
-            if self._scaling is not None and self._scaling.record_latency(answer):
-                self._tasks.create_task(self._start_workers(self._scaling))
-        finally:
-            self._permits.release()
+        if limited:
+            self._writer.give_back([claim])
+            self._gave_back = True
+        else:
+            self._writer.write(decision)
+        if self._scaling is not None and self._scaling.record_latency(answer):
+            self._tasks.create_task(self._start_workers(self._scaling))
 
     async def _may_ask_again(self, requested: float) -> bool:
         """Wait until a session that was limited may be asked again; returns false if that is late.
@@ -576,7 +610,7 @@ class _Pass:
         Counts the answer.
         """
         limited, others = answer.outcome is Outcome.RATE_LIMITED, self._tally.others
-        was_limited = claim.last_outcome == Outcome.RATE_LIMITED.value
+        was_limited = claim.last_outcome == Outcome.RATE_LIMITED
         if not limits and not was_limited:
             others.append(limited)
         if not limited:
@@ -592,12 +626,12 @@ class _Pass:
         """Ask billing and decide; an unexpected error is this session's outcome, and logged."""
         try:
             answer = await billing.check(claim.billing_checkout_id)
-            self._tally.last_answer_at = self._loop.time()
+            self._tally.last_answer_at = now = self._loop.time()
             decision = decide(
                 claim,
                 answer,
                 tick=self._view.tick,
-                answered_at=claim.claimed_at + timedelta(seconds=self._loop.time() - requested),
+                answered_after=now - requested,
                 rules=self._rules,
                 choose=self._choose,
             )

@@ -1,5 +1,6 @@
 """The settings in force, as `GET /api/status` returns them."""
 
+from core.billing.settings import CREDENTIALS, listed
 from core.database.address import (
     Auth,
     DatabaseAddress,
@@ -10,7 +11,7 @@ from core.database.address import (
     Tls,
 )
 from core.domain.model import JsonObject
-from core.settings import CREDENTIALS, Settings, listed
+from core.settings import Settings
 
 
 def settings_in_force(settings: Settings) -> JsonObject:

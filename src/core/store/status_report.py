@@ -18,11 +18,12 @@ from core.database.port import (
     as_datetime,
     as_datetime_or_none,
     as_int,
-    shown_id,
+    as_shown_text,
 )
 from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import AGES, JsonObject, Outcome, Reason, Skip, iso
+from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
 from core.domain.verdict import Facts, Quiet, judge, starts_late_by
@@ -100,10 +101,8 @@ class _StatusReport:
             since = changed
             slots, missed = self._missed(ticks, since, now)
         outcomes = counts["outcomes"] if counts else {}
-        waiting = WaitingReader(self._database, self._settings.check_rules()).read(
-            self._connection, now, outcomes
-        )
-        overdue_seconds = self._overdue_seconds(now)
+        reader = WaitingReader(self._database, self._settings.check_rules())
+        waiting = reader.read(self._connection, now, outcomes)
         killed = [p.started_at for p in under_way if not p.alive and p.started_at > now - HISTORY]
         facts = Facts(
             waiting=waiting,
@@ -112,9 +111,7 @@ class _StatusReport:
             installed_at=None if last_pass_at else self._installed_at(),
             open=counts["open"] if counts else None,
             outcomes=outcomes,
-            unknown_words=unknown_words(self._connection, now)
-            if Outcome.UNKNOWN_STATUS in waiting.causes
-            else (),
+            unknown_words=unknown_words(self._connection, now),
             usual_not_found=usual_not_found(self._connection, now, outcomes),
             quiet=self._quiet(ages, now),
             paused_until=_in_force(paused_until, now),
@@ -132,9 +129,12 @@ class _StatusReport:
             starts_late_by=starts_late_by(start_delays(self._connection, now)),
             on_lambda=self._on_lambda,
         )
+        verdict = judge(facts)
+        step = next_step(verdict)
         return {
             "timestamp": iso(now),
-            "verdict": judge(facts).as_dict(),
+            "verdict": verdict.as_dict(),
+            "next_step": step.as_dict() if step else None,
             "waiting": waiting.as_dict(),
             "open": {
                 "count": facts.open,
@@ -143,7 +143,7 @@ class _StatusReport:
                 "failed": sum(facts.failed.values()),
                 "ages": counts["ages"] if counts else {},
             },
-            "overdue_seconds": round(overdue_seconds, 3),
+            "overdue_seconds": round(self._overdue_seconds(now), 3),
             "paused_until": _iso(facts.paused_until),
             "billing_rate": allowed
             and {
@@ -308,8 +308,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "outcome": outcome,
                 "status_code": status_code,
                 "consecutive_failures": failures,
@@ -341,7 +341,7 @@ class _StatusReport:
         sessions: defaultdict[str, list[str]] = defaultdict(list)
         for session_id, checkout_id, is_open in rows:
             if is_open and checkout_id:
-                sessions[shown_id(checkout_id)].append(shown_id(session_id))
+                sessions[as_shown_text(checkout_id)].append(as_shown_text(session_id))
         return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
     def _paid_late(self, now: datetime) -> list[str]:
@@ -351,7 +351,7 @@ class _StatusReport:
             f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
             (now - KEEP_CHANGES,),
         )
-        return [shown_id(session_id) for (session_id,) in rows]
+        return [as_shown_text(session_id) for (session_id,) in rows]
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
@@ -360,8 +360,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "new_status": new_status,
                 "billing_status": billing_status,
                 "changed_at": iso(as_datetime(changed_at)),

@@ -55,6 +55,14 @@ class View(NamedTuple):
         return self.state.last_counts
 
     @property
+    def may_reconcile(self) -> bool:
+        """Whether it is time to, or sessions are open and no batch is free.
+
+        So it is where somebody has upgraded the tables by hand, and no batch was formed yet.
+        """
+        return self.state.may_reconcile or (self.oldest_due is None and self.last_counts.open > 0)
+
+    @property
     def has_due(self) -> bool:
         return self.oldest_due is not None and self.oldest_due <= max(self.now, self.tick)
 

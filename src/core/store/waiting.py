@@ -17,8 +17,8 @@ from core.database.port import (
     as_datetime,
     as_datetime_or_none,
     as_int,
+    as_shown_text,
     number_list,
-    shown_id,
 )
 from core.domain.decision import CheckRules
 from core.domain.model import Outcome
@@ -122,7 +122,7 @@ class WaitingReader:
         )
         return [
             WaitingSession(
-                shown_id(session_id),
+                as_shown_text(session_id),
                 as_datetime(since),
                 _cause(outcome),
                 as_int(code) if code is not None and outcome in _FAILED else None,
@@ -152,7 +152,7 @@ class WaitingReader:
             )
             sessions = round(sessions * as_int(all_late) / MAX_BATCHES)
         waits = sorted(
-            ((_since(row, now, before), shown_id(row[0])) for row in rows),
+            ((_since(row, now, before), as_shown_text(row[0])) for row in rows),
             key=lambda wait: wait[0],
         )
         first = [WaitingSession(i, since, NOT_ASKED, None) for since, i in waits[:MAX_FIRST]]
