@@ -14,6 +14,12 @@ from tests.browser.conftest import DASHBOARD, View
 STATUS_UPDATES = {"STATUS_UPDATES": "true"}
 
 
+WAITED = "open sessions have waited for up to"
+A_FEW_WAIT = f"Billing answers with errors (500): 2 of 128 {WAITED} 27 min"
+BILLING_DOWN = f"Billing cannot be reached: all 10 {WAITED} 2 min"
+KEY_REFUSED = f"Billing refuses the key (401): all 20 {WAITED} 60 s"
+
+
 def healthy(history: History, sessions: int = 128) -> None:
     """A shop where a few sessions fail, as usual, and billing was slow for a short time."""
     rng = random.Random(4)
@@ -58,7 +64,7 @@ def unreachable_billing(history: History) -> None:
             "latency_p95_ms": 104.0 if ago > 24 else None,
         },
     )
-    history.counted({"network_error": 128})
+    history.counted({"network_error": 10})
     for n in range(10):
         history.failing(
             f"cart-10{n}",
@@ -73,8 +79,8 @@ def unreachable_billing(history: History) -> None:
 def test_healthy_monitor(view: View) -> None:
     healthy(view.history)
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
-    expect(view.page).to_have_title("✓ All 128 open sessions checked on time")
+    view.expect_verdict(A_FEW_WAIT, "warning")
+    expect(view.page).to_have_title(f"! {A_FEW_WAIT}")
     expect(view.page.get_by_role("table").get_by_text("cart-1008")).to_be_visible()
     view.capture("well")
 
@@ -84,7 +90,7 @@ def test_healthy_monitor(view: View) -> None:
 def test_healthy_monitor_in_dark_mode(view: View) -> None:
     healthy(view.history)
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     background = view.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == "rgb(14, 19, 24)"
     view.capture("well-dark")
@@ -96,7 +102,7 @@ def test_healthy_monitor_in_dark_mode(view: View) -> None:
 def test_healthy_monitor_on_a_phone(view: View) -> None:
     healthy(view.history)
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     assert view.page.evaluate("document.documentElement.scrollWidth") == 360
     view.capture("well-phone")
 
@@ -104,7 +110,7 @@ def test_healthy_monitor_on_a_phone(view: View) -> None:
 def test_unreachable_billing(view: View) -> None:
     unreachable_billing(view.history)
     view.open()
-    view.expect_verdict("Billing cannot be reached since 11:58 UTC", "critical")
+    view.expect_verdict(BILLING_DOWN, "critical")
     assert view.page.locator("#plots .failed").count() == 25
     step = view.page.locator("#next")
     expect(step).to_have_text(
@@ -120,7 +126,7 @@ def test_unreachable_billing(view: View) -> None:
 def test_unreachable_billing_on_a_phone_in_dark_mode(view: View) -> None:
     unreachable_billing(view.history)
     view.open()
-    view.expect_verdict("Billing cannot be reached since 11:58 UTC", "critical")
+    view.expect_verdict(BILLING_DOWN, "critical")
     view.capture("billing-down-phone-dark")
 
 
@@ -138,9 +144,10 @@ def test_billing_refuses_the_key(view: View) -> None:
     history = view.history
     history.passes(60, row=lambda ago: {"checked": 20, "errors": 20 if ago < 8 else 0})
     history.counted({"unauthorized": 20})
-    history.failing("s", "c", last_outcome="unauthorized", last_status_code=401)
+    for n in range(20):
+        history.failing(f"s{n}", "c", last_outcome="unauthorized", last_status_code=401)
     view.open()
-    view.expect_verdict("Billing refuses the key since 11:59 UTC (401)", "critical")
+    view.expect_verdict(KEY_REFUSED, "critical")
     view.capture("key-refused-by-billing")
 
 
@@ -189,7 +196,7 @@ def test_three_thousand_sessions(view: View) -> None:
         tick = view.history.slot
         view.history.run("tick", tick + worker * SECOND, tick=tick, checked=200, duration_ms=400)
     view.open()
-    view.expect_verdict("All 3,000 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT.replace("128", "3,000"), "warning")
     view.capture("3000")
 
 
@@ -222,9 +229,9 @@ def test_deployed_page_asks_for_the_key_and_keeps_it_for_the_tab(view: View) -> 
     view.capture("key-refused")
     page.get_by_label("API key").fill("right-key")
     page.get_by_role("button", name="Show the monitor").click()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     page.reload()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     assert "right-key" not in page.content()
     page.get_by_role("button", name="Forget the key").click()
@@ -248,7 +255,7 @@ def test_lost_contact_is_shown_with_its_start_and_recovers(view: View) -> None:
     view.page.clock.install()
     healthy(view.history)
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     view.stage.is_up = False
     view.page.clock.run_for(6000)
     view.expect_verdict("Lost contact with the monitor since 12:00:02 UTC", "critical")
@@ -256,7 +263,7 @@ def test_lost_contact_is_shown_with_its_start_and_recovers(view: View) -> None:
     view.capture("lost-contact")
     view.stage.is_up = True
     view.page.clock.run_for(6000)
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
 
 
 @pytest.mark.console_errors
@@ -271,7 +278,7 @@ def test_unreachable_database_is_shown_with_the_monitors_message(view: View) -> 
 def test_stage_url_without_trailing_slash_works(view: View) -> None:
     healthy(view.history)
     view.open("/live")
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     assert f"{view.url}/live/api/status" in {r.url for r in view.requests}
 
 
@@ -279,7 +286,7 @@ def test_page_is_usable_by_keyboard(view: View) -> None:
     healthy(view.history)
     page = view.page
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name="Check all now")).to_be_focused()
     page.keyboard.press("Tab")
@@ -461,7 +468,7 @@ def test_page_polls_twelve_times_a_minute_but_not_while_hidden(view: View) -> No
     view.page.clock.install()
     healthy(view.history)
     view.open()
-    view.expect_verdict("All 128 open sessions checked on time", "ok")
+    view.expect_verdict(A_FEW_WAIT, "warning")
     before = len(view.requests)
     for _ in range(12):
         with view.page.expect_response("**/api/status"):

@@ -29,6 +29,7 @@ from core.domain.rate import (
     demand,
 )
 from core.domain.summary import Summary
+from core.domain.waiting import Waiting
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
 from core.passes.held_claims import HOLD_SECONDS
@@ -232,6 +233,7 @@ class _Tally:
     latencies: list[float] = field(default_factory=list)  # seconds, one for each request
     elsewhere: Counter[Skip] = field(default_factory=Counter)  # not for this pass to check
     workers_started: int = 0
+    waiting: Waiting | None = None  # None: not read
     not_open: int = 0  # of those asked for by id
     out_of_time: bool = False
     rate_limited: int = 0  # requests that billing limited, and not because of their sessions
@@ -330,6 +332,8 @@ class _Pass:
                 # In this order on the database's thread: claims do not wait for counting.
                 size = FIRST_CLAIMS_PER_REQUEST * self._settings.max_concurrency
                 first = tasks.create_task(self._claim_more(size)) if billing else None
+                if self._at_start.led:
+                    tasks.create_task(self._read_waiting())
                 reconciling = tasks.create_task(self._reconcile()) if self._reconciles else None
                 if billing and first:
                     await self._claim_and_begin(billing, first, size, reconciling)
@@ -644,6 +648,12 @@ class _Pass:
             self._tally.latencies.append(answer.seconds)
         return answer, decision
 
+    async def _read_waiting(self) -> None:
+        counts = self._view.last_counts
+        self._tally.waiting = await self._database.run(
+            self._store.read_waiting, self._rules, counts
+        )
+
     async def _reconcile(self) -> bool:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
         ids = self._options.session_ids
@@ -680,6 +690,8 @@ class _Pass:
             self._at_start,
             counted=tally.counted,
             open=tally.open,
+            waiting=tally.waiting,
+            unknown_words=self._log.unknown_words,
             outcomes=writer.outcomes + Counter({Outcome.RATE_LIMITED: tally.rate_limited}),
             skipped=self._skipped(has_api_key=has_api_key),
             status_changes=writer.status_changes,
