@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache, partial
 from itertools import chain, product
 from pathlib import Path
@@ -82,14 +83,15 @@ def passes(
 
     @cache
     def minute_of(count: int, more: int, *, checked: bool) -> Minute:
-        causes = {cause: Wait(n + more, NOON) for cause, n in (waiting or {}).items()}
+        since = NOON - timedelta(minutes=2)
+        causes = {cause: Wait(n + more, since) for cause, n in (waiting or {}).items()}
         summary = Summary(
             Reason.TICK,
             NOON,
             led=True,
             counted=True,
             open=open + more,
-            waiting=Waiting(NOON, 60.0, causes),
+            waiting=Waiting(NOON, 120.0, causes),
             outcomes=Counter(checks if checked else ()),
             latencies=[0.1] * 100 if checked else [],
             duration_seconds=0.2,
@@ -178,9 +180,15 @@ CAUSES: Mapping[str, tuple[str, int, Situation]] = {
     "a tenth waits, by several causes": (
         "SessionsWaiting",
         5,
-        passes({UNAUTHORIZED: 4, UNKNOWN: 3, TIMEOUT: 3}, ACTIVE[:90]),
+        passes({UNAUTHORIZED: 4, UNKNOWN: 2, TIMEOUT: 4}, ACTIVE[:90]),
     ),
-    "nobody is asked": ("SessionsWaiting", 5, passes({NOT_ASKED: 100})),
+    "a third is of another account": (
+        "SessionsWaiting",
+        5,
+        passes({UNAUTHORIZED: 33}, ACTIVE[:67]),
+    ),
+    "nobody is asked": ("Overdue", 3, passes({NOT_ASKED: 100})),
+    "one session is not asked": ("Overdue", 3, passes({NOT_ASKED: 1}, ACTIVE[:99])),
     "the only open session fails": ("SessionsWaiting", 5, passes({TIMEOUT: 1}, open=1)),
     "the key is refused": (
         "Unauthorized",
@@ -190,7 +198,7 @@ CAUSES: Mapping[str, tuple[str, int, Situation]] = {
     # Two more payments a minute: 240 in two hours.
     "an unknown word": (
         "UnknownStatus",
-        8,
+        5,
         passes({UNKNOWN: 0}, [Outcome.UNKNOWN_STATUS], open=1000, growth=2),
     ),
     "billing allows too little": (
@@ -238,7 +246,7 @@ NO_CAUSE: Mapping[str, Situation] = {
     "all checks succeed": healthy,
     "no session is open": passes(open=0),
     "one of 200 answers 403": passes({UNAUTHORIZED: 1}, [Outcome.UNAUTHORIZED], open=200),
-    "a few wait": passes({TIMEOUT: 5, UNKNOWN: 4}, ACTIVE[:91]),
+    "a few wait": passes({TIMEOUT: 7, UNKNOWN: 2}, ACTIVE[:91]),
     "nothing is found": passes(checks=[Outcome.NOT_FOUND] * 100),
     "sessions have no id": passes({"invalid_session": 50}, ACTIVE[:50]),
     "billing allows just what is wanted": passes(checks=ACTIVE, allowed=25.0, demand=26.0),

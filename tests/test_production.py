@@ -227,10 +227,9 @@ class TestUpgrade:
         kept = {name: resource["Type"] for name, resource in stack.resources.items()}
         gone = self.BEFORE["resources"].keys() - kept.keys()
         assert gone == {
-            "CheckLoopEveryMinuteRole",  # ScheduleRole takes its place
-            "OverdueAlarm",  # SessionsWaitingAlarm takes the place of these two
-            "FailedChecksAlarm",
-            "FailedChecksQueueAlarm",  # and WorkerErrorsAlarm of this one
+            "CheckLoopEveryMinuteRole",  # what takes their places: ScheduleRole
+            "FailedChecksAlarm",  # SessionsWaitingAlarm
+            "FailedChecksQueueAlarm",  # WorkerErrorsAlarm
         }
         for name, kind in self.BEFORE["resources"].items():
             assert name in gone or kept[name] == kind

@@ -503,6 +503,7 @@ class TestMonitoring:
         assert set(alarms) == {
             "NoPassAlarm",
             "SessionsWaitingAlarm",
+            "OverdueAlarm",
             "UnauthorizedAlarm",
             "UnknownStatusAlarm",
             "LimitedAlarm",

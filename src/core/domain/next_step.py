@@ -59,7 +59,7 @@ _BY_CAUSE: Mapping[str, Step] = {
     ),
     NOT_ASKED: Step(
         "See whether billing's limit, MaxConcurrency or MaxWorkers holds the checks up.",
-        "SessionsWaiting",
+        "Overdue",
     ),
 }
 _BY_TEXT: Mapping[str, Step] = {
