@@ -13,14 +13,14 @@ from core.domain.model import Outcome, Skip
 from core.domain.verdict import BILLING_TROUBLE
 from handlers.page import FILE as PAGE
 from local.billing import BY_ID, MODES
+from tests.support import ROOT, setting_variables
 
-ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {page.name: page.read_text(encoding="utf-8") for page in ROOT.glob("docs/*.md")}
 TEMPLATE: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
 
-VARIABLES = set(re.findall(r'"([A-Z][A-Z_]{4,})"', (ROOT / "src/core/settings.py").read_text()))
+VARIABLES = setting_variables()
 ALARMS = [name for name, r in TEMPLATE["Resources"].items() if r["Type"].endswith("::Alarm")]
 
 

@@ -99,7 +99,8 @@ class PassLog:
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
             return
-        self._bounded(outcome, partial(_log_check, claim, answer))
+        if self._count_line(outcome):
+            self._write(outcome, partial(_log_check, claim, answer))
 
     def status_changes(self, changes: Sequence[StatusChange]) -> None:
         """Log status changes that have been committed."""
@@ -110,7 +111,8 @@ class PassLog:
                 "new_status": change.new_status,
                 "billing_status": change.answer.billing_status,
             }
-            self._bounded(Outcome.CLOSED, partial(logger.info, change_line(change), extra=fields))
+            if self._count_line(Outcome.CLOSED):
+                self._write(Outcome.CLOSED, partial(logger.info, change_line(change), extra=fields))
 
     def refusals(self, refusals: Sequence[Refusal]) -> None:
         """Log status changes that the shop's database refused."""
@@ -122,13 +124,16 @@ class PassLog:
                 f"the database refuses it: {shown(why)}"
             )
             fields = {"session_id": claim.session_id, "outcome": Outcome.REFUSED.value}
-            self._bounded(Outcome.REFUSED, partial(logger.error, message, extra=fields))
+            if self._count_line(Outcome.REFUSED):
+                self._write(Outcome.REFUSED, partial(logger.error, message, extra=fields))
 
-    def _bounded(self, outcome: Outcome, write: Callable[[], None]) -> None:
+    def _count_line(self, outcome: Outcome) -> bool:
+        """Count a line; returns whether it is written."""
         self._lines[outcome] += 1
         limit = self._limit(outcome)
-        if limit is not None and self._lines[outcome] > limit:
-            return
+        return limit is None or self._lines[outcome] <= limit
+
+    def _write(self, outcome: Outcome, write: Callable[[], None]) -> None:
         if self._waiting is None:
             write()
         else:

@@ -1,13 +1,11 @@
 """The report of `/api/status`, read from the tables of every engine."""
 
 import json
-import re
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from core import settings as settings_module
 from core.database.port import Database
 from core.domain.model import iso
 from core.domain.rate import Budget
@@ -18,6 +16,7 @@ from testkit.clock import NOON, FakeClock
 from testkit.history import SECOND, History
 from testkit.shops import Shop, add_sessions
 from tests.conftest import MYSQL
+from tests.support import setting_variables
 
 
 @pytest.fixture
@@ -305,10 +304,7 @@ def rows_read(database: Database) -> int:
 
 
 def test_every_setting_is_listed_under_its_variable(history: History) -> None:
-    source = settings_module.__file__
-    with open(source, encoding="utf-8") as file:  # noqa: PTH123
-        variables = set(re.findall(r'"([A-Z][A-Z_]{4,})"', file.read()))
-    assert set(settings_in_force(history.settings())) == variables
+    assert set(settings_in_force(history.settings())) == setting_variables()
 
 
 def test_the_listed_settings_contain_no_secret() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from core.billing.settings import CREDENTIALS, listed
 from core.database.address import (
     Auth,
     DatabaseAddress,
@@ -36,7 +37,7 @@ from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
 from core.domain.verdict import Facts, judge, starts_late_by
-from core.settings import CREDENTIALS, Settings, listed
+from core.settings import Settings
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
 from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays
