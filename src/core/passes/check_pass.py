@@ -401,17 +401,16 @@ class _Pass:
 
     async def _pause_is_over(self) -> bool:
         """Wait for the end of a pause before the next slot; returns false for a longer one."""
-        if not self._pause.in_force:
-            return True
         interval = self._settings.interval_seconds
         now = self._now()
         next_slot = slot_at(max(now, self._view.tick), interval) + timedelta(seconds=interval)
-        ends = self._pause.resumes_at
-        if ends >= min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds()):
-            return False
-        await asyncio.sleep(ends - self._loop.time())
-        await self._database.run(self._pause.read)
-        return not self._pause.in_force
+        until = min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds())
+        while self._pause.in_force:  # another worker may have extended it meanwhile
+            if self._pause.resumes_at >= until:
+                return False
+            await asyncio.sleep(self._pause.resumes_at - self._loop.time())
+            await self._database.run(self._pause.read)
+        return True
 
     async def _claim_more(self, limit: int) -> _Waiting:
         requested = self._loop.time()
