@@ -103,7 +103,7 @@ class SimulatedWorker:
                 world.paused_until = max(world.paused_until, now + world.retry_after)
         if budget and allowed and self._is_due(now) and now >= world.paused_until:
             pace = min(allowed, pace)
-            left = sum(time >= now - rate.LATE_SECONDS for time in self._reserved)
+            left = sum(time >= now - rate.late_seconds(world.known) for time in self._reserved)
             budget, times = rate.reserved(budget, rate.portion(pace) - left, pace, now=now)
             self._reserved.extend(times)
             if times:
@@ -118,7 +118,7 @@ class SimulatedWorker:
     def step(self, now: float) -> None:
         """Send one request, if one may leave."""
         world = self._simulation
-        while self._reserved and self._reserved[0] < now - rate.LATE_SECONDS:
+        while self._reserved and self._reserved[0] < now - rate.late_seconds(world.known):
             self._reserved.popleft()
         wait = 0.01
         if self._is_due(now) and now >= world.paused_until and self._limited_at is None:

@@ -36,9 +36,10 @@ ANSWERED_SECONDS, TYPICAL_SECONDS = 1.0, 30.0
 SETTLE_SECONDS = 0.5
 # A worker reserves for this long ahead, and nothing while others have reserved more than that.
 RESERVE_SECONDS, MAX_RESERVED_SECONDS = 0.4, 0.5
-# A request that could not leave within this time of its reserved one is reserved again. A known
-# limit is used up to a share that allows for it: of a rate r, at most r + 3 % leave in any second.
-LATE_SECONDS = 0.015
+# A request that could not leave within this time of its reserved one, as on a busy machine, is
+# reserved again. Billing's own limit has room for bursts. A known one must hold in every
+# second: it is used up to a share that allows for what is late, at most r + 3 % of a rate r.
+LATE_SECONDS, KNOWN_LIMIT_LATE_SECONDS = 0.1, 0.015
 KNOWN_LIMIT_SHARE = 0.965
 # A budget without a limit for this long is dropped; billing may have raised its limit.
 FORGET_SECONDS = 3600.0
@@ -184,6 +185,11 @@ def next_time(budget: Budget, rate: float, now: float) -> float:
     longest = MAX_RESERVED_SECONDS + max(RESERVE_SECONDS, 1 / rate) + 1
     # Later than that, it came from a clock that was ahead.
     return max(now, budget.next_at) if budget.next_at <= now + longest else now
+
+
+def late_seconds(known_limit: float | None) -> float:
+    """How long after its time a reserved request may leave."""
+    return LATE_SECONDS if known_limit is None else KNOWN_LIMIT_LATE_SECONDS
 
 
 def given_up(budget: Budget, begin: float, end: float) -> Budget:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from core.domain import rate
 from core.domain.model import Answer
-from core.domain.rate import ANSWERED_SECONDS, LATE_SECONDS, Budget, Seen
+from core.domain.rate import ANSWERED_SECONDS, Budget, Seen
 from core.store.monitor_state import MonitorState, StateRow
 
 # A request may leave this long before its time, so that not every one needs a timer.
 TIMER_SECONDS = 0.003
+# Reserved times that are this close follow each other: the clocks differ by that much.
+SAME_SECONDS = 0.0015
 
 
 class _Change(NamedTuple):
@@ -50,6 +52,7 @@ class SharedPause:
     ) -> None:
         self._state = state
         self._known_limit = known_limit
+        self._late_seconds = rate.late_seconds(known_limit)
         self._budget_pace = budget_pace
         self._loop = asyncio.get_running_loop()
         # Changed on the event loop only:
@@ -177,7 +180,7 @@ class SharedPause:
         """
         reserved = self._reserved
         with self._lock:
-            while reserved and reserved[0] < now - LATE_SECONDS:
+            while reserved and reserved[0] < now - self._late_seconds:
                 reserved.popleft()
             if not reserved:
                 return math.inf
@@ -185,7 +188,7 @@ class SharedPause:
 
     def _left(self) -> list[float]:
         """The times that are reserved and not over."""
-        begin = self._loop.time() - LATE_SECONDS
+        begin = self._loop.time() - self._late_seconds
         with self._lock:
             return [time for time in self._reserved if time >= begin]
 
@@ -262,7 +265,7 @@ class SharedPause:
         self.rate, self._ahead = change.rate, change.ahead
         self.allowed = rate.allowed(change.budget, self._known_limit)
         if change.reserved and change.budget is not None:
-            if abs(change.reserved[0] - self._reserved_to) > LATE_SECONDS / 10:
+            if abs(change.reserved[0] - self._reserved_to) > SAME_SECONDS:
                 self._reserved_from = change.reserved[0]
             self._reserved_to = change.budget.next_at
 
