@@ -232,6 +232,18 @@ def test_limits_of_requests_sent_before_a_fall_do_not_count_again() -> None:
     assert after.rate == pytest.approx(70)
 
 
+def test_the_latency_of_a_budget_is_that_of_about_the_last_hundred_answers() -> None:
+    first = rate.updated(LIMITED, Seen(healthy=10, healthy_seconds=5.0), now=1001)
+    assert first is not None
+    assert first.latency == pytest.approx(0.5)
+    later = rate.updated(first, Seen(answered=100, healthy=100, healthy_seconds=100.0), now=1002)
+    assert later is not None
+    assert later.latency == pytest.approx(0.75)
+    failed = rate.updated(later, Seen(answered=9), now=1003)
+    assert failed is not None
+    assert failed.latency == later.latency
+
+
 @pytest.mark.parametrize("field", ["limited_at", "next_at", "seen_at"])
 def test_times_of_a_clock_that_was_ahead_are_ignored(field: str) -> None:
     ahead = LIMITED._replace(**{field: 5000})

@@ -64,6 +64,7 @@ class SharedPause:
         self._turn_at = 0.0
         # Changed on both threads, in single steps:
         self._limits = deque[tuple[Answer, float]]()  # with the time at which each was sent
+        self._latencies = deque[float]()  # of healthy answers under a budget
         self.held = False  # until the next look at the row
         self._lock = threading.Lock()  # of the next one
         self._reserved = deque[float]()  # times by the event loop's clock
@@ -71,11 +72,13 @@ class SharedPause:
         self._changed = asyncio.Event()
         self.rate: float | None = None  # requests a second that billing allows; None: no limit
         self.allowed: float | None = None  # the same, for people
+        self.latency = 0.0  # mean seconds of healthy answers under a budget; 0: not known
         self.newest_tick: datetime | None = None  # that has a leader
         self._until: datetime | None = None
         self._resume_at = 0.0  # by the event loop's clock
         self._answers_nothing = False
         self._answered_before = self._claimed = 0
+        self._limited_before: float | None = None  # when billing had answered nothing yet
         self._recently, self._recently_at = 0.0, 0.0  # answers a second, and when that was
         self._best = 0.0  # of these
         self._reserved_from = self._reserved_to = 0.0  # by the database's clock
@@ -115,6 +118,8 @@ class SharedPause:
         if answer.status_code is None:
             return
         self._answered += 1
+        if self.rate is not None and answer.seconds is not None and not answer.outcome.is_error:
+            self._latencies.append(answer.seconds)
         if answer.used_up:
             self._limits.append((answer, self._loop.time() - (answer.seconds or 0.0)))
 
@@ -194,18 +199,24 @@ class SharedPause:
 
     def _exchange(self, *, healthy: bool) -> datetime:
         limits = [self._limits.popleft() for _ in range(len(self._limits))]
+        latencies = [self._latencies.popleft() for _ in range(len(self._latencies))]
         answered = self._answered
         now = self._loop.time()
         more = answered - self._answered_before
         kept = math.exp((self._recently_at - now) / ANSWERED_SECONDS)
         self._recently = self._recently * kept + more / ANSWERED_SECONDS
         self._recently_at, self._best = now, max(self._best, self._recently)
+        limited_at = max((sent_at for _, sent_at in limits), default=None)
+        if more and limited_at is None:  # the answers of a slow service come after its limits
+            limited_at = self._limited_before
         seen = Seen(
             answered=more,
             best=self._best,
-            limited=bool(limits),
-            sent_ago=now - max((sent_at for _, sent_at in limits), default=now),
+            limited=limited_at is not None,
+            sent_ago=0.0 if limited_at is None else now - limited_at,
             waited=self._delayed,
+            healthy=len(latencies),
+            healthy_seconds=sum(latencies),
         )
         self._answered_before, self._delayed = answered, False
         change = _Change(None, None, answers_nothing=False, dropped=0, reserved=(), ahead=0.0)
@@ -225,6 +236,8 @@ class SharedPause:
             # The longest that billing asked for; if it gave no number, the state's own backoff.
             pause = self._state.pause(longest or (None if change.answers_nothing else 0.0))
         self._answers_nothing = change.answers_nothing and not longest
+        if seen.limited:
+            self._limited_before = limited_at if change.answers_nothing else None
         self._follow(pause.until, row.now)
         self._apply(change)
         self.newest_tick = row.last_tick
@@ -263,6 +276,7 @@ class SharedPause:
                 self._reserved.pop()
             self._reserved.extend(time - change.ahead for time in change.reserved)
         self.rate, self._ahead = change.rate, change.ahead
+        self.latency = change.budget.latency if change.budget else 0.0
         self.allowed = rate.allowed(change.budget, self._known_limit)
         if change.reserved and change.budget is not None:
             if abs(change.reserved[0] - self._reserved_to) > SAME_SECONDS:
