@@ -161,6 +161,8 @@ async def check_open_checkout_sessions(
     )
     next_slot = view.tick + view.interval
     may_check = billing is not None and (view.paused_until is None or view.paused_until < next_slot)
+    if may_lead and not leads and view.state.budget:
+        may_check = False  # one worker sends what billing allows, or the leader starts more
     if by_tick and not leads and not (may_check and view.has_due):
         # The tick's leader has left this worker nothing to do.
         await _show_monitor(store, database, view, options, summary)
@@ -172,7 +174,10 @@ async def check_open_checkout_sessions(
         if not leads:
             await _show_monitor(store, database, view, options, summary)
             return summary
-    scaling = Scaling(start_worker, settings, under_way + 1) if start_worker and leads else None
+    latency = view.state.budget.latency if view.state.budget else 0.0
+    scaling = (
+        Scaling(start_worker, settings, under_way + 1, latency) if start_worker and leads else None
+    )
     check_pass = _Pass(
         store, settings, options, database, view, summary, scaling, under_way, choose
     )
@@ -335,6 +340,8 @@ class _Pass:
                 if self._at_start.led:
                     tasks.create_task(self._read_waiting())
                 reconciling = tasks.create_task(self._reconcile()) if self._reconciles else None
+                if billing and self._scaling and self._scaling.knows_latency:
+                    tasks.create_task(self._start_workers(self._scaling))
                 if billing and first:
                     await self._claim_and_begin(billing, first, size, reconciling)
         except TimeoutError:
@@ -406,17 +413,16 @@ class _Pass:
 
     async def _pause_is_over(self) -> bool:
         """Wait for the end of a pause before the next slot; returns false for a longer one."""
-        if not self._pause.in_force:
-            return True
         interval = self._settings.interval_seconds
         now = self._now()
         next_slot = slot_at(max(now, self._view.tick), interval) + timedelta(seconds=interval)
-        ends = self._pause.resumes_at
-        if ends >= min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds()):
-            return False
-        await asyncio.sleep(ends - self._loop.time())
-        await self._database.run(self._pause.read)
-        return not self._pause.in_force
+        until = min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds())
+        while self._pause.in_force:  # another worker may have extended it meanwhile
+            if self._pause.resumes_at >= until:
+                return False
+            await asyncio.sleep(self._pause.resumes_at - self._loop.time())
+            await self._database.run(self._pause.read)
+        return True
 
     async def _claim_more(self, limit: int) -> _Waiting:
         requested = self._loop.time()
@@ -425,6 +431,8 @@ class _Pass:
         self._claimed += len(claims)
         self._pause.pace = self._pace()
         paused |= self._pause.in_force
+        if self._pause.rate is not None:  # a batch may be given back half-way
+            claims.sort(key=lambda claim: claim.due_at or claim.claimed_at)
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)
@@ -452,7 +460,8 @@ class _Pass:
             return []
         if self._pause.rate is not None:
             share = self._share or self._pause.rate / self._workers
-            per_second = min(self._pause.rate, 2 * share)
+            by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
+            per_second = min(self._pause.rate, 2 * share, by_permits)
             limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
@@ -680,9 +689,8 @@ class _Pass:
         due = await self._database.run(
             self._store.queue.count_due, tick=self._view.tick, limit=scaling.max_useful_due
         )
-        self._tally.workers_started = await scaling.start_missing(
-            due, self._view.tick, self._pause.rate
-        )
+        per_second = self._pause.rate and min(self._pause.rate, self._budget_pace())
+        self._tally.workers_started += await scaling.start_missing(due, self._view.tick, per_second)
 
     def _summary(self, *, has_api_key: bool) -> Summary:
         tally, writer = self._tally, self._writer
