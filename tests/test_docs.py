@@ -10,7 +10,7 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core.billing.status_words import WORDS
 from core.domain.model import Outcome, Skip
-from core.domain.verdict import BILLING_TROUBLE
+from core.domain.verdict import TROUBLE
 from handlers.page import FILE as PAGE
 from local.billing import BY_ID, MODES
 from tests.support import ROOT, setting_variables
@@ -117,7 +117,8 @@ def test_the_pages_messages_are_documented() -> None:
     for message in ("Lost contact with the monitor", "The monitor cannot report its state"):
         assert message in documented
         assert message in PAGE.read_text(encoding="utf-8")
-    assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in documented
+    for cause, trouble in TROUBLE.items():
+        assert trouble in documented, cause
 
 
 def test_the_modes_of_the_simulated_billing_service_are_documented() -> None:

@@ -10,6 +10,7 @@ import pytest
 from core import metrics
 from core.domain.model import Outcome, Reason
 from core.domain.summary import Summary
+from core.domain.waiting import Wait, Waiting
 from core.metrics import representatives
 from testkit.clock import NOON
 
@@ -67,6 +68,11 @@ def test_a_healthy_pass_sends_six_metrics(capsys: pytest.CaptureFixture[str]) ->
     assert units["PassDuration"] == units["BillingLatency"] == "Milliseconds"
 
 
+# Those without a checkout id do not count.
+WAITS = {"timeout": Wait(3, NOON), "invalid_session": Wait(9, NOON)}
+WAITING = Waiting(NOON, 60.5, WAITS)
+
+
 @pytest.mark.usefixtures("stack")
 def test_other_metrics_are_sent_only_if_not_zero(
     capsys: pytest.CaptureFixture[str],
@@ -87,6 +93,7 @@ def test_other_metrics_are_sent_only_if_not_zero(
             open=99,
             outcomes=outcomes + Counter({Outcome.CLOSED: 7}),
             overdue_seconds=2.5,
+            waiting=WAITING,
             status_changes=7,
             unpublished=5,
         )
@@ -94,6 +101,8 @@ def test_other_metrics_are_sent_only_if_not_zero(
     values, _ = emitted(capsys)
     assert values == {
         "OverdueSeconds": 2.5,
+        "SessionsWaiting": 3,
+        "LongestWaitSeconds": 60.5,
         "PassDuration": 0,
         "PassesCompleted": 1,
         "SessionsChecked": 17,

@@ -142,6 +142,11 @@ class PassLog:
     def _limit(self, outcome: Outcome) -> int | None:
         return self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
 
+    @property
+    def unknown_words(self) -> list[str]:
+        """What the answers of `unknown_status` had instead of a known word, most frequent first."""
+        return [seen for seen, _ in self._unknown.most_common(MAX_WORDS)]
+
     def end(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
             limit = self._limit(outcome)

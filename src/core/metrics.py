@@ -21,6 +21,8 @@ CHECKS: Mapping[Outcome, str] = {
 METRICS: Mapping[str, str] = {
     "SessionsOpen": "Count",
     "OverdueSeconds": "Seconds",
+    "SessionsWaiting": "Count",
+    "LongestWaitSeconds": "Seconds",
     "BudgetDemand": "Percent",
     "PassDuration": "Milliseconds",
     "PassesCompleted": "Count",
@@ -46,6 +48,9 @@ def measure(summary: Summary) -> None:
         gauges["SessionsOpen"] = summary.open
     if summary.led:
         gauges["OverdueSeconds"] = round(summary.overdue_seconds, 3)
+        if summary.waiting and (waiting := summary.waiting.sessions_for_billing):
+            gauges["SessionsWaiting"] = waiting
+            gauges["LongestWaitSeconds"] = round(summary.waiting.longest_seconds, 3)
         if summary.allowed:
             gauges["BudgetDemand"] = round(100 * summary.demand / summary.allowed, 1)
     counts = {

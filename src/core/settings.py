@@ -120,6 +120,11 @@ class Settings:
         )
 
     @property
+    def has_api_key(self) -> bool:
+        """Whether there is one, or a secret that should hold it."""
+        return self.credentials is not None or self.api_key_secret_arn is not None
+
+    @property
     def credential_names(self) -> frozenset[str]:
         return credential_names(self.billing_headers, self.billing_token_url)
 

@@ -54,6 +54,16 @@ class Health(NamedTuple):
         }
 
 
+class _Heartbeat(NamedTuple):
+    """What health is judged by, as the database has it."""
+
+    now: datetime
+    last_pass_at: datetime | None
+    starts_on_time: bool
+    answers: bool  # billing says something usable, about some of the open sessions
+    is_alone: bool  # no monitor with other settings works against this one
+
+
 class Worker:
     """What one Lambda execution environment keeps between passes, above all connections.
 
@@ -130,7 +140,7 @@ class Worker:
         )
 
     def health(self) -> Health:
-        """Check the database, the passes, the API key, and that no monitor works against it.
+        """Check the database, the passes, the key, billing's answers and other monitors.
 
         A failure of the database is logged.
         """
@@ -139,18 +149,21 @@ class Worker:
             "last_pass": False,
             "starts_on_time": True,
             "api_key": self._billing is not None,
+            "answers": True,
             "other_monitors": True,
         }
         last_pass_at = None
         try:
-            last_pass_at, now, on_time, alone = self._read(self._heartbeat)
+            beat = self._read(self._heartbeat)
         except StoreError as error:
             logger.error(f"❌ {error}")
             now = datetime.now(UTC)
         else:
+            last_pass_at, now = beat.last_pass_at, beat.now
             checks["database"] = True
-            checks["starts_on_time"] = on_time
-            checks["other_monitors"] = alone
+            checks["starts_on_time"] = beat.starts_on_time
+            checks["answers"] = beat.answers
+            checks["other_monitors"] = beat.is_alone
             age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
             checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
         return Health(checks, now, last_pass_at)
@@ -225,12 +238,18 @@ class Worker:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
 
-    def _heartbeat(self) -> tuple[datetime | None, datetime, bool, bool]:
-        """The newest pass, the clock, whether passes start on time and no monitor disagrees."""
+    def _heartbeat(self) -> _Heartbeat:
         self._prepare()
-        history = self._store.history
-        on_time = starts_late_by(history.start_delays()) is None
-        return history.last_start(), self._store.now(), on_time, not self._store.others.find()
+        store = self._store
+        counts = store.state.last_counts()
+        waiting = store.read_waiting(self._settings.check_rules(), counts)
+        return _Heartbeat(
+            now=waiting.now,
+            last_pass_at=store.history.last_start(),
+            starts_on_time=starts_late_by(store.history.start_delays()) is None,
+            answers=not waiting.is_blind(counts.open),
+            is_alone=not store.others.find(),
+        )
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:

@@ -45,6 +45,7 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
         "last_pass": "ok",
         "starts_on_time": "ok",
         "api_key": "ok",
+        "answers": "ok",
         "other_monitors": "ok",
     }
 

@@ -31,6 +31,9 @@ LOOK_AT_HEADERS_EVERY = 50
 # Where BILLING_API_URL has it, the id takes its place; otherwise the id is the last path segment.
 CHECKOUT_ID = "{billing_checkout_id}"
 
+# How an HTML page begins, maybe with a byte order mark.
+_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECASE)
+
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
@@ -155,7 +158,10 @@ class BillingClient:
             return Answer(outcome, code, seconds)
         used_up = self._is_used_up(response)
         if self._status_reader is None:
-            return Answer(outcome, code, seconds, used_up=used_up)
+            answer = Answer(outcome, code, seconds, used_up=used_up)
+            if is_html(body):  # a maintenance page, or a login
+                answer = answer._replace(outcome=Outcome.UNKNOWN_STATUS, detail="an HTML page")
+            return answer
         reading = self._status_reader.read(body, asked)
         if reading.status is None:
             unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
@@ -196,6 +202,11 @@ class BillingClient:
         except httpx.TransportError as error:
             raise no_token(f"cannot be reached: {error}", Answer(Outcome.NETWORK_ERROR)) from None
         return read_token(response.status_code, body)
+
+
+def is_html(body: bytes | None) -> bool:
+    """Whether a body is a page for people. Other bodies say nothing without a status reader."""
+    return body is not None and _HTML.match(body) is not None
 
 
 def path_segment(billing_checkout_id: str) -> str | None:

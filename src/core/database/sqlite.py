@@ -50,8 +50,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
 );
 CREATE INDEX IF NOT EXISTS checkout_session_check_batch
   ON checkout_session_check (batch_id, next_check_at, claimed_until);
-CREATE INDEX IF NOT EXISTS checkout_session_check_failing
-  ON checkout_session_check (consecutive_failures);
+CREATE INDEX IF NOT EXISTS checkout_session_check_waiting
+  ON checkout_session_check (failing_since, last_outcome);
 CREATE TABLE IF NOT EXISTS checkout_session_run (
   id INTEGER PRIMARY KEY,
   reason TEXT NOT NULL,
@@ -70,7 +70,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p95_ms REAL,
   latency_p99_ms REAL,
   latency_max_ms REAL,
-  settings TEXT
+  settings TEXT,
+  unknown_words TEXT
 );
 CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at);
 CREATE INDEX IF NOT EXISTS checkout_session_run_tick ON checkout_session_run (tick);
@@ -113,6 +114,7 @@ OUTDATED = (
 # Columns that tables of version 0.2.0 lack.
 ADDED_COLUMNS = (
     ("checkout_session_run", "settings", "TEXT"),
+    ("checkout_session_run", "unknown_words", "TEXT"),
     ("checkout_session_pause", "budget", "TEXT"),
     ("checkout_session_change", "late_check_at", "DATETIME"),
     ("checkout_session_change", "paid_late_at", "DATETIME"),

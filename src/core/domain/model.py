@@ -42,7 +42,7 @@ class Outcome(StrEnum):
     CLOSED = "closed"  # its status was changed, or the shop had closed it already
     DEFERRED = "deferred"  # locked by the shop, event not published, or another checkout by now
     REFUSED = "refused"  # the shop's database refuses the change
-    UNKNOWN_STATUS = "unknown_status"  # 200 without a word that BILLING_STATUS_MAP holds
+    UNKNOWN_STATUS = "unknown_status"  # 200 without a word of BILLING_STATUS_MAP, or with a page
     MISMATCH = "mismatch"  # 200 about another checkout (BILLING_ID_PATH), or with two statuses
     NOT_FOUND = "not_found"  # 404, 410
     UNEXPECTED_STATUS = "unexpected_status"  # any other status

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 from core.domain.model import JsonObject, Outcome
 from core.domain.other_monitors import OTHER_MONITOR
-from core.domain.verdict import BILLING_TROUBLE, Level, Verdict
+from core.domain.verdict import (
+    FAILED_LAST_CHECK,
+    REFUSES_SOME,
+    TROUBLE,
+    Level,
+    Verdict,
+)
+from core.domain.waiting import NOT_ASKED
 
 
 class Step(NamedTuple):
@@ -25,7 +32,7 @@ _REACH = Step("See whether billing is up and can be reached from here.", "Failed
 _LIMITED = Step(
     "Set a slower CHECK_CADENCE, or agree on a higher limit with the billing service.", "Limited"
 )
-_BY_OUTCOME: Mapping[Outcome, Step] = {
+_BY_CAUSE: Mapping[str, Step] = {
     Outcome.UNAUTHORIZED: Step(
         "Put the valid key into its secret; the next check uses it.", "Unauthorized"
     ),
@@ -33,9 +40,7 @@ _BY_OUTCOME: Mapping[Outcome, Step] = {
     Outcome.NETWORK_ERROR: _REACH,
     Outcome.UNEXPECTED_STATUS: _REACH,
     Outcome.RATE_LIMITED: _LIMITED,
-    Outcome.UNKNOWN_STATUS: Step(
-        "Add billing's words, which the log has, to BILLING_STATUS_MAP.", "FailedChecks"
-    ),
+    Outcome.UNKNOWN_STATUS: Step("Add billing's words to BILLING_STATUS_MAP.", "FailedChecks"),
     Outcome.MISMATCH: Step(
         "Compare the log's line of one session with BILLING_STATUS_PATH and BILLING_ID_PATH.",
         "FailedChecks",
@@ -52,6 +57,9 @@ _BY_OUTCOME: Mapping[Outcome, Step] = {
     Outcome.INVALID_SESSION: Step(
         "Find out why the shop opens sessions without a billing_checkout_id.", "FailedChecks"
     ),
+    NOT_ASKED: Step(
+        "See whether billing's limit, MaxConcurrency or MaxWorkers holds the checks up.", "Overdue"
+    ),
 }
 _BY_TEXT: Mapping[str, Step] = {
     "No pass for": Step(
@@ -62,16 +70,20 @@ _BY_TEXT: Mapping[str, Step] = {
         "Give both the same settings, or stop one of them.", "Two monitors on one database"
     ),
     "Billing asked for a pause": Step("Wait; if it keeps coming back, ask less often.", "Limited"),
-    "Billing answers, but": Step(
-        "Wait for the end of the backoff, a minute at most, or check all now.", "FailedChecks"
-    ),
     "Billing allows about": _LIMITED,
     "Passes start": Step("See whether Lambda throttles the worker.", "WorkerThrottles"),
-    "Checks are up to": Step(
-        "See whether billing's limit, MaxConcurrency or MaxWorkers holds the checks up.", "Overdue"
+    REFUSES_SOME: Step("Look at one of them in billing.", "Unauthorized"),
+    "Billing does not know": Step(
+        "Compare the URL of one session with billing's documentation: a wrong path, or a test key.",
+        "FailedChecks",
+    ),
+    "No session was closed": Step(
+        "Ask billing about a session that should be paid, and compare the answer with "
+        "BILLING_STATUS_MAP.",
+        "FailedChecks",
     ),
     # Without what stands in brackets.
-    **{BILLING_TROUBLE[o].partition(" (")[0]: step for o, step in _BY_OUTCOME.items()},
+    **{TROUBLE[cause].partition(" (")[0]: step for cause, step in _BY_CAUSE.items()},
 }
 
 
@@ -79,4 +91,6 @@ def next_step(verdict: Verdict) -> Step | None:
     """What to do about the verdict; None if there is nothing to do but wait."""
     if verdict.level in (Level.OK, Level.WAITING):
         return None
+    if verdict.text.endswith(FAILED_LAST_CHECK):
+        return Step("Look again in ten seconds.", "FailedChecks")
     return next((step for text, step in _BY_TEXT.items() if verdict.text.startswith(text)), None)

@@ -29,6 +29,7 @@ from core.domain.rate import (
     demand,
 )
 from core.domain.summary import Summary
+from core.domain.waiting import Waiting
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
 from core.passes.held_claims import HOLD_SECONDS
@@ -160,6 +161,8 @@ async def check_open_checkout_sessions(
     )
     next_slot = view.tick + view.interval
     may_check = billing is not None and (view.paused_until is None or view.paused_until < next_slot)
+    if may_lead and not leads and view.state.budget:
+        may_check = False  # one worker sends what billing allows, or the leader starts more
     if by_tick and not leads and not (may_check and view.has_due):
         # The tick's leader has left this worker nothing to do.
         await _show_monitor(store, database, view, options, summary)
@@ -171,7 +174,10 @@ async def check_open_checkout_sessions(
         if not leads:
             await _show_monitor(store, database, view, options, summary)
             return summary
-    scaling = Scaling(start_worker, settings, under_way + 1) if start_worker and leads else None
+    latency = view.state.budget.latency if view.state.budget else 0.0
+    scaling = (
+        Scaling(start_worker, settings, under_way + 1, latency) if start_worker and leads else None
+    )
     check_pass = _Pass(
         store, settings, options, database, view, summary, scaling, under_way, choose
     )
@@ -232,6 +238,7 @@ class _Tally:
     latencies: list[float] = field(default_factory=list)  # seconds, one for each request
     elsewhere: Counter[Skip] = field(default_factory=Counter)  # not for this pass to check
     workers_started: int = 0
+    waiting: Waiting | None = None  # None: not read
     not_open: int = 0  # of those asked for by id
     out_of_time: bool = False
     rate_limited: int = 0  # requests that billing limited, and not because of their sessions
@@ -330,7 +337,11 @@ class _Pass:
                 # In this order on the database's thread: claims do not wait for counting.
                 size = FIRST_CLAIMS_PER_REQUEST * self._settings.max_concurrency
                 first = tasks.create_task(self._claim_more(size)) if billing else None
+                if self._at_start.led:
+                    tasks.create_task(self._read_waiting())
                 reconciling = tasks.create_task(self._reconcile()) if self._reconciles else None
+                if billing and self._scaling and self._scaling.knows_latency:
+                    tasks.create_task(self._start_workers(self._scaling))
                 if billing and first:
                     await self._claim_and_begin(billing, first, size, reconciling)
         except TimeoutError:
@@ -402,17 +413,16 @@ class _Pass:
 
     async def _pause_is_over(self) -> bool:
         """Wait for the end of a pause before the next slot; returns false for a longer one."""
-        if not self._pause.in_force:
-            return True
         interval = self._settings.interval_seconds
         now = self._now()
         next_slot = slot_at(max(now, self._view.tick), interval) + timedelta(seconds=interval)
-        ends = self._pause.resumes_at
-        if ends >= min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds()):
-            return False
-        await asyncio.sleep(ends - self._loop.time())
-        await self._database.run(self._pause.read)
-        return not self._pause.in_force
+        until = min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds())
+        while self._pause.in_force:  # another worker may have extended it meanwhile
+            if self._pause.resumes_at >= until:
+                return False
+            await asyncio.sleep(self._pause.resumes_at - self._loop.time())
+            await self._database.run(self._pause.read)
+        return True
 
     async def _claim_more(self, limit: int) -> _Waiting:
         requested = self._loop.time()
@@ -421,6 +431,8 @@ class _Pass:
         self._claimed += len(claims)
         self._pause.pace = self._pace()
         paused |= self._pause.in_force
+        if self._pause.rate is not None:  # a batch may be given back half-way
+            claims.sort(key=lambda claim: claim.due_at or claim.claimed_at)
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)
@@ -448,7 +460,8 @@ class _Pass:
             return []
         if self._pause.rate is not None:
             share = self._share or self._pause.rate / self._workers
-            per_second = min(self._pause.rate, 2 * share)
+            by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
+            per_second = min(self._pause.rate, 2 * share, by_permits)
             limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
@@ -644,6 +657,12 @@ class _Pass:
             self._tally.latencies.append(answer.seconds)
         return answer, decision
 
+    async def _read_waiting(self) -> None:
+        counts = self._view.last_counts
+        self._tally.waiting = await self._database.run(
+            self._store.read_waiting, self._rules, counts
+        )
+
     async def _reconcile(self) -> bool:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
         ids = self._options.session_ids
@@ -670,9 +689,8 @@ class _Pass:
         due = await self._database.run(
             self._store.queue.count_due, tick=self._view.tick, limit=scaling.max_useful_due
         )
-        self._tally.workers_started = await scaling.start_missing(
-            due, self._view.tick, self._pause.rate
-        )
+        per_second = self._pause.rate and min(self._pause.rate, self._budget_pace())
+        self._tally.workers_started += await scaling.start_missing(due, self._view.tick, per_second)
 
     def _summary(self, *, has_api_key: bool) -> Summary:
         tally, writer = self._tally, self._writer
@@ -680,6 +698,8 @@ class _Pass:
             self._at_start,
             counted=tally.counted,
             open=tally.open,
+            waiting=tally.waiting,
+            unknown_words=self._log.unknown_words,
             outcomes=writer.outcomes + Counter({Outcome.RATE_LIMITED: tally.rate_limited}),
             skipped=self._skipped(has_api_key=has_api_key),
             status_changes=writer.status_changes,

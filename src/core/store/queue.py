@@ -235,7 +235,7 @@ class Queue:
             transaction.execute(
                 f"UPDATE checkout_session_check {self._database.by_rowid} SET next_check_at ="
                 f" CASE WHEN {CLAIMED.format('')} THEN claimed_until WHEN next_check_at > %s"
-                " THEN next_check_at END, batch_id = %s"
+                " OR failing_since IS NOT NULL THEN next_check_at END, batch_id = %s"
                 f" WHERE rowid IN {number_list(chunk)} AND (batch_id IS NULL OR NOT EXISTS"
                 " (SELECT 1 FROM checkout_session_batch b"
                 " WHERE b.id = checkout_session_check.batch_id))",
