@@ -345,7 +345,7 @@ def test_one_session_is_found_and_checked(view: View) -> None:
             "checkout_500_1008",
             "open, seen for 10 min",
             "unexpected status (500), 1 s ago",
-            "for 27 min, 31 in a row",
+            "for 2 s, 31 in a row",
             "in 18 s",
         ]
     )
