@@ -158,7 +158,7 @@ class _Search:
             return False
         [(failing,)] = self.connection.query(
             "SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_check"
-            f" {self.database.by_failures} WHERE consecutive_failures > 0 LIMIT {FEW + 1:d}) few"
+            f" {self.database.by_wait} WHERE failing_since IS NOT NULL LIMIT {FEW + 1:d}) few"
         )
         return as_int(failing) <= FEW
 
@@ -177,10 +177,10 @@ class _Search:
         if outcome == UNCHECKED:
             condition, parameters = "last_outcome IS NULL", []
         if few:
-            condition += " AND consecutive_failures > 0"
+            condition += " AND failing_since IS NOT NULL"
         if last is not None:
             condition += f" AND rowid <= {last:d}"
-        index = self.database.by_failures if few else self.database.by_rowid
+        index = self.database.by_wait if few else self.database.by_rowid
         rows = self.connection.query(
             f"SELECT rowid FROM checkout_session_check {index}"
             f" WHERE {condition} AND rowid > {after:d} ORDER BY rowid LIMIT {PAGE + 1:d}",
