@@ -112,11 +112,11 @@ def test_unreachable_billing(view: View) -> None:
     assert view.page.locator("#plots .failed").count() == 25
     step = view.page.locator("#next")
     expect(step).to_have_text(
-        "See whether billing is up and can be reached from here. FailedChecks"
+        "See whether billing is up and can be reached from here. SessionsWaiting"
     )
     with view.page.context.expect_page() as opened:
         step.get_by_role("link").click()
-    expect(opened.value.get_by_text("### FailedChecks")).to_be_visible()
+    expect(opened.value.get_by_text("### SessionsWaiting")).to_be_visible()
     view.capture("billing-down")
 
 

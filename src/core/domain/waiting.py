@@ -38,7 +38,7 @@ class WaitingSession(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """All sessions that wait, by cause, the most frequent first."""
+    """All sessions that wait, by cause: the most frequent first, those without an id last."""
 
     now: datetime
     longest_seconds: float = 0.0  # of any open session, also of one that does not count as waiting

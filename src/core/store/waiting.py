@@ -76,7 +76,9 @@ class WaitingReader:
             causes[NOT_ASKED] = found.wait
             first += found.first
             oldest.append(found.wait.since)
-        by_number = sorted(causes.items(), key=lambda cause: -cause[1].sessions)
+        # Billing is not to blame for those without a checkout id.
+        no_id = Outcome.INVALID_SESSION.value
+        by_number = sorted(causes.items(), key=lambda c: (c[0] == no_id, -c[1].sessions, c[0]))
         first.sort(key=lambda one: one.since)
         longest = max(((now - time).total_seconds() for time in oldest), default=0.0)
         return Waiting(now, longest, dict(by_number), first[:MAX_FIRST])
