@@ -3,6 +3,8 @@
 .PHONY: help run trigger billing unit test coverage browser screenshot build release deploy-local e2e bench cost simulate soak cluster mutants check format requirements
 
 UV_VERSION := 0.13.9
+# The tests mostly wait for servers and clocks, so several processes share two cores.
+PARALLEL := --numprocesses 4 --dist worksteal
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 NPM := $(if $(shell command -v npm),tests/stepfunctions/node_modules)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -24,10 +26,10 @@ unit: .venv/ready ## Run the quick tests: no database server, no npm, under 20 s
 	pytest -m "not server and not slow" --ignore=tests/chaos --ignore=tests/local -p no:schemathesis $(ARGS)
 
 test: .venv/ready $(NPM) ## Run the test suite
-	pytest
+	pytest $(PARALLEL)
 
 coverage: .venv/ready $(NPM) ## Show which lines and branches of src the tests miss, e.g. ARGS=tests/store
-	pytest --cov $(ARGS)
+	pytest --cov $(PARALLEL) $(ARGS)
 
 browser: .venv/ready ## Test the operator's page in a browser; writes .screenshots (needs chromium)
 	pytest tests/browser

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from core.database.port import as_datetime
 from core.domain.model import iso
 from core.domain.summary import Summary
+from core.passes import check_pass
 from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
@@ -131,8 +132,12 @@ def utc(value: Any) -> datetime:  # noqa: ANN401 (as each engine's own driver re
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reconciliation takes no time: how fast this machine is has no effect."""
+    """A reconciliation takes no time: how fast this machine is has no effect.
+
+    A manual pass waits for what others hold, but not for long.
+    """
     monkeypatch.setattr(monitor_state, "REST_FACTOR", 0)
+    monkeypatch.setattr(check_pass, "WRITE_EVERY_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from core.domain import rate
 from core.domain.model import Answer, Outcome
 from core.passes import check_pass
 from core.store.store import Store
@@ -20,6 +21,12 @@ from tests.support import FakeBilling, Passes, database_of
 
 SECONDS = 120
 LIMITED = Answer(Outcome.RATE_LIMITED, 429, 0.05)
+
+
+@pytest.fixture(autouse=True)
+def _requests_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in production; time is virtual."""
+    monkeypatch.setattr(check_pass, "MIN_PACE", rate.MIN_PACE)
 
 
 class LimitedMonitor(VirtualMonitor):
