@@ -162,6 +162,7 @@ JUMPS = [-30 * DAYS, -DAYS, -10 * MINUTES, -60, -20, -5, -1]
 JUMPS += [1, 5, 20, 60, 5 * MINUTES, 9 * MINUTES, 10 * MINUTES, 11 * MINUTES, DAYS, 30 * DAYS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shop", "offset"),
     on_each_engine(JUMPS, [-DAYS, -20, 5, 10 * MINUTES, 30 * DAYS]),
@@ -278,6 +279,7 @@ LEFT_BEHIND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shop", "ahead"),
     on_each_engine([9 * MINUTES, DAYS, 400 * DAYS], [DAYS]),

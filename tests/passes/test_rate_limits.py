@@ -115,6 +115,7 @@ def test_without_a_limit_the_checks_of_a_tick_are_no_burst() -> None:
     assert len([at for at in times if at <= times[0] + 0.1]) < 300
 
 
+@pytest.mark.slow
 def test_a_pass_hands_over_to_the_worker_of_the_next_tick() -> None:
     monitor = LimitedMonitor(with_bucket(25, 25))
     monitor.open(1000)
