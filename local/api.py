@@ -6,20 +6,19 @@ Requests from other sites are refused with 403.
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from aws_lambda_powertools.event_handler import HttpResolverLocal, Response, content_types
+from aws_lambda_powertools.event_handler import HttpResolverLocal, Response
 
-from core.domain.model import iso
+from core.log import logger
+from handlers.answers import Routes, answer, failure
 from handlers.page import operators_page
 from handlers.routes import Monitor, add_routes
 from local.billing import BY_ID, MODES, SimulatedBilling
@@ -41,9 +40,9 @@ def running_api(
         OSError: the port is in use or not permitted.
     """
     resolver = HttpResolverLocal()
-    add_routes(resolver, monitor, partial(operators_page, simulated=simulated is not None))
+    routes = add_routes(resolver, monitor, partial(operators_page, simulated=simulated is not None))
     if simulated is not None:
-        add_simulate_route(resolver, simulated)
+        add_simulate_route(resolver, routes, simulated)
     with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -66,21 +65,21 @@ def running_api(
             thread.join()
 
 
-def add_simulate_route(app: HttpResolverLocal, billing: SimulatedBilling) -> None:
+def add_simulate_route(app: HttpResolverLocal, routes: Routes, billing: SimulatedBilling) -> None:
     """Serve /simulate as the simulated billing service does itself."""
 
-    @app.get("/simulate")
     def current_mode() -> Response[str]:
-        body = {"mode": billing.mode, "modes": [BY_ID, *MODES]}
-        return Response(HTTPStatus.OK.value, content_types.APPLICATION_JSON, json.dumps(body))
+        return answer(HTTPStatus.OK, {"mode": billing.mode, "modes": [BY_ID, *MODES]})
 
-    @app.post("/simulate")
     def change_mode() -> Response[str]:
         try:
             billing.simulate(app.current_event.decoded_body or "")
         except ValueError as error:
-            return Response(HTTPStatus.BAD_REQUEST.value, content_types.TEXT_PLAIN, str(error))
+            return failure(HTTPStatus.BAD_REQUEST, str(error))
         return current_mode()
+
+    routes.get("/simulate")(current_mode)
+    routes.post("/simulate")(change_mode)
 
 
 def refuse_other_sites(application: Application) -> Application:
@@ -95,14 +94,23 @@ def refuse_other_sites(application: Application) -> Application:
         if why is None:
             await application(scope, receive, send)
             return
-        answer = {"success": False, "message": why, "timestamp": iso(datetime.now(UTC))}
-        body = json.dumps(answer).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        status = HTTPStatus.FORBIDDEN.value
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        for message in _messages(failure(HTTPStatus.FORBIDDEN, why)):
+            await send(message)
 
     return asgi
+
+
+def _messages(response: Response[str]) -> Sequence[Message]:
+    """An answer outside of the routes, as ASGI sends it."""
+    body = (response.body or "").encode()
+    headers = [
+        (name.lower().encode(), str(value).encode()) for name, value in response.headers.items()
+    ]
+    headers.append((b"content-length", b"%d" % len(body)))
+    return (
+        {"type": "http.response.start", "status": response.status_code, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    )
 
 
 def run_in_threads(application: Application) -> Application:
@@ -129,10 +137,15 @@ def run_in_threads(application: Application) -> Application:
             answers.append(answer)
 
         async def request() -> None:
-            await application(scope, receive_body, keep_answer)
+            try:
+                await application(scope, receive_body, keep_answer)
+            except Exception:  # noqa: BLE001 (on Lambda, API Gateway answers for it)
+                logger.exception("❌ Unexpected error in a request")
+                text = "Unexpected error; the log has it."
+                answers[:] = _messages(failure(HTTPStatus.INTERNAL_SERVER_ERROR, text))
 
         await asyncio.to_thread(asyncio.run, request())
-        for answer in answers:
-            await send(answer)
+        for part in answers:
+            await send(part)
 
     return asgi

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import select
+import stat
 import sys
 import threading
 
@@ -9,7 +11,10 @@ from core.log import logger
 
 
 def stop_without_reader(stopping: threading.Event) -> None:
-    """Set `stopping` when a line of the log can no longer be written to a pipe."""
+    """Set `stopping` when the reader of a pipe has left.
+
+    The system says so at once; where it does not (macOS), the next line of the log finds out.
+    """
     handler = logger.registered_handler
     report = handler.handleError
 
@@ -21,6 +26,18 @@ def stop_without_reader(stopping: threading.Event) -> None:
             report(record)
 
     handler.handleError = handle_error  # type: ignore[method-assign]
+    if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+        threading.Thread(
+            target=_wait_for_reader_to_leave, args=(stopping,), name="reader", daemon=True
+        ).start()
+
+
+def _wait_for_reader_to_leave(stopping: threading.Event) -> None:
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)  # an error of the pipe is always reported
+    pipe.poll()
+    discard()
+    stopping.set()
 
 
 def discard() -> None:

@@ -6,8 +6,8 @@ import sys
 
 import httpx
 
+from core.billing.settings import checked_api_key
 from core.errors import SettingsError
-from core.settings import checked_api_key
 
 URL = "http://localhost:3001/api/test/checkout-sessions"
 

@@ -52,6 +52,12 @@ class Workers:
     def status(self) -> JsonObject:
         return self._result_of(lambda: self._worker().status())
 
+    def find_sessions(self, text: str) -> JsonObject:
+        return self._result_of(lambda: self._worker().find_sessions(text))
+
+    def sessions_of(self, outcome: str, after: int) -> JsonObject:
+        return self._result_of(lambda: self._worker().sessions_of(outcome, after))
+
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         return self._result_of(lambda: self._worker().trigger_checkout_session_check(session_ids))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from core.passes.scaling import StartWorker
     from core.store.status_changes import Publisher
 
-EVENTS = Path(__file__).parents[1] / "events"
+ROOT = Path(__file__).parents[1]
+EVENTS = ROOT / "events"
 
 
 def event(name: str) -> dict[str, Any]:
@@ -171,3 +173,10 @@ def note_statements(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         noting = partialmethod(note, run=getattr(connection, method))
         monkeypatch.setattr(connection, method, noting)
     return statements
+
+
+def setting_variables() -> set[str]:
+    """Every environment variable that is a setting."""
+    sources = (ROOT / "src/core" / name for name in ("settings.py", "billing/settings.py"))
+    texts = (source.read_text(encoding="utf-8") for source in sources)
+    return {name for text in texts for name in re.findall(r'"([A-Z][A-Z_]{4,})"', text)}

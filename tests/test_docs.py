@@ -10,17 +10,17 @@ from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
 from core.billing.status_words import WORDS
 from core.domain.model import Outcome, Skip
-from core.domain.verdict import BILLING_TROUBLE
+from core.domain.verdict import TROUBLE
 from handlers.page import FILE as PAGE
 from local.billing import BY_ID, MODES
+from tests.support import ROOT, setting_variables
 
-ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {page.name: page.read_text(encoding="utf-8") for page in ROOT.glob("docs/*.md")}
 TEMPLATE: dict[str, Any] = yaml_parse((ROOT / "template.yaml").read_text(encoding="utf-8"))
 
-VARIABLES = set(re.findall(r'"([A-Z][A-Z_]{4,})"', (ROOT / "src/core/settings.py").read_text()))
+VARIABLES = setting_variables()
 ALARMS = [name for name, r in TEMPLATE["Resources"].items() if r["Type"].endswith("::Alarm")]
 
 
@@ -117,7 +117,8 @@ def test_the_pages_messages_are_documented() -> None:
     for message in ("Lost contact with the monitor", "The monitor cannot report its state"):
         assert message in documented
         assert message in PAGE.read_text(encoding="utf-8")
-    assert BILLING_TROUBLE[Outcome.UNAUTHORIZED] in documented
+    for cause, trouble in TROUBLE.items():
+        assert trouble in documented, cause
 
 
 def test_the_modes_of_the_simulated_billing_service_are_documented() -> None:

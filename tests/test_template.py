@@ -51,12 +51,13 @@ TOPIC = "arn:aws:sns:eu-central-1:123456789012:ops"
 AWS_METRICS = {
     ("AWS/Lambda", "Errors"): "FunctionName",
     ("AWS/Lambda", "Throttles"): "FunctionName",
+    ("AWS/Lambda", "Invocations"): "FunctionName",
     ("AWS/Lambda", "ConcurrentExecutions"): "FunctionName",
     ("AWS/Scheduler", "InvocationAttemptCount"): "ScheduleGroup",
+    ("AWS/Scheduler", "InvocationDroppedCount"): "ScheduleGroup",
     ("AWS/States", "ExecutionsFailed"): "StateMachineArn",
     ("AWS/States", "ExecutionsTimedOut"): "StateMachineArn",
     ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): "QueueName",
-    ("AWS/SQS", "NumberOfMessagesSent"): "QueueName",
 }
 
 type Metric = tuple[str, str, tuple[tuple[str, object], ...]]  # namespace, name, dimensions
@@ -437,18 +438,24 @@ class TestApi:
             if settings["security"] != [{"api_key": []}]
         ]
 
-        assert sorted(open_methods) == ["GET /", "GET /api/health", "GET /api/openapi.json"]
+        assert sorted(open_methods) == [
+            f"{method} {path}"
+            for method in ("GET", "HEAD")
+            for path in ("/", "/api/health", "/api/openapi.json", "/api/operate.md")
+        ]
         assert "post" in paths["/api/test/checkout-sessions"]
 
     def test_every_method_is_throttled(self, resources: dict[str, Resource]) -> None:
-        every, health = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
+        every, *health = resources["MonitorApiliveStage"]["Properties"]["MethodSettings"]
         plan = resources["MonitorApiUsagePlan"]["Properties"]
 
         assert (every["ResourcePath"], every["HttpMethod"]) == ("/*", "*")
         assert every["ThrottlingRateLimit"] <= 10
         assert plan["Throttle"]["RateLimit"] <= every["ThrottlingRateLimit"]
-        assert (health["ResourcePath"], health["HttpMethod"]) == ("/~1api~1health", "GET")
-        assert health["ThrottlingRateLimit"] <= 2
+        assert [one["HttpMethod"] for one in health] == ["GET", "HEAD"]
+        for method in health:
+            assert method["ResourcePath"] == "/~1api~1health"
+            assert method["ThrottlingRateLimit"] <= 2
 
     def test_a_body_is_validated_with_the_limits_and_words_of_the_code(
         self, resources: dict[str, Resource]
@@ -457,7 +464,8 @@ class TestApi:
         trigger = body["paths"]["/api/test/checkout-sessions"]["post"]
         model = body["components"]["schemas"]["triggerbody"]
         ids = model["properties"]["session_ids"]
-        refusal = body["x-amazon-apigateway-gateway-responses"]["BAD_REQUEST_BODY"]
+        refusals = body["x-amazon-apigateway-gateway-responses"]
+        refusal = refusals["BAD_REQUEST_BODY"]
         validator = body["x-amazon-apigateway-request-validators"][
             trigger["x-amazon-apigateway-request-validator"]
         ]
@@ -472,6 +480,10 @@ class TestApi:
             "success": False,
             "message": f"{routes.BODY_FORM}.",
         }
+        for kind in ("DEFAULT_4XX", "DEFAULT_5XX"):
+            assert refusals[kind]["responseTemplates"]["application/json"] == (
+                '{"success": false, "message": $context.error.messageString}'
+            )
 
     def test_access_logs_are_json_without_the_key(self, resources: dict[str, Resource]) -> None:
         text = resources["MonitorApiliveStage"]["Properties"]["AccessLogSetting"]["Format"]
@@ -490,15 +502,16 @@ class TestMonitoring:
 
         assert set(alarms) == {
             "NoPassAlarm",
-            "LimitedAlarm",
+            "SessionsWaitingAlarm",
             "OverdueAlarm",
-            "FailedChecksAlarm",
             "UnauthorizedAlarm",
+            "UnknownStatusAlarm",
+            "LimitedAlarm",
             "EventsFailedAlarm",
             "WorkerErrorsAlarm",
             "WorkerThrottlesAlarm",
-            "FailedChecksQueueAlarm",
             "LoopFailedAlarm",
+            "ApiErrorsAlarm",
         }
         for alarm in alarms.values():
             assert alarm["AlarmDescription"]
@@ -510,36 +523,13 @@ class TestMonitoring:
                 assert stack.properties(name)["AlarmActions"] == [topic]
                 assert stack.properties(name)["OKActions"] == [topic]
 
-    def test_two_minutes_without_a_completed_pass_raise_an_alarm(
+    def test_a_loop_that_is_switched_off_raises_no_alarm(
         self, resources: dict[str, Resource]
     ) -> None:
-        """So does a loop that never starts; not before the first minute, nor while it is off."""
+        """The schedule's end is a change to a state without data, which is told while it is on."""
         alarm = resources["NoPassAlarm"]["Properties"]
-        queries = {query["Id"]: query for query in alarm["Metrics"]}
-        stats = {name: query.get("MetricStat") for name, query in queries.items()}
-
-        assert stats["passes"]["Metric"]["MetricName"] == "PassesCompleted"
-        assert stats["scheduled"]["Metric"]["MetricName"] == "InvocationAttemptCount"
-        assert queries["completed"]["Expression"] == "SUM([passes, 0 * scheduled])"
-        assert stats["passes"]["Period"] * alarm["EvaluationPeriods"] == 120
-        assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("LessThanThreshold", 1)
-        assert alarm["TreatMissingData"] == "missing"
         assert alarm["InsufficientDataActions"] == alarm["AlarmActions"]
         assert alarm["ActionsEnabled"] == {"Fn::If": ["IsOn", True, False]}
-
-    def test_a_failed_check_raises_an_alarm_for_one_minute(
-        self, resources: dict[str, Resource]
-    ) -> None:
-        """Ticks that expire because all workers are busy are not failures."""
-        alarm = resources["FailedChecksQueueAlarm"]["Properties"]
-        queries = {query["Id"]: query for query in alarm["Metrics"]}
-
-        sent = queries["sent"]["MetricStat"]["Metric"]
-        assert (sent["Namespace"], sent["MetricName"]) == ("AWS/SQS", "NumberOfMessagesSent")
-        assert queries["throttled"]["MetricStat"]["Metric"]["MetricName"] == "Throttles"
-        assert queries["failed"]["Expression"] == "IF(FILL(throttled, 0) > 0, 0, sent)"
-        assert alarm["EvaluationPeriods"] == 1
-        assert alarm["TreatMissingData"] == "notBreaching"
 
     def test_every_metric_of_an_alarm_or_a_widget_exists(
         self, resources: dict[str, Resource]
@@ -694,7 +684,10 @@ class TestEvents:
             "trigger-bad-body",
             "page",
             "status",
+            "session",
+            "sessions",
             "openapi",
+            "operate",
         }
 
     def test_requests_use_methods_that_the_api_has(self, resources: dict[str, Resource]) -> None:
@@ -702,7 +695,9 @@ class TestEvents:
         events = [json.loads(file.read_text()) for file in EVENTS.iterdir()]
         requests = {(e["path"], e["httpMethod"].lower()) for e in events if "httpMethod" in e}
 
-        assert requests == {(path, method) for path, methods in paths.items() for method in methods}
+        assert requests == {
+            (path, method) for path, methods in paths.items() for method in methods
+        } - {(path, "head") for path in paths}
 
 
 class TestSamConfig:

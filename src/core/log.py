@@ -70,7 +70,8 @@ class PassLog:
     """The lines of one pass, at most LINES_PER_OUTCOME of each outcome.
 
     `max_active` is the limit for `active`; None: no limit. With `waits`, lines are held back until
-    the first one, which says how many sessions are open: checks begin before that is known.
+    the first one, which says how many sessions are open: checks begin before that is known. Those
+    of failures then come first.
     `sent_headers` are the names of the headers with credentials, where they are not the default.
     """
 
@@ -85,12 +86,12 @@ class PassLog:
         self._sent_headers = sent_headers
         self._lines: Counter[Outcome] = Counter()
         self._unknown: Counter[str] = Counter()
-        self._waiting: list[Callable[[], None]] | None = [] if waits else None
+        self._waiting: list[tuple[Outcome, Callable[[], None]]] | None = [] if waits else None
 
     def start(self, at: datetime, open_sessions: int) -> None:
         waiting, self._waiting = self._waiting, None
         logger.info(f"🔍 [{iso(at)}] Checking {open_sessions} open checkout sessions...")
-        for write in waiting or ():
+        for _, write in sorted(waiting or (), key=lambda line: not line[0].is_error):
             write()
 
     def check(self, claim: Claim, answer: Answer) -> None:
@@ -98,7 +99,8 @@ class PassLog:
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
             return
-        self._bounded(outcome, partial(_log_check, claim, answer))
+        if self._count_line(outcome):
+            self._write(outcome, partial(_log_check, claim, answer))
 
     def status_changes(self, changes: Sequence[StatusChange]) -> None:
         """Log status changes that have been committed."""
@@ -109,7 +111,8 @@ class PassLog:
                 "new_status": change.new_status,
                 "billing_status": change.answer.billing_status,
             }
-            self._bounded(Outcome.CLOSED, partial(logger.info, change_line(change), extra=fields))
+            if self._count_line(Outcome.CLOSED):
+                self._write(Outcome.CLOSED, partial(logger.info, change_line(change), extra=fields))
 
     def refusals(self, refusals: Sequence[Refusal]) -> None:
         """Log status changes that the shop's database refused."""
@@ -121,20 +124,28 @@ class PassLog:
                 f"the database refuses it: {shown(why)}"
             )
             fields = {"session_id": claim.session_id, "outcome": Outcome.REFUSED.value}
-            self._bounded(Outcome.REFUSED, partial(logger.error, message, extra=fields))
+            if self._count_line(Outcome.REFUSED):
+                self._write(Outcome.REFUSED, partial(logger.error, message, extra=fields))
 
-    def _bounded(self, outcome: Outcome, write: Callable[[], None]) -> None:
+    def _count_line(self, outcome: Outcome) -> bool:
+        """Count a line; returns whether it is written."""
         self._lines[outcome] += 1
         limit = self._limit(outcome)
-        if limit is not None and self._lines[outcome] > limit:
-            return
+        return limit is None or self._lines[outcome] <= limit
+
+    def _write(self, outcome: Outcome, write: Callable[[], None]) -> None:
         if self._waiting is None:
             write()
         else:
-            self._waiting.append(write)
+            self._waiting.append((outcome, write))
 
     def _limit(self, outcome: Outcome) -> int | None:
         return self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
+
+    @property
+    def unknown_words(self) -> list[str]:
+        """What the answers of `unknown_status` had instead of a known word, most frequent first."""
+        return [seen for seen, _ in self._unknown.most_common(MAX_WORDS)]
 
     def end(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():

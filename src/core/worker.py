@@ -30,6 +30,8 @@ from core.store.store import Store
 
 # Kept free at the end of a Lambda's time, to record what is in flight and to write the pass's row.
 FINISH_SECONDS = 5.0
+# Reading for the API takes no longer. The page says after ten seconds that no answer has come.
+READ_SECONDS = 7.0
 
 
 class Health(NamedTuple):
@@ -50,6 +52,16 @@ class Health(NamedTuple):
             "checks": {name: "ok" if ok else "failed" for name, ok in self.checks.items()},
             "last_pass_at": iso(self.last_pass_at) if self.last_pass_at else None,
         }
+
+
+class _Heartbeat(NamedTuple):
+    """What health is judged by, as the database has it."""
+
+    now: datetime
+    last_pass_at: datetime | None
+    starts_on_time: bool
+    answers: bool  # billing says something usable, about some of the open sessions
+    is_alone: bool  # no monitor with other settings works against this one
 
 
 class Worker:
@@ -128,7 +140,7 @@ class Worker:
         )
 
     def health(self) -> Health:
-        """Check the database, the passes, the API key, and that no monitor works against it.
+        """Check the database, the passes, the key, billing's answers and other monitors.
 
         A failure of the database is logged.
         """
@@ -137,20 +149,21 @@ class Worker:
             "last_pass": False,
             "starts_on_time": True,
             "api_key": self._billing is not None,
+            "answers": True,
             "other_monitors": True,
         }
         last_pass_at = None
         try:
-            last_pass_at, now, on_time, alone = self._database_thread.submit(
-                self._heartbeat
-            ).result()
+            beat = self._read(self._heartbeat)
         except StoreError as error:
             logger.error(f"❌ {error}")
             now = datetime.now(UTC)
         else:
+            last_pass_at, now = beat.last_pass_at, beat.now
             checks["database"] = True
-            checks["starts_on_time"] = on_time
-            checks["other_monitors"] = alone
+            checks["starts_on_time"] = beat.starts_on_time
+            checks["answers"] = beat.answers
+            checks["other_monitors"] = beat.is_alone
             age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
             checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
         return Health(checks, now, last_pass_at)
@@ -163,7 +176,27 @@ class Worker:
             self._prepare()
             return read_status(self._database, self._settings, on_lambda=self._on_lambda)
 
-        return self._database_thread.submit(read).result()
+        return self._read(read)
+
+    def find_sessions(self, text: str) -> JsonObject:
+        """The answer of `GET /api/status?session=…`. Raises StoreError."""
+        from core.store.session_search import find_sessions  # noqa: PLC0415 (as above)
+
+        def read() -> JsonObject:
+            self._prepare()
+            return find_sessions(self._database, text)
+
+        return self._read(read)
+
+    def sessions_of(self, outcome: str, after: int) -> JsonObject:
+        """The answer of `GET /api/sessions`. Raises StoreError."""
+        from core.store.session_search import sessions_of  # noqa: PLC0415 (as above)
+
+        def read() -> JsonObject:
+            self._prepare()
+            return sessions_of(self._database, outcome, after)
+
+        return self._read(read)
 
     def stop(self) -> None:
         """Make a pass under way, from any thread, give back its claims and end (CancelledError)."""
@@ -187,16 +220,36 @@ class Worker:
 
         return self._runner.run(cancellable())
 
+    def _read[T](self, read: Callable[[], T]) -> T:
+        """What `read` returns in the database's thread. Raises StoreError after READ_SECONDS too.
+
+        Then `read` goes on until the database's own time limits end it, and later ones wait.
+        """
+        reading = self._database_thread.submit(read)
+        try:
+            return reading.result(READ_SECONDS)
+        except TimeoutError:
+            reading.cancel()  # if it has not begun
+            raise StoreError(
+                f"The database has not answered within {READ_SECONDS:.0f} s."
+            ) from None
+
     def _prepare(self) -> None:
         for warning in self._store.prepare():
             logger.warning(f"⚠️ {warning}")
 
-    def _heartbeat(self) -> tuple[datetime | None, datetime, bool, bool]:
-        """The newest pass, the clock, whether passes start on time and no monitor disagrees."""
+    def _heartbeat(self) -> _Heartbeat:
         self._prepare()
-        history = self._store.history
-        on_time = starts_late_by(history.start_delays()) is None
-        return history.last_start(), self._store.now(), on_time, not self._store.others.find()
+        store = self._store
+        counts = store.state.last_counts()
+        waiting = store.read_waiting(self._settings.check_rules(), counts)
+        return _Heartbeat(
+            now=waiting.now,
+            last_pass_at=store.history.last_start(),
+            starts_on_time=starts_late_by(store.history.start_delays()) is None,
+            answers=not waiting.is_blind(counts.open),
+            is_alone=not store.others.find(),
+        )
 
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:

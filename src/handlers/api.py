@@ -3,6 +3,7 @@
 from handlers import cold_start  # noqa: F401 (imports with the garbage collector off)
 
 # isort: split
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ from aws_lambda_powertools.event_handler import APIGatewayRestResolver
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from handlers.check import worker
+from handlers.dashboard import dashboard_url
 from handlers.routes import add_routes
 
 app = APIGatewayRestResolver()
-add_routes(app, worker)
+add_routes(app, worker, dashboard=lambda: dashboard_url(os.environ))
 
 
 def handler(event: Mapping[str, Any], context: LambdaContext) -> dict[str, Any]:

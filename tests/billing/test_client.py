@@ -116,6 +116,25 @@ async def test_one_request_is_sent_and_its_status_decides_the_outcome(
     assert call.request.headers["host"] == "billing.example"
 
 
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        (b"", Outcome.ACTIVE),
+        (b"OK", Outcome.ACTIVE),
+        (b'{"page": "<html>"}', Outcome.ACTIVE),
+        (b"<session status='open'/>", Outcome.ACTIVE),
+        (b"<html><title>Maintenance</title>", Outcome.UNKNOWN_STATUS),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>", Outcome.UNKNOWN_STATUS),
+    ],
+)
+async def test_a_page_for_people_is_no_success(body: bytes, outcome: Outcome) -> None:
+    """Also where the body is not read for a status; any other body may be a success."""
+    router = respx.MockRouter()
+    router.get(f"{API}/c").respond(200, content=body)
+    async with billing_client(API, transport=transport_of(router)) as client:
+        assert (await client.check("c")).outcome is outcome
+
+
 @pytest.mark.parametrize("word", ["hang", "drip"])
 async def test_an_answer_that_never_ends_is_a_timeout(
     simulated: SimulatedBilling, word: str

@@ -5,23 +5,26 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from aws_lambda_powertools.event_handler import APIGatewayRestResolver
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
+from core.database.port import Database
 from core.domain.model import JsonObject, Outcome, Reason, Skip
 from core.domain.summary import Summary
 from core.errors import StoreError
+from core.settings import Settings
+from core.store.session_search import find_sessions, sessions_of
 from core.store.status_report import read_status
 from core.worker import Health, open_database
 from handlers.routes import OPENAPI, add_routes
@@ -43,6 +46,7 @@ ARGUMENTS = [
 # Debian's, or what GitHub's machines have.
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NO_CHROMIUM = "no Chromium: apt-get install chromium"
+DASHBOARD = "https://console.aws.amazon.com/cloudwatch/home?region=r#dashboards/dashboard/s-r"
 SECURED = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
 
 
@@ -52,18 +56,32 @@ class Monitor:
     def __init__(self, history: History, **env: str) -> None:
         self.history = history
         self.error: str | None = None
+        self.waiting: JsonObject | None = None
+        self.answers = threading.Event()  # cleared: it does not answer
+        self.answers.set()
         self._env = env
 
     def health(self) -> Health:
         return Health({}, self.history.now, None)
 
     def status(self) -> JsonObject:
+        self.answers.wait()
+        found = self._read(read_status)
+        return found | {"waiting": self.waiting} if self.waiting else found
+
+    def find_sessions(self, text: str) -> JsonObject:
+        return self._read(lambda database, _settings: find_sessions(database, text))
+
+    def sessions_of(self, outcome: str, after: int) -> JsonObject:
+        return self._read(lambda database, _settings: sessions_of(database, outcome, after))
+
+    def _read(self, read: Callable[[Database, Settings], JsonObject]) -> JsonObject:
         if self.error is not None:
             raise StoreError(self.error)
         settings = self.history.settings(**self._env)
         database = open_database(settings, clock=FakeClock(self.history.now))
         try:
-            return read_status(database, settings)
+            return read(database, settings)
         finally:
             database.close()
 
@@ -84,17 +102,24 @@ class Stage:
         self.key = key
         self.is_up = True
         self._app = APIGatewayRestResolver()
-        add_routes(self._app, lambda: monitor)
+        add_routes(self._app, lambda: monitor, dashboard=lambda: DASHBOARD)
 
     def answer(self, method: str, target: str, headers: Any, body: str) -> dict[str, Any]:  # noqa: ANN401
-        path = urlsplit(target).path.removeprefix("/live") or "/"
+        url = urlsplit(target)
+        path = url.path.removeprefix("/live") or "/"
         operation = SECURED.get(path, {}).get(method.lower())
         if operation is None:
             return _refused("Missing Authentication Token")
         public = operation.get("security") == []
         if self.key is not None and not public and headers["x-api-key"] != self.key:
             return _refused("Forbidden")
-        request = {**event("health"), "httpMethod": method, "path": path, "body": body}
+        request = {
+            **event("health"),
+            "httpMethod": method,
+            "path": path,
+            "body": body,
+            "queryStringParameters": dict(parse_qsl(url.query)),
+        }
         return self._app.resolve(request, SimpleNamespace())  # type: ignore[arg-type]
 
 
@@ -137,7 +162,7 @@ def _refused(message: str) -> dict[str, Any]:
     return {
         "statusCode": 403,
         "multiValueHeaders": {"Content-Type": ["application/json"]},
-        "body": json.dumps({"message": message}),
+        "body": json.dumps({"success": False, "message": message}),
     }
 
 

@@ -6,10 +6,12 @@ The tests use only what users of the monitor have: settings, `Worker`, the datab
 
 import json
 import random
+import re
+import sqlite3
 import threading  # noqa: TC003 (no import cycle to avoid)
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -36,6 +38,7 @@ BACKOFF = 10
 TIMEOUT = 0.8
 # A lease covers the time to start a check, to wait for the answer and to record it.
 LEASE = 5 + TIMEOUT + 5
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 # Outcomes for which billing may have sent no answer.
 UNANSWERED = ("invalid_session", "network_error", "timeout")
 RECHECK_SECONDS = LEASE + INTERVAL + BACKOFF
@@ -60,7 +63,9 @@ class World:
     refused_sessions: frozenset[str] = frozenset()  # the shop's database refuses to change them
     workers: list[Worker] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # of passes that raised a StoreError
+    heard: dict[str, datetime] = field(default_factory=dict)  # billing's last usable word, or seen
     _output: str = ""
+    _settings: Settings | None = None  # of the newest worker
 
     def environment(self, **env: str) -> dict[str, str]:
         """The environment variables of a worker."""
@@ -77,7 +82,7 @@ class World:
 
     def worker(self, **env: str) -> Worker:
         """Add a worker, as a new execution environment does."""
-        settings = Settings.from_env(self.environment(**env))
+        settings = self._settings = Settings.from_env(self.environment(**env))
         worker = Worker(settings, clock=self.clock)
         self.workers.append(worker)
         return worker
@@ -88,11 +93,70 @@ class World:
         """Run a tick's pass, by default on the first worker; returns None after a StoreError."""
         if worker is None:
             worker = self.workers[0] if self.workers else self.worker()
+        self.assert_nothing_hides()
         try:
             return worker.check_open_checkout_sessions(at or self.clock.now, seconds=seconds)
         except StoreError as error:
             self.errors.append(str(error))
             return None
+
+    def assert_nothing_hides(self) -> None:
+        """Whoever has waited for longer than the promise is named, and the page is not green.
+
+        Longer than its cadence, three intervals and a backoff. A tenth of the sessions makes it
+        red. Nobody can be named while the database is away or nothing has run yet.
+        """
+        self._listen()
+        settings = self._settings or Settings.from_env(self.environment())
+        interval = settings.interval_seconds
+        every = max(interval, *(step.every_seconds for step in settings.cadence.steps))
+        promise = every + 3 * interval + max(every, settings.backoff_max_seconds)
+        late = [
+            i for i, at in self.heard.items() if self.clock.now - at > timedelta(seconds=promise)
+        ]
+        report = self.report() if late else None
+        if report is None or report["last_pass_at"] is None:
+            return
+        verdict, waiting = report["verdict"], report["waiting"]
+        assert verdict["level"] in ("warning", "critical"), f"{late} wait: {verdict}"
+        assert re.search("wait|No pass", verdict["text"]), f"{late} wait: {verdict}"
+        without_id = waiting["causes"].get("invalid_session", 0)
+        if len(late) - without_id >= len(self.heard) / 10:
+            assert verdict["level"] == "critical", f"{late} wait: {verdict}"
+
+    def _listen(self) -> None:
+        """Note what billing has said about each open session, as the monitor's tables have it."""
+        sql = f"SELECT c.session_id, c.last_outcome, {LAST_CHECK} {OF_SESSIONS}"
+        try:
+            rows = self.shop.run(sql)
+        except (pymysql.Error, sqlite3.Error):
+            rows = []
+        usable = {
+            str(i): _as_datetime(at)
+            for i, outcome, at in rows
+            if at is not None and outcome in ("active", "not_found", "closed")
+        }
+        now = self.clock.now  # a later time is of a clock that was ahead
+        self.heard = {
+            i: min(now, max(self.heard.get(i, _LONG_AGO), usable.get(i, _LONG_AGO)))
+            if i in self.heard
+            else now
+            for i in self.open_sessions()
+        }
+
+    def report(self) -> Any:  # noqa: ANN401 (JSON)
+        """The report of the page, as a monitor like the newest worker makes it; None: it cannot."""
+        settings = replace(
+            self._settings or Settings.from_env(self.environment()),
+            database=settings_for(self.shop).database,
+        )
+        database = open_database(settings, clock=self.clock)
+        try:
+            return read_status(database, settings)
+        except StoreError:
+            return None
+        finally:
+            database.close()
 
     def advance(self, seconds: float = INTERVAL) -> None:
         self.clock.advance(seconds)
@@ -117,6 +181,7 @@ class World:
         if recheck:
             self._assert_open_sessions_are_rechecked(worker)
             self._assert_paid_sessions_are_closed()
+            self._assert_nobody_waits()
         self._assert_nothing_was_asked_twice()
         self._assert_statuses_came_from_billing()
         self._assert_events_match_changes()
@@ -124,6 +189,12 @@ class World:
         self._assert_status_report_matches_tables()
         self._assert_output_is_clean()
         assert not [h for h in self.billing.redirected if KEY in h], "the key went to another host"
+
+    def _assert_nobody_waits(self) -> None:
+        """But those that nobody can ask about, and those that the shop's database refuses."""
+        waiting = self.report()["waiting"]
+        allowed = {"invalid_session", *(["refused"] if self.refused_sessions else [])}
+        assert set(waiting["causes"]) <= allowed, waiting
 
     def _assert_paid_sessions_are_closed(self) -> None:
         """A session that billing has closed is closed, unless the shop's database refuses it."""
@@ -240,12 +311,7 @@ class World:
             assert changes == published, message
 
     def _assert_status_report_matches_tables(self) -> None:
-        settings = settings_for(self.shop)
-        database = open_database(settings, clock=self.clock)
-        try:
-            report: Any = read_status(database, settings)
-        finally:
-            database.close()
+        report = self.report()
         since = self.clock.now - HISTORY
         ticks: dict[str, Counter[str]] = {}
         for tick, *counts in self.shop.run(
@@ -265,14 +331,12 @@ class World:
                 f"the pass of {tick}"
             )
         failing = self.shop.run(
-            "SELECT session_id, consecutive_failures FROM checkout_session_check"
-            " WHERE consecutive_failures > 0"
+            "SELECT session_id, consecutive_failures, failing_since FROM checkout_session_check"
+            " WHERE consecutive_failures > 0 ORDER BY failing_since LIMIT 10"
         )
-        longest_failing = sorted((int(n) for _, n in failing), reverse=True)[:10]
-        assert [f["consecutive_failures"] for f in report["failing"]] == longest_failing
-        assert {(f["session_id"], f["consecutive_failures"]) for f in report["failing"]} <= {
-            (str(i), n) for i, n in failing
-        }
+        assert [(f["consecutive_failures"], f["failing_since"]) for f in report["failing"]] == [
+            (n, iso(_as_datetime(since))) for _, n, since in failing
+        ]
         changes = self.shop.run(
             "SELECT session_id, new_status FROM checkout_session_change ORDER BY id DESC LIMIT 10"
         )
@@ -359,6 +423,7 @@ class ProxiedWorld:
         world.billing.before_answer = lambda _checkout: None
         world.bus.events.clear()
         world.closed_by_shop.clear()
+        world.heard.clear()
         world.crashed = False
         world.errors.clear()
         world.advance(60)

@@ -16,7 +16,7 @@ def test_a_slow_answer_is_next_due_in_the_slot_after_it() -> None:
         result = decide(
             claim,
             Answer(Outcome.ACTIVE, 200, took),
-            answered_at=NOON + timedelta(seconds=took),
+            answered_after=took,
             tick=NOON,
             rules=settings.check_rules(),
             choose=lambda _low, high: high,

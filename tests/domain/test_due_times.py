@@ -19,7 +19,7 @@ def due_after(*, claimed: float, tick: float, answered: float, cadence: str = "5
         claim,
         Answer(Outcome.ACTIVE, 200, 0.1),
         tick=NOON + timedelta(seconds=tick),
-        answered_at=NOON + timedelta(seconds=answered),
+        answered_after=timedelta(seconds=round(answered - claimed, 6)).total_seconds(),
         rules=settings.check_rules(),
         choose=lambda _low, high: high,
     )

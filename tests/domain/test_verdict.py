@@ -1,40 +1,73 @@
 """The verdict of `/api/status`: the one line that the person on call reads first."""
 
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 import pytest
 
 from core.domain.model import Outcome
 from core.domain.other_monitors import Difference, OtherMonitor
-from core.domain.verdict import Facts, Level, clock, duration, judge, starts_late_by
+from core.domain.verdict import (
+    Facts,
+    Level,
+    Quiet,
+    Verdict,
+    clock,
+    duration,
+    judge,
+    starts_late_by,
+)
+from core.domain.waiting import NOT_ASKED, Wait, Waiting, WaitingSession
 from testkit.clock import NOON
 
 WELL = {
-    "now": NOON,
+    "waiting": Waiting(NOON),
     "interval_seconds": 5,
     "last_pass_at": NOON - timedelta(seconds=2),
     "installed_at": NOON - timedelta(days=1),
     "open": 128,
     "outcomes": {"active": 128},
-    "overdue_seconds": 0.4,
 }
-FAILING_SINCE = NOON - timedelta(minutes=89)
 THROTTLED = ": Lambda probably throttles the worker (see WorkerThrottles)"
+ALLOWED = "Billing allows about 25 checks a second: each of 1,000 sessions is checked every 39 s"
+UNKNOWN = "Billing says what BILLING_STATUS_MAP does not have"
+NO_ID = "The shop's data has sessions without a checkout id"
+WAITED = "open sessions have waited for up to"
+IS_IT_RIGHT = "is BILLING_API_URL right, and the key's mode?"
+ON_TIME = "All 128 open sessions checked on time"
+PAUSED = {"paused_until": NOON + timedelta(minutes=1)}
+LIMITED = {"open": 1000, "allowed": 25.4, "demand": 200.0}
 
 
-def ago(seconds: float) -> object:
+def ago(seconds: float) -> datetime:
     return NOON - timedelta(seconds=seconds)
+
+
+def waiting(seconds: float = 180, code: int | None = None, **causes: int) -> dict[str, Waiting]:
+    """Sessions that have waited for so long, by cause."""
+    first = [WaitingSession("s", ago(seconds), cause, code) for cause in causes]
+    waits = {cause: Wait(sessions, ago(seconds)) for cause, sessions in causes.items()}
+    return {"waiting": Waiting(NOON, seconds, waits, first)}
+
+
+def verdict_of(facts: Mapping[str, object]) -> Verdict:
+    return judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("facts", "level", "text"),
     [
-        ({}, Level.OK, "All 128 open sessions checked on time"),
+        ({}, Level.OK, ON_TIME),
         ({"open": 3000}, Level.OK, "All 3,000 open sessions checked on time"),
         ({"open": 1}, Level.OK, "1 open session checked on time"),
         ({"open": 0}, Level.OK, "No open sessions, and the monitor is running on time"),
         ({"open": None, "outcomes": {}}, Level.WAITING, "The open sessions are being counted"),
-        ({"last_pass_at": ago(30)}, Level.OK, "All 128 open sessions checked on time"),
+        (
+            {"outcomes": {"": 128}},
+            Level.WAITING,
+            "The first check of 128 open sessions is under way",
+        ),
+        ({"last_pass_at": ago(30)}, Level.OK, ON_TIME),
         ({"last_pass_at": ago(40)}, Level.CRITICAL, "No pass for 40 s"),
         (
             {"last_pass_at": None, "installed_at": ago(119)},
@@ -44,67 +77,126 @@ def ago(seconds: float) -> object:
         ({"last_pass_at": None, "installed_at": ago(900)}, Level.CRITICAL, "No pass for 15 min"),
         ({"has_api_key": False}, Level.CRITICAL, "No API key: billing is not asked"),
         (
-            {"paused_until": NOON + timedelta(minutes=1), "overdue_seconds": 40},
-            Level.WARNING,
-            "Billing asked for a pause until 12:01:00 UTC",
+            {"has_api_key": False, "open": 0, "outcomes": {}},
+            Level.CRITICAL,
+            "No API key: billing is not asked",
         ),
         (
-            {"open": 1000, "allowed": 25.4, "demand": 200.0, "overdue_seconds": 35},
+            {"has_api_key": False, **waiting(128, not_asked=128)},
+            Level.CRITICAL,
+            f"No API key: billing is not asked; all 128 {WAITED} 2 min",
+        ),
+        (PAUSED, Level.WARNING, "Billing asked for a pause until 12:01:00 UTC"),
+        (
+            {**PAUSED, **waiting(40, not_asked=5)},
+            Level.CRITICAL,
+            f"Billing asked for a pause until 12:01:00 UTC; 5 of 128 {WAITED} 40 s",
+        ),
+        (
+            LIMITED,
             Level.WARNING,
-            "Billing allows about 25 checks a second: each of 1,000 sessions is checked every 39 s",
+            ALLOWED,
+        ),
+        (
+            {**LIMITED, **waiting(34, not_asked=620)},
+            Level.CRITICAL,
+            f"{ALLOWED}; 620 of 1,000 {WAITED} 34 s",
         ),
         (
             {"open": 1, "allowed": 0.1, "demand": 0.2},
             Level.WARNING,
             "Billing allows about 0.1 checks a second: the open session is checked every 10 s",
         ),
+        ({"allowed": 25, "demand": 26}, Level.OK, ON_TIME),
         (
-            {"allowed": 25, "demand": 26},
-            Level.OK,
-            "All 128 open sessions checked on time",
-        ),
-        (
-            {"starts_late_by": 14.2, "on_lambda": True, "overdue_seconds": 23},
+            {"starts_late_by": 14.2, "on_lambda": True, **waiting(23, not_asked=2)},
             Level.CRITICAL,
-            f"Passes start 14 s after their tick{THROTTLED}",
+            f"Passes start 14 s after their tick{THROTTLED}; 2 of 128 {WAITED} 23 s",
         ),
         ({"starts_late_by": 14.2}, Level.CRITICAL, "Passes start 14 s after their tick"),
-        ({"overdue_seconds": 10.0}, Level.OK, "All 128 open sessions checked on time"),
-        ({"overdue_seconds": 23.4}, Level.WARNING, "Checks are up to 23 s late"),
-        ({"overdue_seconds": 61}, Level.CRITICAL, "Checks are up to 61 s late"),
         (
-            {
-                "outcomes": {"unauthorized": 100, "active": 28},
-                "failing_since": FAILING_SINCE,
-                "failing_code": 401,
-            },
+            waiting(23.4, not_asked=12),
+            Level.WARNING,
+            f"Checks are late: 12 of 128 {WAITED} 23 s",
+        ),
+        (
+            waiting(23.4, not_asked=13),
             Level.CRITICAL,
-            "Billing refuses the key since 10:31 UTC (401)",
+            f"Checks are late: 13 of 128 {WAITED} 23 s",
         ),
         (
-            {"outcomes": {"timeout": 65, "active": 63}, "failing_since": FAILING_SINCE},
+            waiting(61, not_asked=1),
             Level.CRITICAL,
-            "Billing does not answer in time since 10:31 UTC",
+            "Checks are late: 1 of 128 open sessions has waited for 61 s",
         ),
         (
-            {"outcomes": {"timeout": 64, "active": 64}},
-            Level.OK,
-            "All 128 open sessions checked on time",
+            waiting(5400, 401, unauthorized=128),
+            Level.CRITICAL,
+            f"Billing refuses the key (401): all 128 {WAITED} 1 h 30 min",
         ),
-        # Passes succeed again, but the failed sessions still back off.
+        (
+            {"open": 200, **waiting(1560, 403, unauthorized=1)},
+            Level.WARNING,
+            "Billing refuses some sessions (403): 1 of 200 open sessions has waited for 26 min",
+        ),
+        (
+            waiting(180, timeout=12),
+            Level.WARNING,
+            f"Billing does not answer in time: 12 of 128 {WAITED} 3 min",
+        ),
+        # Together they are a tenth.
+        (
+            waiting(180, network_error=9, timeout=4),
+            Level.CRITICAL,
+            f"Billing cannot be reached: 9 of 128 {WAITED} 3 min",
+        ),
+        (
+            {"open": 10_000, "unknown_words": ["'settled'"], **waiting(180, unknown_status=240)},
+            Level.CRITICAL,
+            f"{UNKNOWN} ('settled'): 240 of 10,000 {WAITED} 3 min",
+        ),
+        (
+            {"open": 1, **waiting(180, invalid_session=1)},
+            Level.WARNING,
+            f"{NO_ID}: the open session has waited for 3 min",
+        ),
         (
             {"outcomes": {"network_error": 120, "active": 8}},
             Level.WARNING,
-            "Billing answers, but 120 of 128 failed their last check",
+            "120 of 128 failed their last check",
         ),
-        ({"outcomes": {"": 128}}, Level.OK, "All 128 open sessions checked on time"),
-        ({"outcomes": {"not_found": 128}}, Level.OK, "All 128 open sessions checked on time"),
+        ({"outcomes": {"timeout": 64, "active": 64}}, Level.OK, ON_TIME),
+        (
+            {"outcomes": {"not_found": 128}},
+            Level.CRITICAL,
+            f"Billing does not know any of 128 open sessions (404): {IS_IT_RIGHT}",
+        ),
+        (
+            {"outcomes": {"not_found": 1}, "open": 1},
+            Level.WARNING,
+            f"Billing does not know the open session (404): {IS_IT_RIGHT}",
+        ),
+        (
+            {"outcomes": {"not_found": 60, "active": 68}, "usual_not_found": 0.05},
+            Level.WARNING,
+            "Billing does not know 60 of 128 open sessions (404), usual is 5%",
+        ),
+        (
+            {"outcomes": {"not_found": 60, "active": 68}, "usual_not_found": 0.4},
+            Level.OK,
+            ON_TIME,
+        ),
+        (
+            {"quiet": Quiet(2400, 120)},
+            Level.WARNING,
+            "No session was closed for 40 min, usual is 2 min",
+        ),
     ],
 )
 def test_the_verdict_is_the_worst_finding(
     facts: dict[str, object], level: Level, text: str
 ) -> None:
-    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    verdict = verdict_of(facts)
     assert (verdict.level, verdict.text) == (level, text)
 
 
@@ -127,27 +219,25 @@ def test_passes_start_late_if_most_of_several_do(
     assert starts_late_by(delays) == late_by
 
 
-@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome.is_error])
-def test_the_verdict_names_what_most_checks_fail_with(outcome: Outcome) -> None:
-    facts = {"outcomes": {outcome.value: 128}, "failing_since": FAILING_SINCE}
-    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
-    assert verdict.level is Level.CRITICAL
-    assert verdict.text.endswith(" since 10:31 UTC")
+@pytest.mark.parametrize("cause", [*(o.value for o in Outcome if o.is_error), NOT_ASKED])
+def test_the_verdict_names_each_cause_and_who_waits(cause: str) -> None:
+    verdict = verdict_of(waiting(180, **{cause: 128}))
+    assert verdict.level in (Level.CRITICAL, Level.WARNING)
+    assert verdict.text.endswith(": all 128 open sessions have waited for up to 3 min")
 
 
 def test_other_findings_are_notes() -> None:
     facts = {
         "last_pass_at": ago(3700),
-        "outcomes": {"timeout": 2, "network_error": 3, "active": 123},
-        "overdue_seconds": 3690,
+        **waiting(3690, network_error=3, timeout=2, not_asked=100),
         "expected_ticks": 719,
         "missed_ticks": 718,
         "last_missed": ago(5),
         "killed_pass_at": ago(3600),
     }
-    assert judge(Facts(**{**WELL, **facts})).notes == (  # type: ignore[arg-type]
-        "Checks are up to 1 h 1 min late.",
-        "5 of 128 failed their last check: 3 network error, 2 timeout.",
+    assert verdict_of(facts).notes == (
+        f"Billing cannot be reached: 3 of 128 {WAITED} 1 h 1 min.",
+        f"Billing does not answer in time: 2 of 128 {WAITED} 1 h 1 min.",
         "718 of 719 ticks of the last hour were missed, the last at 11:59:55 UTC.",
         "The pass of 11:00:00 UTC was killed; its claims expire on their own.",
     )
@@ -158,12 +248,12 @@ def test_another_monitor_with_other_settings_is_the_verdict() -> None:
         Difference("STATUS_UPDATES", here=True, there=False),
         Difference("EVENT_BUS_NAME", here="shop-events", there=None),
     )
-    facts = {"other_monitors": [OtherMonitor("shop-b", differences)], "overdue_seconds": 23}
-    verdict = judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
+    facts = {"other_monitors": [OtherMonitor("shop-b", differences)], **waiting(23, not_asked=1)}
+    verdict = verdict_of(facts)
     assert verdict.level is Level.CRITICAL
     assert verdict.text.endswith("works on the same sessions: shop-b")
     assert verdict.notes == (
-        "Checks are up to 23 s late.",
+        "Checks are late: 1 of 128 open sessions has waited for 23 s.",
         f"shop-b ({differences[0]}; EVENT_BUS_NAME is not set there and shop-events here).",
     )
 
@@ -196,12 +286,12 @@ def test_where_billing_limits_the_rate_a_note_says_what_helps(
     facts = {"open": 1000, "allowed": 25.4, "demand": 199.7, "slower_cadence": slower}
     helps = helps.format(limit="a limit of 200 checks a second")
     note = f"The open sessions want 200 checks a second. What helps: {helps}."
-    assert judge(Facts(**{**WELL, **facts})).notes == (note,)  # type: ignore[arg-type]
+    assert verdict_of(facts).notes == (note,)
 
 
 def test_checkouts_of_several_sessions_are_named() -> None:
     shared = {f"c{n}": [f"s{n}{i}" for i in range(n)] for n in range(2, 7)}
-    notes = judge(Facts(**{**WELL, "shared_checkouts": shared})).notes  # type: ignore[arg-type]
+    notes = verdict_of({"shared_checkouts": shared}).notes
     assert [note.split(":")[-1] for note in notes] == [
         " s20, s21.",
         " s30, s31, s32.",

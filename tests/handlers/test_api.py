@@ -1,12 +1,14 @@
 """The API's Lambda, invoked with the events of the events folder."""
 
 import json
+import threading
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+import core.worker
 from core.domain.model import Reason
 from core.domain.summary import Summary
 from core.store.store import Store
@@ -43,6 +45,7 @@ def test_a_monitor_that_has_just_started_is_healthy(context: LambdaContext) -> N
         "last_pass": "ok",
         "starts_on_time": "ok",
         "api_key": "ok",
+        "answers": "ok",
         "other_monitors": "ok",
     }
 
@@ -77,6 +80,21 @@ def test_a_lost_database_degrades_health_without_showing_its_address(
     assert status == 503
     assert body["checks"]["database"] == "failed"
     assert "shop.db" not in json.dumps(body)
+
+
+def test_a_database_that_hangs_is_said_in_time(
+    environment: pytest.MonkeyPatch, context: LambdaContext
+) -> None:
+    call("health", context)
+    environment.setattr(core.worker, "READ_SECONDS", 0.01)
+    answered = threading.Event()
+    check.worker()._database_thread.submit(answered.wait)
+    status, body = call("status", context)
+    assert (status, body["message"]) == (503, "The database has not answered within 0 s.")
+    assert call("health", context)[1]["checks"]["database"] == "failed"
+    answered.set()
+    environment.setattr(core.worker, "READ_SECONDS", 7.0)
+    assert call("status", context)[0] == 200
 
 
 def test_a_missing_api_key_degrades_health(

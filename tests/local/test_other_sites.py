@@ -58,6 +58,12 @@ class FakeMonitor:
         self.calls += 1
         return {}
 
+    def find_sessions(self, text: str) -> dict[str, object]:
+        raise NotImplementedError
+
+    def sessions_of(self, outcome: str, after: int) -> dict[str, object]:
+        raise NotImplementedError
+
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         self.calls += 1
         return Summary(Reason.MANUAL, NOON)

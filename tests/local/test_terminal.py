@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from local.terminal import MAX_LINES_PER_PASS, MAX_NEW_SESSIONS, ChangesOnly
+from local.terminal import MAX_LINES_PER_PASS, MAX_NEW_SESSIONS, ChangesOnly, width
 from testkit.clock import NOON
 from testkit.shops import SQLiteShop, add_sessions, numbered, statements
 
@@ -62,31 +62,70 @@ def test_few_of_thousands_of_active_sessions_are_shown(
     assert lines_of_pass(log, active) == ["s7: active\n"]
 
 
-def test_pass_shows_a_limited_number_of_lines(log: Log) -> None:
+def test_failures_without_room_are_counted_and_shown_by_a_later_pass(log: Log) -> None:
     lines_of_pass(log, {f"s{n}": "active" for n in range(3000)})
-    assert len(lines_of_pass(log, {f"s{n}": "timeout" for n in range(3000)})) == MAX_LINES_PER_PASS
+    failing = {f"s{n}": "timeout" for n in range(50)}
+    assert len(lines_of_pass(log, failing)) == MAX_LINES_PER_PASS
+    assert log("… and 2950 more: active") == log("… and 950 more: timeout") == ""
+    assert log("📊 complete").startswith("❌ … and 980 more failed\n📊 ")
+    assert lines_of_pass(log, failing) == [f"s{n}: timeout\n" for n in range(20, 40)]
+    assert log("📊 complete").startswith("❌ … and 10 more failed\n📊 ")
+    assert lines_of_pass(log, failing) == [f"s{n}: timeout\n" for n in range(40, 50)]
+    assert log("📊 complete").startswith("📊 ")
+    assert lines_of_pass(log, failing) == []
+    log("… and 950 more: timeout")
+    assert log("📊 complete").startswith("📊 ")
+
+
+def test_every_failure_of_a_small_shop_is_shown_beside_its_active_sessions(log: Log) -> None:
+    sessions = {f"s{n}": "active" for n in range(17)} | {f"f{n}": "timeout" for n in range(16)}
+    lines = lines_of_pass(log, sessions)
+    assert sum("timeout" in line for line in lines) == 16
+
+
+SUMMARY = {
+    "tick": "t",
+    "open": 3000,
+    "failing": 16,
+    "waiting": {"sessions": 4},
+    "checked": 1000,
+    "errors": 3,
+    "duration_ms": 412.0,
+    "billing_latency_ms": {"p95": 104.0},
+}
 
 
 def test_last_line_adds_up_the_workers_of_a_tick(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    one = {"tick": "t", "open": 3000, "checked": 1000, "errors": 3, "duration_ms": 412.0}
-    one["billing_latency_ms"] = {"p95": 104.0}
-    assert log("📊 complete", summary=one) == (
-        "📊 12:00:00 UTC · 3,000 open · 1,000 checked in 0.4 s · 3 failed"
-        " · 95 % of answers within 104 ms"
+    monkeypatch.setenv("COLUMNS", "140")
+    begin = "📊 12:00:00 UTC · 16 failing · 4 waiting · 3,000 open"
+    end = "95 % of answers within 104 ms"
+    assert log("📊 complete", summary=SUMMARY) == f"{begin} · 1,000 checked in 0.4 s · {end}"
+    assert log("📊 complete", summary=SUMMARY) == (
+        f"{begin} · 2,000 checked in 0.4 s · 2 workers · {end}"
     )
-    assert log("📊 complete", summary=one) == (
-        "📊 12:00:00 UTC · 3,000 open · 2,000 checked in 0.4 s · 6 failed · 2 workers"
-        " · 95 % of answers within 104 ms"
+    assert "1,000 checked" in log("📊 complete", summary={**SUMMARY, "tick": "u"})
+    first = {"tick": "v", "open": 5, "errors": 2}  # before it nothing was counted
+    assert "· 2 failing · 0 waiting · 5 open ·" in log("📊 complete", summary=first)
+
+
+@pytest.mark.parametrize("columns", [30, 60, 80, 120])
+def test_lines_fit_the_terminal(log: Log, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    last = log("📊 complete", summary={**SUMMARY, "paused_until": "2026-01-15T12:00:30.000Z"})
+    assert last.startswith("📊 12:00:00 UTC · 16 failing")
+    line = log(
+        "❌ Error checking session cart-1009 (checkout_reset_1009): Network error: Conn. reset",
+        session_id="cart-1009",
+        outcome="network_error",
     )
-    assert "1,000 checked" in log("📊 complete", summary={**one, "tick": "u"})
-    monkeypatch.setenv("COLUMNS", "40")
-    assert len(log("📊 complete", summary=one)) == 38
+    for shown in (last, *line.splitlines()):
+        assert width(shown) <= columns
+    assert " ".join(line.split()).endswith("(checkout_reset_1009): Network error: Conn. reset")
 
 
 def test_other_lines_are_shown_and_counts_of_omitted_lines_are_not(log: Log) -> None:
     warning = "⚠️ checkout_session has no index on status. " * 5
-    assert log(warning) == f"{warning}\n"
+    assert " ".join(log(warning).split()) == warning.strip()
     assert log("… and 2950 more: active") == ""
 
 

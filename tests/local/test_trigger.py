@@ -37,6 +37,12 @@ class FakeMonitor:
     def status(self) -> dict[str, object]:
         return {}
 
+    def find_sessions(self, text: str) -> dict[str, object]:
+        raise NotImplementedError
+
+    def sessions_of(self, outcome: str, after: int) -> dict[str, object]:
+        raise NotImplementedError
+
     def trigger_checkout_session_check(self, session_ids: Sequence[str] | None = None) -> Summary:
         if self._error is not None:
             raise self._error

@@ -216,6 +216,7 @@ def test_rows_of_version_0_2_are_put_into_batches(
     server_shop.run("DROP TABLE checkout_session_batch")
     server_shop.run(
         "ALTER TABLE checkout_session_check DROP KEY checkout_session_check_batch,"
+        " DROP KEY checkout_session_check_waiting,"
         " DROP COLUMN batch_id, ADD COLUMN attempts INT UNSIGNED NOT NULL DEFAULT 0,"
         " MODIFY next_check_at DATETIME(3) NOT NULL,"
         " ADD KEY checkout_session_check_due (next_check_at)"

@@ -344,7 +344,8 @@ def test_a_table_of_the_version_before_gets_the_column(shop: Shop, clock: FakeCl
     before = Store(database_of(shop, clock))
     before.prepare()
     before.close()
-    shop.run("ALTER TABLE checkout_session_run DROP COLUMN settings")
+    for column in ("settings", "unknown_words"):
+        shop.run(f"ALTER TABLE checkout_session_run DROP COLUMN {column}")
     stores = [Store(database_of(shop, clock), monitor=Monitor("a", {})) for _ in range(2)]
     for store in stores:
         assert store.prepare() == []

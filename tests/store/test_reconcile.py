@@ -79,3 +79,16 @@ async def test_a_slow_reconcile_is_done_less_often(
         assert (summary.led, summary.open, summary.checked) == (True, 2, 2)
         clock.advance(5)
     assert counted == [True, False, False, False, True, False, False, False, True]
+
+
+async def test_sessions_without_a_batch_are_queued_however_slow_a_reconcile_is(
+    passes: Passes, clock: FakeClock
+) -> None:
+    """The operator has upgraded the tables of a large shop by hand."""
+    add_sessions(passes.shop, numbered(2))
+    await passes.run()
+    passes.shop.run("UPDATE checkout_session_check SET batch_id = NULL")
+    passes.shop.run("DELETE FROM checkout_session_batch")
+    passes.shop.run("UPDATE checkout_session_pause SET count_again_at = '2026-01-15T12:09:00Z'")
+    clock.advance(5)
+    assert (await passes.run()).checked == 2

@@ -1,23 +1,23 @@
 """The report of `/api/status`, read from the tables of every engine."""
 
 import json
-import re
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from core import settings as settings_module
 from core.database.port import Database
 from core.domain.model import iso
 from core.domain.rate import Budget
 from core.settings import Settings
-from core.store.status_report import read_status, settings_in_force
+from core.store.settings_in_force import settings_in_force
+from core.store.status_report import read_status
 from core.worker import open_database
 from testkit.clock import NOON, FakeClock
 from testkit.history import SECOND, History
 from testkit.shops import Shop, add_sessions
 from tests.conftest import MYSQL
+from tests.support import setting_variables
 
 
 @pytest.fixture
@@ -145,10 +145,7 @@ def test_lateness_is_that_of_the_most_overdue_unclaimed_session(
         next_check_at=due - 60 * SECOND,
         claimed_until=history.now + 10 * SECOND,
     )
-    status = report(history)
-    assert status["overdue_seconds"] == 23.0
-    assert status["verdict"]["text"] == "Checks are up to 23 s late"
-    assert status["verdict"]["level"] == "warning"
+    assert report(history)["overdue_seconds"] == 23.0
 
 
 def test_a_pause_is_reported_while_it_lasts(history: History) -> None:
@@ -179,45 +176,110 @@ def test_what_billing_allows_is_reported_beside_what_is_wanted(history: History)
     assert "CHECK_CADENCE='30s until 10m, 2m until 1h, 15m'" in status["verdict"]["notes"][0]
 
 
-def test_a_refused_key_is_reported_with_its_start(history: History) -> None:
-    history.passes(60, row=lambda ago: {"errors": 10} if ago < 12 else {})
-    history.counted({"unauthorized": 128})
-    history.failing("s", "c", last_outcome="unauthorized", last_status_code=401)
-    verdict = report(history)["verdict"]
-    assert verdict["level"] == "critical"
-    assert verdict["text"] == "Billing refuses the key since 11:59 UTC (401)"
-    assert verdict["notes"] == ["128 of 128 failed their last check: 128 unauthorized."]
+def test_sessions_wait_since_they_failed_or_were_due(history: History) -> None:
+    """By cause; the longest first. A failing one counts once, and a claim changes nothing."""
+    history.passes(60)
+    history.counted({"active": 5, "timeout": 2, "unauthorized": 1})
+    minute = 60 * SECOND
+    failed = {"last_outcome": "timeout", "last_status_code": None}
+    history.failing("slow", "c", failing_since=history.now - 3 * minute, **failed)
+    history.failing("due", "c", next_check_at=history.now - minute, **failed)
+    refused = {"last_outcome": "unauthorized", "last_status_code": 401}
+    history.failing("refused", "c", failing_since=history.now - 10 * SECOND, **refused)
+    history.failing("just-now", "c", failing_since=history.now - 9 * SECOND)
+    claimed = history.now + 10 * SECOND
+    history.session("late", "c", next_check_at=history.now - 2 * minute, claimed_until=claimed)
+    history.session("fine", "c", next_check_at=history.now - 9 * SECOND)
+    # Billing was asked, and has not answered.
+    history.session("hangs", "c", failing_since=history.now - 11 * SECOND, next_check_at=claimed)
+    # A clock was ahead.
+    history.session("far", "c", next_check_at=history.now + 60 * minute)
+    waiting = report(history)["waiting"]
+    assert (waiting["sessions"], waiting["longest_seconds"]) == (6, 180)
+    assert waiting["causes"] == {"timeout": 3, "not_asked": 2, "unauthorized": 1}
+    first = [(one["session_id"], one["cause"], one["seconds"]) for one in waiting["first"]]
+    assert first == [
+        ("slow", "timeout", 180),
+        ("late", "not_asked", 120),
+        ("due", "timeout", 60),
+        ("hangs", "timeout", 11),
+        ("refused", "unauthorized", 10),
+        ("far", "not_asked", 10),
+    ]
+    assert waiting["first"][-2] == {
+        "session_id": "refused",
+        "since": iso(history.now - 10 * SECOND),
+        "seconds": 10.0,
+        "cause": "unauthorized",
+        "status_code": 401,
+    }
 
 
-def test_a_failure_of_over_an_hour_is_reported_with_its_start(history: History) -> None:
-    history.passes(721, row=lambda _: {"errors": 10})
-    history.counted({"network_error": 10})
-    for hours in (3, 5):
-        since = history.now - timedelta(hours=hours)
-        history.failing(
-            f"s{hours}",
-            "c",
-            last_outcome="network_error",
-            last_status_code=None,
-            failing_since=since,
-        )
-    history.failing("odd", "c", failing_since=history.now - timedelta(hours=9))
-    text = report(history)["verdict"]["text"]
-    assert text == "Billing cannot be reached since 07:00 UTC"
+def test_billings_unknown_words_are_in_the_verdict(history: History) -> None:
+    words = {0: "[\"'settled'\"]", 1: "[\"nothing at 'status'\", \"'settled'\"]"}
+    history.passes(60, row=lambda ago: {"unknown_words": words.get(ago)})
+    history.counted({"active": 7, "unknown_status": 3})
+    for n in range(3):
+        history.failing(f"s{n}", "c", last_outcome="unknown_status", last_status_code=200)
+    verdict = report(history, STATUS_UPDATES="true")["verdict"]
+    assert verdict["text"].startswith(
+        "Billing says what BILLING_STATUS_MAP does not have ('settled', nothing at 'status'): 3 of"
+    )
 
 
-def test_billing_that_answers_again_is_only_a_warning(history: History) -> None:
-    history.passes(60, row=lambda ago: {"errors": 10 if ago else 0})
-    history.counted({"timeout": 100, "active": 10})
-    verdict = report(history)["verdict"]
-    assert verdict["level"] == "warning"
-    assert verdict["text"] == "Billing answers, but 100 of 110 failed their last check"
+@pytest.mark.parametrize(
+    ("earlier", "level"),
+    [({"not_found": 5, "active": 5}, "ok"), ({"not_found": 1, "active": 9}, "warning")],
+)
+def test_404s_are_compared_with_those_of_the_last_day(
+    history: History, earlier: dict[str, int], level: str
+) -> None:
+    history.passes(300, row=lambda _: {"outcomes": json.dumps(earlier)})
+    history.counted({"not_found": 60, "active": 40})
+    assert report(history)["verdict"]["level"] == level
 
 
-def test_the_ten_worst_failing_sessions_are_listed_worst_first(history: History) -> None:
+@pytest.mark.parametrize(
+    ("every", "lull", "quiet", "text"),
+    [
+        (2, 0, 40, "No session was closed for 40 min, usual is 2 min"),
+        (2, 0, 19, "All 10 open sessions checked on time"),
+        (2, 30, 40, "All 10 open sessions checked on time"),  # it was as quiet in the morning
+        (5, 0, 40, "All 10 open sessions checked on time"),
+    ],
+)
+def test_a_shop_that_closes_nothing_for_unusually_long_is_reported(
+    history: History, every: int, lull: int, quiet: int, text: str
+) -> None:
+    minute = timedelta(minutes=1)
+    last = history.now - quiet * minute
+    for n in range(100):
+        pause = lull * minute if n > 95 else timedelta(0)
+        history.change(f"s{n}", changed_at=last - n * every * minute - pause)
+    history.passes(60)
+    history.counted({"active": 10}, ages={"10m": 5, "1h": 5})
+    verdict = report(history, STATUS_UPDATES="true")["verdict"]
+    assert verdict["text"] == text
+    assert report(history)["verdict"]["level"] == "ok"  # nothing is ever closed
+
+
+def test_no_tick_was_missed_at_another_interval(history: History) -> None:
+    before = '{"name": "shop", "CHECK_INTERVAL_SECONDS": 10, "CHECK_CADENCE": "5s"}'
+    now = before.replace("10,", "5,")
+    history.passes(
+        720,
+        missed=[ago for ago in range(60, 720) if ago % 2],
+        row=lambda ago: {"settings": before if ago > 58 else now},
+    )
+    missed = report(history)["missed_ticks"]
+    assert (missed["expected"], missed["missed"]) == (59, 0)
+
+
+def test_the_ten_failing_sessions_that_wait_longest_are_listed(history: History) -> None:
     history.session("fine", "checkout_active_1")
     for n in range(1, 15):
-        history.failing(f"s{n}", f"checkout_500_{n}", consecutive_failures=n)
+        since = history.now - n * 60 * SECOND
+        history.failing(f"s{n}", f"checkout_500_{n}", consecutive_failures=3, failing_since=since)
     failing = report(history)["failing"]
     assert [f["session_id"] for f in failing] == [f"s{n}" for n in range(14, 4, -1)]
     assert failing[0] == {
@@ -225,8 +287,8 @@ def test_the_ten_worst_failing_sessions_are_listed_worst_first(history: History)
         "billing_checkout_id": "checkout_500_14",
         "outcome": "unexpected_status",
         "status_code": 500,
-        "consecutive_failures": 14,
-        "failing_since": iso(history.now - 60 * SECOND),
+        "consecutive_failures": 3,
+        "failing_since": iso(history.now - 14 * 60 * SECOND),
         "last_checked_at": iso(history.now - SECOND),
         "next_check_at": iso(history.slot + 5 * SECOND),
     }
@@ -244,6 +306,9 @@ def test_the_latest_status_changes_are_listed(history: History) -> None:
 def test_a_missing_key_is_reported(history: History) -> None:
     history.passes(1, row=lambda _: {"skipped": '{"no_api_key": 3}'})
     assert report(history)["verdict"]["text"] == "No API key: billing is not asked"
+    history.counted({})
+    history.passes(2)
+    assert report(history, APIKEY="")["verdict"]["text"] == "No API key: billing is not asked"
 
 
 def test_sessions_with_the_same_checkout_are_named(history: History) -> None:
@@ -275,13 +340,15 @@ def test_a_report_reads_a_bounded_number_of_rows(
         "INSERT INTO checkout_session_batch (id, next_check_at, due_at)"
         " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200)"
         " SELECT i, %s, %s FROM n",
-        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+        ((NOON - 60 * SECOND).replace(tzinfo=None),) * 2,
     )
     history.shop.run(
         "INSERT INTO checkout_session_check"
-        " (session_id, batch_id, next_check_at, first_seen_at, last_outcome, consecutive_failures)"
-        " SELECT id, 1 + CRC32(id) MOD 200, %s, %s, 'timeout', 3 FROM checkout_session",
-        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+        " (session_id, batch_id, next_check_at, first_seen_at, last_outcome, consecutive_failures,"
+        " failing_since)"
+        " SELECT id, 1 + CRC32(id) MOD 200, %s, %s, 'timeout', 3,"
+        " CASE WHEN CRC32(id) MOD 2 THEN %s END FROM checkout_session",
+        ((NOON - 60 * SECOND).replace(tzinfo=None),) * 3,
     )
     history.passes(720, row=lambda _: {"errors": 10})
     history.counted({"timeout": 10_000})
@@ -294,7 +361,7 @@ def test_a_report_reads_a_bounded_number_of_rows(
     read_status(database, settings)
     read = rows_read(database) - before
     database.close()
-    assert read < 4000  # mostly the passes of the last hour, by their tick
+    assert read < 15_000  # of the passes of the last hour, and of those that wait
 
 
 def rows_read(database: Database) -> int:
@@ -305,10 +372,7 @@ def rows_read(database: Database) -> int:
 
 
 def test_every_setting_is_listed_under_its_variable(history: History) -> None:
-    source = settings_module.__file__
-    with open(source, encoding="utf-8") as file:  # noqa: PTH123
-        variables = set(re.findall(r'"([A-Z][A-Z_]{4,})"', file.read()))
-    assert set(settings_in_force(history.settings())) == variables
+    assert set(settings_in_force(history.settings())) == setting_variables()
 
 
 def test_the_listed_settings_contain_no_secret() -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Never
 
 from core.aws.clients import client_config
 from core.billing.headers import API_KEY
+from core.billing.settings import checked_api_key
 from core.database.address import PEM, RDS, DatabaseSecret, MySQLAddress, Tls, is_ca
 from core.errors import SettingsError
-from core.settings import checked_api_key
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.parameters import SecretsProvider

@@ -1,6 +1,7 @@
 """The billing client: one GET for each check; every result or failure becomes an `Answer`."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -30,9 +31,13 @@ LOOK_AT_HEADERS_EVERY = 50
 # Where BILLING_API_URL has it, the id takes its place; otherwise the id is the last path segment.
 CHECKOUT_ID = "{billing_checkout_id}"
 
+# How an HTML page begins, maybe with a byte order mark.
+_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECASE)
+
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]+")
 
 
 class StatusCodes(NamedTuple):
@@ -153,7 +158,10 @@ class BillingClient:
             return Answer(outcome, code, seconds)
         used_up = self._is_used_up(response)
         if self._status_reader is None:
-            return Answer(outcome, code, seconds, used_up=used_up)
+            answer = Answer(outcome, code, seconds, used_up=used_up)
+            if is_html(body):  # a maintenance page, or a login
+                answer = answer._replace(outcome=Outcome.UNKNOWN_STATUS, detail="an HTML page")
+            return answer
         reading = self._status_reader.read(body, asked)
         if reading.status is None:
             unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
@@ -196,14 +204,19 @@ class BillingClient:
         return read_token(response.status_code, body)
 
 
+def is_html(body: bytes | None) -> bool:
+    """Whether a body is a page for people. Other bodies say nothing without a status reader."""
+    return body is not None and _HTML.match(body) is not None
+
+
 def path_segment(billing_checkout_id: str) -> str | None:
     """The id as one path segment of a URL, or None if no URL can carry it.
 
     Everything but RFC 3986's unreserved characters is percent-encoded, so an id can neither leave
     its segment nor add a query.
     """
-    if billing_checkout_id in _DOT_SEGMENTS:
-        return None
+    if _UNRESERVED.fullmatch(billing_checkout_id):  # nearly every id
+        return None if billing_checkout_id in _DOT_SEGMENTS else billing_checkout_id
     try:
         return quote(billing_checkout_id, safe="")
     except UnicodeEncodeError:  # half of a surrogate pair is not a character
@@ -229,6 +242,8 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
 
 async def _read(response: httpx.Response) -> bytes | None:
     """The body, read to its end so that the connection can be reused; None beyond the limit."""
+    if response.is_closed:  # the transport has read it
+        return response.content if len(response.content) <= MAX_BODY_BYTES else None
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

@@ -1,7 +1,7 @@
 """httpx's transport over pyreqwest (Rust's reqwest): requests leave, bytes or errors come back."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -15,8 +15,6 @@ from pyreqwest.exceptions import (
     RequestTimeoutError,
 )
 from pyreqwest.http import HeaderMap
-from pyreqwest.request import StreamRequest
-from pyreqwest.response import ResponseBodyReader
 
 # Read at once: more than any session's answer needs, so that one read returns a whole body.
 CHUNK_BYTES = 64 * 1024 + 1
@@ -157,15 +155,18 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         client.requests += 1
         try:
             response = await sending.__aenter__()
-        except BaseException as error:
+            try:
+                # Less than CHUNK_BYTES is the whole body.
+                body = await response.body_reader.read(CHUNK_BYTES)
+            finally:
+                await sending.__aexit__(None, None, None)
+        except PyreqwestError as error:
+            raise _translated(error, request) from error
+        finally:
             client.request_ended()
-            if isinstance(error, PyreqwestError):
-                raise _translated(error, request) from error
-            raise
         if response.version == "HTTP/2.0":
             self._speaks_http2 = True
-        body = _Body(client, sending, response.body_reader, request)
-        return _Received(response.status, response.headers, body)
+        return _Received(response.status, response.headers, b"" if body is None else bytes(body))
 
     def _items_of(self, headers: httpx.Headers) -> list[tuple[str, str]]:
         if headers is not self._headers:  # many requests share them
@@ -301,14 +302,15 @@ def _client(timeout_seconds: float, max_connections: int = MAX_STREAMS) -> Clien
 
 
 class _Received(httpx.Response):
-    """A response whose headers are copied only when they are read.
+    """A response whose body has been read, and whose headers are copied only when they are read.
 
     httpx.Response copies and normalises them, which takes longer than the rest of an answer.
     """
 
-    def __init__(self, status: int, headers: HeaderMap, body: "_Body") -> None:
+    def __init__(self, status: int, headers: HeaderMap, body: bytes) -> None:
         self.status_code = status
-        self.stream = self._body = body
+        self.is_closed = True
+        self._content = body
         self._header_map = headers
 
     def __getattr__(self, name: str) -> httpx.Headers:
@@ -316,43 +318,6 @@ class _Received(httpx.Response):
             raise AttributeError(name)
         self.headers = httpx.Headers(_readable(self._header_map))
         return self.headers
-
-    async def aclose(self) -> None:
-        await self._body.aclose()
-
-
-class _Body(httpx.AsyncByteStream):
-    def __init__(
-        self,
-        client: _Client,
-        sending: StreamRequest,
-        reader: ResponseBodyReader,
-        request: httpx.Request,
-    ) -> None:
-        self._client = client
-        self._sending = sending
-        self._reader = reader
-        self._request = request
-        self._ended = False
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            chunk = await self._reader.read(CHUNK_BYTES)
-        except PyreqwestError as error:
-            raise _translated(error, self._request) from error
-        if chunk is None:
-            raise StopAsyncIteration
-        self._ended = len(chunk) < CHUNK_BYTES  # `read` returns less only at the end
-        return bytes(chunk)
-
-    async def aclose(self) -> None:
-        self._client.request_ended()
-        await self._sending.__aexit__(None, None, None)
 
 
 def _readable(headers: HeaderMap) -> list[tuple[str, str]]:

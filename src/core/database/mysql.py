@@ -4,7 +4,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Protocol
@@ -113,9 +113,14 @@ class MySQLDatabase:
     by_rowid = "FORCE INDEX (PRIMARY)"
     by_session = "FORCE INDEX (checkout_session_check_session)"
     by_batch = "FORCE INDEX (checkout_session_check_batch)"
+    by_wait = "FORCE INDEX (checkout_session_check_waiting)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     join_in_order = "STRAIGHT_JOIN"
+    has_index = (
+        "SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE()"
+        " AND table_name = 'checkout_session' AND seq_in_index = 1 AND column_name = %s LIMIT 1"
+    )
     skip_duplicates = "ON DUPLICATE KEY UPDATE {key} = {key}"  # INSERT IGNORE would cut values, too
 
     def __init__(
@@ -172,6 +177,9 @@ class MySQLDatabase:
         else:
             now = f"CAST('{self._clock():%Y-%m-%d %H:%M:%S.%f}' AS DATETIME(3))"
         return f"({now} + INTERVAL {plus_seconds:d} SECOND)" if plus_seconds else now
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        return f"CONCAT_WS('|', {', '.join(expressions)})"
 
     def comparable(self, session_id: str) -> bool:
         if self._ids is None:

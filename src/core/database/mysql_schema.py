@@ -61,7 +61,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
   failing_since DATETIME(3) NULL,
   UNIQUE KEY checkout_session_check_session (session_id),
   KEY checkout_session_check_batch (batch_id, next_check_at, claimed_until),
-  KEY checkout_session_check_failing (consecutive_failures)
+  KEY checkout_session_check_waiting (failing_since, last_outcome)
 ) ENGINE=InnoDB"""
 
 RUN_TABLE = """\
@@ -84,6 +84,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p99_ms DOUBLE NULL,
   latency_max_ms DOUBLE NULL,
   settings VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  unknown_words VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL,
   KEY checkout_session_run_finished (finished_at),
   KEY checkout_session_run_tick (tick)
 ) ENGINE=InnoDB"""
@@ -126,8 +127,7 @@ UPGRADES = {
         " ADD UNIQUE KEY checkout_session_check_session (session_id)"
     ),
     ("checkout_session_check", ("failing_since", "YES")): (
-        "ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL,"
-        " ADD KEY checkout_session_check_failing (consecutive_failures)"
+        "ALTER TABLE checkout_session_check ADD COLUMN failing_since DATETIME(3) NULL"
     ),
     ("checkout_session_run", ("finished_at", "YES")): (
         "ALTER TABLE checkout_session_run MODIFY finished_at DATETIME(3) NULL,"
@@ -135,7 +135,8 @@ UPGRADES = {
     ),
     ("checkout_session_run", ("settings", "YES")): (
         "ALTER TABLE checkout_session_run ADD COLUMN settings"
-        " VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL"
+        " VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL,"
+        " ADD COLUMN unknown_words VARCHAR(2000) CHARACTER SET ascii COLLATE ascii_bin NULL"
     ),
     ("checkout_session_change", ("late_check_at", "YES")): (
         "ALTER TABLE checkout_session_change ADD COLUMN late_check_at DATETIME(3) NULL,"
@@ -152,12 +153,13 @@ UPGRADES = {
         "ALTER TABLE checkout_session_pause ADD COLUMN budget"
         " VARCHAR(500) CHARACTER SET ascii COLLATE ascii_bin NULL"
     ),
-    # The column attempts and the key checkout_session_check_due stay: workers of the version
-    # before use them until they end.
+    # The column attempts and the keys checkout_session_check_due and checkout_session_check_failing
+    # stay: workers of the version before use them until they end.
     ("checkout_session_check", HAS_BATCHES): (
         "ALTER TABLE checkout_session_check MODIFY next_check_at DATETIME(3) NULL,"
         " ADD COLUMN batch_id BIGINT UNSIGNED NULL,"
-        " ADD KEY checkout_session_check_batch (batch_id, next_check_at, claimed_until)"
+        " ADD KEY checkout_session_check_batch (batch_id, next_check_at, claimed_until),"
+        " ADD KEY checkout_session_check_waiting (failing_since, last_outcome)"
     ),
 }
 

@@ -1,7 +1,7 @@
 """What the store needs of a database engine; `mysql` and `sqlite` beside this file are the two."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Protocol
 
@@ -53,9 +53,13 @@ class Database(Protocol):
     by_rowid: str  # makes a statement find rows of checkout_session_check by their numbers
     by_session: str  # the same, by their session ids
     by_batch: str  # the same, by their batches
+    by_wait: str  # the same, by since when they fail
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     join_in_order: str  # JOIN that reads the table on its left first
+    has_index: (
+        str  # a SELECT that finds a row if an index of the shop's table begins with column %s
+    )
     skip_duplicates: str  # after an INSERT: skip rows whose {key} exists
     is_transactional: bool  # a change of the shop's table can be rolled back
 
@@ -65,6 +69,9 @@ class Database(Protocol):
 
     def now_sql(self, *, plus_seconds: int = 0) -> str:
         """The database's clock, to the millisecond, as an expression within a statement."""
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        """An expression: the values of others, none NULL, as one text with | between them."""
 
     def prepare(self) -> Sequence[str]:
         """Make the monitor's tables fit the shop's: create, upgrade and change them if need be.
@@ -130,9 +137,15 @@ def as_text_or_none(value: Value) -> str | None:
     return None if value is None else as_text(value)
 
 
+def as_shown_text(value: Value) -> str:
+    """Text for people and JSON: bytes that are not UTF-8 are shown as escapes."""
+    return as_text(value).encode(errors="backslashreplace").decode()
+
+
 def as_datetime(value: Value) -> datetime:
-    if isinstance(value, str):
-        return datetime.fromisoformat(value)
+    if isinstance(value, str):  # in a text, MySQL's times have no zone
+        time = datetime.fromisoformat(value)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
     if not isinstance(value, datetime):
         raise TypeError(f"expected a time from the database, not {value!r}")
     return value

@@ -1,7 +1,7 @@
 """SQLite, the embedded database of a laptop and of the tests."""
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -50,8 +50,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_check (
 );
 CREATE INDEX IF NOT EXISTS checkout_session_check_batch
   ON checkout_session_check (batch_id, next_check_at, claimed_until);
-CREATE INDEX IF NOT EXISTS checkout_session_check_failing
-  ON checkout_session_check (consecutive_failures);
+CREATE INDEX IF NOT EXISTS checkout_session_check_waiting
+  ON checkout_session_check (failing_since, last_outcome);
 CREATE TABLE IF NOT EXISTS checkout_session_run (
   id INTEGER PRIMARY KEY,
   reason TEXT NOT NULL,
@@ -70,7 +70,8 @@ CREATE TABLE IF NOT EXISTS checkout_session_run (
   latency_p95_ms REAL,
   latency_p99_ms REAL,
   latency_max_ms REAL,
-  settings TEXT
+  settings TEXT,
+  unknown_words TEXT
 );
 CREATE INDEX IF NOT EXISTS checkout_session_run_finished ON checkout_session_run (finished_at);
 CREATE INDEX IF NOT EXISTS checkout_session_run_tick ON checkout_session_run (tick);
@@ -113,6 +114,7 @@ OUTDATED = (
 # Columns that tables of version 0.2.0 lack.
 ADDED_COLUMNS = (
     ("checkout_session_run", "settings", "TEXT"),
+    ("checkout_session_run", "unknown_words", "TEXT"),
     ("checkout_session_pause", "budget", "TEXT"),
     ("checkout_session_change", "late_check_at", "DATETIME"),
     ("checkout_session_change", "paid_late_at", "DATETIME"),
@@ -161,8 +163,12 @@ class SQLiteConnection:
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = by_rowid = by_session = by_batch = ""
+    in_due_order = by_rowid = by_session = by_batch = by_wait = ""
     join_in_order = "JOIN"
+    has_index = (
+        "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
+        " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = %s"
+    )
     is_transactional = True
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     skip_duplicates = "ON CONFLICT DO NOTHING"
@@ -183,6 +189,9 @@ class SQLiteDatabase:
 
     def now_sql(self, *, plus_seconds: int = 0) -> str:
         return f"'{iso(self._clock() + timedelta(seconds=plus_seconds))}'"
+
+    def joined(self, expressions: Iterable[str]) -> str:
+        return " || '|' || ".join(expressions)
 
     def comparable(self, session_id: str) -> bool:
         try:
@@ -247,10 +256,7 @@ def _make_tables(connection: Connection) -> Sequence[str]:
     """Make what is missing; returns warnings about the shop's table."""
     for statement in TABLES.split(";"):
         connection.execute(statement)
-    indexed = connection.query(
-        "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"
-        " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = 'status'"
-    )
+    indexed = connection.query(SQLiteDatabase.has_index, ("status",))
     return [] if indexed else [NO_STATUS_INDEX]
 
 

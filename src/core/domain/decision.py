@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import NamedTuple
 
 from core.domain.cadence import Cadence, next_check, slot_at
 from core.domain.model import Answer, Claim, Decision, Recheck, SessionStatus, StatusChange
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # without eq, its hash is quick
 class CheckRules:
     """The settings that a decision depends on."""
 
@@ -43,7 +44,7 @@ def decide(
     answer: Answer,
     *,
     tick: datetime,
-    answered_at: datetime,
+    answered_after: float,
     rules: CheckRules,
     choose: Callable[[int, int], int],
 ) -> Decision:
@@ -52,28 +53,24 @@ def decide(
     The next due time counts from the tick, or from the slot of the claim if a long pass claimed the
     session later. It does not count from the end of the check, because then every session would
     miss its next slot. Only if billing took so long that this time has passed, the session is due
-    in the first slot after the answer.
+    in the first slot after the answer, which came `answered_after` seconds after the claim.
 
     The session's status follows billing's. An old session that billing has just said to be open,
     with no payment in progress, becomes `timeout` if the rules say so. `choose(low, high)` draws
     the backoff's jitter.
     """
-    interval = rules.interval_seconds
-    age_seconds = (claim.claimed_at - claim.first_seen_at).total_seconds()
-    new_status = _new_status(answer, age_seconds, rules)
-    failed = answer.outcome.is_error or new_status is not None
-    next_check_at = next_check(
-        slot_at(max(claim.claimed_at, tick), interval),
-        interval_seconds=interval,
-        every_seconds=rules.cadence.every_seconds(age_seconds),
-        failures=claim.consecutive_failures + 1 if failed else 0,
-        backoff_max_seconds=rules.backoff_max_seconds,
-        choose=choose,
-    )
-    if new_status is None and next_check_at > answered_at:
+    new_status = _new_status(claim, answer, rules)
+    times = claim.claimed_at, claim.first_seen_at, tick
+    if new_status is None and not answer.outcome.is_error:
+        next_check_at, due_after = _due_if_healthy(*times, rules)
+    else:
+        next_check_at, due_after = _due(*times, rules, claim.consecutive_failures + 1, choose)
+    if new_status is None and due_after > answered_after:
         return Recheck(claim, answer, next_check_at)
+    interval = rules.interval_seconds
+    answered_at = claim.claimed_at + timedelta(seconds=answered_after)
     next_slot = slot_at(max(answered_at, tick), interval) + timedelta(seconds=interval)
-    if next_check_at <= answered_at:
+    if due_after <= answered_after:
         next_check_at = next_slot
     if new_status is None:
         return Recheck(claim, answer, next_check_at)
@@ -82,13 +79,44 @@ def decide(
     )
 
 
-def _new_status(answer: Answer, age_seconds: float, rules: CheckRules) -> SessionStatus | None:
+class _Due(NamedTuple):
+    at: datetime
+    after: float  # seconds after the claim
+
+
+def _due(  # noqa: PLR0917 (called in two places)
+    claimed_at: datetime,
+    first_seen_at: datetime,
+    tick: datetime,
+    rules: CheckRules,
+    failures: int,
+    choose: Callable[[int, int], int],
+) -> _Due:
+    interval = rules.interval_seconds
+    at = next_check(
+        slot_at(max(claimed_at, tick), interval),
+        interval_seconds=interval,
+        every_seconds=rules.cadence.every_seconds((claimed_at - first_seen_at).total_seconds()),
+        failures=failures,
+        backoff_max_seconds=rules.backoff_max_seconds,
+        choose=choose,
+    )
+    return _Due(at, (at - claimed_at).total_seconds())
+
+
+@lru_cache(maxsize=1024)  # the sessions of a batch were first seen, and claimed, at the same times
+def _due_if_healthy(
+    claimed_at: datetime, first_seen_at: datetime, tick: datetime, rules: CheckRules
+) -> _Due:
+    return _due(claimed_at, first_seen_at, tick, rules, 0, max)
+
+
+def _new_status(claim: Claim, answer: Answer, rules: CheckRules) -> SessionStatus | None:
     """The status that the session takes; None if it stays open."""
     if answer.status is not SessionStatus.OPEN:
         return answer.status
-    if answer.in_progress:
+    if answer.in_progress or rules.expires_after_seconds is None:
         return None
     # A session expires only here, after billing has just said that it is not paid.
-    expires_after = rules.expires_after_seconds
-    expired = expires_after is not None and age_seconds >= expires_after
-    return SessionStatus.TIMEOUT if expired else None
+    age_seconds = (claim.claimed_at - claim.first_seen_at).total_seconds()
+    return SessionStatus.TIMEOUT if age_seconds >= rules.expires_after_seconds else None

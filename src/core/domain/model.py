@@ -42,7 +42,7 @@ class Outcome(StrEnum):
     CLOSED = "closed"  # its status was changed, or the shop had closed it already
     DEFERRED = "deferred"  # locked by the shop, event not published, or another checkout by now
     REFUSED = "refused"  # the shop's database refuses the change
-    UNKNOWN_STATUS = "unknown_status"  # 200 without a word that BILLING_STATUS_MAP holds
+    UNKNOWN_STATUS = "unknown_status"  # 200 without a word of BILLING_STATUS_MAP, or with a page
     MISMATCH = "mismatch"  # 200 about another checkout (BILLING_ID_PATH), or with two statuses
     NOT_FOUND = "not_found"  # 404, 410
     UNEXPECTED_STATUS = "unexpected_status"  # any other status
@@ -52,6 +52,8 @@ class Outcome(StrEnum):
     NETWORK_ERROR = "network_error"  # refused, reset, no such host, TLS, not HTTP
     INVALID_SESSION = "invalid_session"  # no billing_checkout_id, or one that no URL can carry
     INTERNAL_ERROR = "internal_error"  # an unexpected error of the monitor itself
+
+    __hash__ = str.__hash__  # Enum's is a Python function; each check is counted by its outcome
 
     @property
     def is_error(self) -> bool:
@@ -211,6 +213,11 @@ class OpenCounts:
     not_due: int = 0
     outcomes: Mapping[str, int] = field(default_factory=dict)  # by last outcome; "": unchecked
     ages: Mapping[str, int] = field(default_factory=dict)  # by the names of AGES
+
+    @property
+    def failing(self) -> int:
+        """How many failed their last check."""
+        return sum(self.outcomes.get(outcome.value, 0) for outcome in Outcome if outcome.is_error)
 
 
 # Upper bounds of a session's age in seconds, by the name under which it is counted.

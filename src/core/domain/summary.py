@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from core.domain.model import JsonObject, Outcome, Reason, Skip, iso
+from core.domain.waiting import Waiting
 
 PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
@@ -24,9 +25,12 @@ class Summary:
     led: bool = False
     counted: bool = False
     open: int = 0
+    failing: int = 0  # open sessions whose last check failed, by the count before the pass
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     skipped: Counter[Skip] = field(default_factory=Counter)
     overdue_seconds: float = 0.0
+    waiting: Waiting | None = None  # when a pass that has led began its checks
+    unknown_words: Sequence[str] = ()  # of `unknown_status`, the most frequent first
     status_changes: int = 0
     unpublished: int = 0  # status changes not made, because their event could not be published
     workers_started: int = 0
@@ -66,6 +70,7 @@ class Summary:
             "started_at": iso(self.started_at),
             "tick": iso(self.tick) if self.tick else None,
             "open": self.open,
+            "failing": self.failing,
             "checked": self.checked,
             "success": self.successes,
             "errors": self.errors,
@@ -78,6 +83,8 @@ class Summary:
             "allowed_per_second": None if self.allowed is None else round(self.allowed, 1),
             "demand_per_second": round(self.demand, 1),
             "overdue_seconds": round(self.overdue_seconds, 3),
+            "waiting": self.waiting.as_dict() if self.waiting and self.waiting.sessions else None,
+            "unknown_words": list(self.unknown_words),
             "duration_ms": round(self.duration_seconds * 1000, 1),
             "billing_latency_ms": dict(self.latency_ms),
         }

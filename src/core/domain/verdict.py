@@ -1,23 +1,27 @@
-"""The verdict: whether open sessions are checked on time, in one sentence."""
+"""The verdict: whether billing's last word about every open session is fresh, in one sentence."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 from core.domain.model import JsonObject, Outcome
 from core.domain.other_monitors import OTHER_MONITOR, OtherMonitor
+from core.domain.waiting import NOT_ASKED, Wait, Waiting
 
 # A monitor whose newest pass began longer ago than this many intervals does not work.
 FRESH_INTERVALS = 6
 # The schedule starts the loop for the first time within two minutes of the deployment.
 FIRST_PASS_SECONDS = 120
-# A session that is later than this many intervals has missed a slot.
-LATE_INTERVALS = 2
-# The thresholds of the alarms Overdue and FailedChecks.
+# From this share of the open sessions on that wait, or from so many with an unknown word on, it is
+# critical; so is a session that nobody has asked about for this long.
+CRITICAL_SHARE = 0.1
+CRITICAL_UNKNOWN = 3
 OVERDUE_SECONDS = 60
-FAILED_SHARE = 0.5
+# Billing refuses the key if it refuses at least this share of all open sessions; fewer are theirs.
+MOST = 0.5
 # The threshold of the alarm Limited.
 LIMITED_SHARE = 1.05
 # Passes start late if at least so many did, and most of them by this much. A cold start takes less.
@@ -25,30 +29,41 @@ MIN_LATE_STARTS = 3
 LATE_START_SECONDS = 10
 # Lambda drops the event of a tick after a minute. A start that is later is of a wrong clock.
 MAX_START_SECONDS = 75
+# Billing knows fewer sessions than usual if the share that it does not know has grown by this much,
+# and to twice the usual one. It is critical if billing knows none of at least so many.
+UNUSUAL_SHARE, UNUSUAL_FACTOR = 0.2, 2
+MIN_UNKNOWN_TO_BILLING = 10
 MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
-BILLING_TROUBLE = {
+# What is wrong, by cause.
+TROUBLE: Mapping[str, str] = {
     Outcome.UNAUTHORIZED: "Billing refuses the key",
     Outcome.TIMEOUT: "Billing does not answer in time",
     Outcome.NETWORK_ERROR: "Billing cannot be reached",
     Outcome.UNEXPECTED_STATUS: "Billing answers with errors",
     Outcome.RATE_LIMITED: "Billing limits the rate",
-    Outcome.UNKNOWN_STATUS: "Billing's answers have unknown words (see BILLING_STATUS_MAP)",
+    Outcome.UNKNOWN_STATUS: "Billing says what BILLING_STATUS_MAP does not have",
     Outcome.MISMATCH: "Billing's answers contradict themselves or the request (see the log)",
     Outcome.DEFERRED: "Sessions that billing has closed cannot be updated yet",
     Outcome.REFUSED: "The shop's database refuses what billing says",
     Outcome.INTERNAL_ERROR: "The monitor has unexpected errors (see its log)",
-    Outcome.INVALID_SESSION: "Most sessions have no checkout id to ask billing about",
+    Outcome.INVALID_SESSION: "The shop's data has sessions without a checkout id",
+    NOT_ASKED: "Checks are late",
 }
+REFUSES_SOME = "Billing refuses some sessions"
+FAILED_LAST_CHECK = "failed their last check"
 
 
 class Level(StrEnum):
-    """How serious it is."""
+    """How serious it is, the most serious first."""
 
-    OK = "ok"
-    WAITING = "waiting"  # too early to judge
-    WARNING = "warning"
     CRITICAL = "critical"
+    WARNING = "warning"
+    WAITING = "waiting"  # too early to judge
+    OK = "ok"
+
+
+_ORDER = list(Level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +78,26 @@ class Verdict:
         return {"level": self.level.value, "text": self.text, "notes": list(self.notes)}
 
 
+class Quiet(NamedTuple):
+    """How long no status was changed, where that is unusual for this shop."""
+
+    seconds: float
+    usual_seconds: float  # from one change to the next
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the verdict depends on."""
 
-    now: datetime
+    waiting: Waiting
     interval_seconds: int
     last_pass_at: datetime | None  # when the newest pass of a tick began; None: there was none
     installed_at: datetime | None  # if there was no pass yet
     open: int | None  # None: not counted yet
     outcomes: Mapping[str, int]  # the last outcome of each open session; "": not checked yet
-    overdue_seconds: float
+    unknown_words: Sequence[str] = ()  # what billing's answers had instead of a known word
+    usual_not_found: float | None = None  # the share of 404s in the last day; None: not known
+    quiet: Quiet | None = None
     paused_until: datetime | None = None  # None: no pause is in force
     allowed: float | None = None  # checks a second that billing allows; None: no limit
     demand: float = 0.0  # checks a second that the open sessions want
@@ -83,14 +107,16 @@ class Facts:
     # Among the newest sessions: checkouts that several open ones have, with the ids of those.
     shared_checkouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     paid_late: Sequence[str] = ()  # sessions that were paid after they had become `timeout`
-    failing_since: datetime | None = None  # since when most checks of each pass have failed
-    failing_code: int | None = None  # the HTTP status of the failing answers, if they have one
-    expected_ticks: int = 0  # in the last hour
+    expected_ticks: int = 0  # in the last hour, or since the interval was changed
     missed_ticks: int = 0
     last_missed: datetime | None = None
     killed_pass_at: datetime | None = None  # when the newest of them began
     starts_late_by: float | None = None  # seconds; None: passes start on time
     on_lambda: bool = False
+
+    @property
+    def now(self) -> datetime:
+        return self.waiting.now
 
     @property
     def failed(self) -> Mapping[Outcome, int]:
@@ -99,20 +125,29 @@ class Facts:
         return dict(sorted(((o, n) for o, n in failed.items() if n), key=lambda f: -f[1]))
 
     @property
+    def checked(self) -> int:
+        """How many open sessions have been checked."""
+        return sum(n for outcome, n in self.outcomes.items() if outcome)
+
+    @property
+    def total(self) -> int:
+        """The open sessions, those included that came after they were counted."""
+        return max(self.open or 0, self.waiting.sessions)
+
+    @property
     def limited_to(self) -> float | None:
         """Checks a second that billing allows, if the open sessions want more."""
         # What is allowed is measured.
         return self.allowed if self.demand > LIMITED_SHARE * (self.allowed or math.inf) else None
 
-    @property
-    def most_fail(self) -> bool:
-        checked = sum(n for outcome, n in self.outcomes.items() if outcome)
-        return sum(self.failed.values()) > FAILED_SHARE * checked
+
+type _Finding = tuple[Level, str]
 
 
 def judge(facts: Facts) -> Verdict:
     """The worst finding as a sentence, and the others as notes."""
-    (level, text), *others = _findings(facts)
+    found = sorted(_findings(facts), key=lambda finding: _ORDER.index(finding[0]))
+    (level, text), *others = found
     notes = [f"{other}." for found, other in others if found not in (Level.OK, Level.WAITING)]
     return Verdict(level, text, (*notes, *_notes(facts)))
 
@@ -130,60 +165,121 @@ def starts_late_by(delays: Sequence[float]) -> float | None:
     return median if median >= LATE_START_SECONDS else None
 
 
-def _findings(facts: Facts) -> Iterator[tuple[Level, str]]:
-    """All that applies, the worst first."""
+def _findings(facts: Facts) -> Iterator[_Finding]:
+    """All that applies; of equally serious ones, what explains the others comes first."""
+    if facts.last_pass_at is None:
+        yield Level.WAITING, "Waiting for the first pass"
+    stops, causes = list(_what_stops_checks(facts)), dict(facts.waiting.causes)
+    if stops and NOT_ASKED in causes:
+        not_asked = _who(facts, causes.pop(NOT_ASKED))
+        stops[0] = (Level.CRITICAL, f"{stops[0][1]}; {not_asked}")
+    yield from stops
+    if facts.other_monitors:
+        names = ", ".join(other.name for other in facts.other_monitors)
+        yield Level.CRITICAL, f"{OTHER_MONITOR}: {names}"
+    for cause, wait in causes.items():
+        yield _level(facts, cause, wait), f"{_trouble(facts, cause, wait)}: {_who(facts, wait)}"
+    yield from _not_found(facts)
+    if facts.quiet is not None:
+        quiet, usual = duration(facts.quiet.seconds), duration(facts.quiet.usual_seconds)
+        yield Level.WARNING, f"No session was closed for {quiet}, usual is {usual}"
+    if not facts.waiting.sessions:
+        if sum(facts.failed.values()) > MOST * facts.checked:
+            yield Level.WARNING, _failed(facts)
+        yield _on_time(facts)
+
+
+def _what_stops_checks(facts: Facts) -> Iterator[_Finding]:
+    """Why sessions that are due are not asked about, or not as often as they should be."""
     began = facts.last_pass_at or facts.installed_at
     silent = (facts.now - began).total_seconds() if began else 0.0
     fresh = FRESH_INTERVALS * facts.interval_seconds
     if silent > (fresh if facts.last_pass_at else max(fresh, FIRST_PASS_SECONDS)):
         yield Level.CRITICAL, f"No pass for {duration(silent)}"
-    if facts.last_pass_at is None:
-        yield Level.WAITING, "Waiting for the first pass"
     if not facts.has_api_key:
         yield Level.CRITICAL, "No API key: billing is not asked"
-    if facts.other_monitors:
-        names = ", ".join(other.name for other in facts.other_monitors)
-        yield Level.CRITICAL, f"{OTHER_MONITOR}: {names}"
     if facts.paused_until is not None:
         until = clock(facts.paused_until, facts.now, seconds=True)
         yield Level.WARNING, f"Billing asked for a pause until {until}"
-    if facts.most_fail and facts.failing_since is not None:
-        yield Level.CRITICAL, _billing_trouble(facts, facts.failing_since)
-    elif facts.most_fail:
-        yield Level.WARNING, f"Billing answers, but {_failed(facts)}"
     if facts.limited_to is not None and facts.open:
         yield Level.WARNING, _limited(facts.open, facts.limited_to)
-    yield from _late(facts)
-    yield _on_time(facts.open)
-
-
-def _late(facts: Facts) -> Iterator[tuple[Level, str]]:
     if facts.starts_late_by is not None:
         text = f"Passes start {duration(facts.starts_late_by)} after their tick"
         if facts.on_lambda:
             text += ": Lambda probably throttles the worker (see WorkerThrottles)"
         yield Level.CRITICAL, text
-    if facts.overdue_seconds > LATE_INTERVALS * facts.interval_seconds:
-        worse = facts.overdue_seconds > OVERDUE_SECONDS
-        text = f"Checks are up to {duration(facts.overdue_seconds)} late"
-        yield Level.CRITICAL if worse else Level.WARNING, text
 
 
-def _on_time(open_sessions: int | None) -> tuple[Level, str]:
-    match open_sessions:
+def _level(facts: Facts, cause: str, wait: Wait) -> Level:
+    """How serious it is that sessions wait for this cause; some always do."""
+    if cause == Outcome.INVALID_SESSION:
+        return Level.WARNING
+    if facts.waiting.sessions_for_billing >= CRITICAL_SHARE * facts.total:
+        return Level.CRITICAL
+    every_paid = cause == Outcome.UNKNOWN_STATUS and wait.sessions >= CRITICAL_UNKNOWN
+    overdue = cause == NOT_ASKED and (facts.now - wait.since).total_seconds() > OVERDUE_SECONDS
+    return Level.CRITICAL if every_paid or overdue else Level.WARNING
+
+
+def _trouble(facts: Facts, cause: str, wait: Wait) -> str:
+    text = TROUBLE[cause]
+    if cause == Outcome.UNAUTHORIZED and wait.sessions < MOST * facts.total:
+        text = REFUSES_SOME
+    if cause == Outcome.UNKNOWN_STATUS and facts.unknown_words:
+        return f"{text} ({', '.join(facts.unknown_words)})"
+    code = facts.waiting.status_code(cause)
+    return text if code is None or cause == Outcome.UNKNOWN_STATUS else f"{text} ({code})"
+
+
+def _who(facts: Facts, wait: Wait) -> str:
+    """`12 of 200 open sessions have waited for up to 3 min`."""
+    waited = duration((facts.now - wait.since).total_seconds())
+    match wait.sessions, facts.total:
+        case 1, 1:
+            return f"the open session has waited for {waited}"
+        case 1, total:
+            return f"1 of {total:,} open sessions has waited for {waited}"
+        case sessions, total if sessions == total:
+            return f"all {total:,} open sessions have waited for up to {waited}"
+        case sessions, total:
+            return f"{sessions:,} of {total:,} open sessions have waited for up to {waited}"
+
+
+def _not_found(facts: Facts) -> Iterator[_Finding]:
+    """More sessions that billing does not know than this shop usually has."""
+    unknown, checked, usual = (
+        facts.outcomes.get("not_found", 0),
+        facts.checked,
+        facts.usual_not_found,
+    )
+    if not unknown:
+        return
+    share = unknown / checked
+    if share == 1:
+        is_usual = usual is not None and share < usual + UNUSUAL_SHARE
+        critical = unknown >= MIN_UNKNOWN_TO_BILLING and not is_usual
+        none_of = "the open session" if unknown == 1 else f"any of {unknown:,} open sessions"
+        text = (
+            f"Billing does not know {none_of} (404): is BILLING_API_URL right, and the key's mode?"
+        )
+        yield Level.CRITICAL if critical else Level.WARNING, text
+    elif share >= max((usual or 0.0) + UNUSUAL_SHARE, UNUSUAL_FACTOR * (usual or 0.0)):
+        text = f"Billing does not know {unknown:,} of {checked:,} open sessions (404)"
+        yield Level.WARNING, text if usual is None else f"{text}, usual is {usual:.0%}"
+
+
+def _on_time(facts: Facts) -> _Finding:
+    match facts.open:
         case None:
             return Level.WAITING, "The open sessions are being counted"
         case 0:
             return Level.OK, "No open sessions, and the monitor is running on time"
+        case count if not facts.checked:
+            return Level.WAITING, f"The first check of {count:,} open sessions is under way"
         case 1:
             return Level.OK, "1 open session checked on time"
         case count:
             return Level.OK, f"All {count:,} open sessions checked on time"
-
-
-def _billing_trouble(facts: Facts, since: datetime) -> str:
-    text = f"{BILLING_TROUBLE[next(iter(facts.failed))]} since {clock(since, facts.now)}"
-    return text if facts.failing_code is None else f"{text} ({facts.failing_code})"
 
 
 def _limited(open_sessions: int, allowed: float) -> str:
@@ -208,7 +304,7 @@ def _what_helps(facts: Facts) -> str:
 
 
 def _failed(facts: Facts) -> str:
-    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
+    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} {FAILED_LAST_CHECK}"
 
 
 def _notes(facts: Facts) -> list[str]:
@@ -225,9 +321,6 @@ def _notes(facts: Facts) -> list[str]:
             "Paid within the last day after they had become timeout, and still timeout: "
             f"{', '.join(facts.paid_late)}."
         )
-    if facts.failed:
-        kinds = ", ".join(f"{n:,} {o.value.replace('_', ' ')}" for o, n in facts.failed.items())
-        notes.append(f"{_failed(facts)}: {kinds}.")
     if facts.missed_ticks and facts.last_missed:
         notes.append(
             f"{facts.missed_ticks:,} of {facts.expected_ticks:,} ticks of the last hour were "

@@ -29,6 +29,7 @@ from core.domain.rate import (
     demand,
 )
 from core.domain.summary import Summary
+from core.domain.waiting import Waiting
 from core.errors import StoreError
 from core.log import PassLog, logger, shown
 from core.passes.held_claims import HOLD_SECONDS
@@ -154,11 +155,14 @@ async def check_open_checkout_sessions(
         options.tick,
         led=leads,
         open=view.last_counts.open,
+        failing=view.last_counts.failing,
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
     next_slot = view.tick + view.interval
     may_check = billing is not None and (view.paused_until is None or view.paused_until < next_slot)
+    if may_lead and not leads and view.state.budget:
+        may_check = False  # one worker sends what billing allows, or the leader starts more
     if by_tick and not leads and not (may_check and view.has_due):
         # The tick's leader has left this worker nothing to do.
         await _show_monitor(store, database, view, options, summary)
@@ -170,7 +174,10 @@ async def check_open_checkout_sessions(
         if not leads:
             await _show_monitor(store, database, view, options, summary)
             return summary
-    scaling = Scaling(start_worker, settings, under_way + 1) if start_worker and leads else None
+    latency = view.state.budget.latency if view.state.budget else 0.0
+    scaling = (
+        Scaling(start_worker, settings, under_way + 1, latency) if start_worker and leads else None
+    )
     check_pass = _Pass(
         store, settings, options, database, view, summary, scaling, under_way, choose
     )
@@ -214,6 +221,13 @@ class _Waiting(NamedTuple):
     paused: bool  # when it was requested, or when it came
 
 
+class _Beginning(NamedTuple):
+    """The claims whose checks are being begun, until so many remain."""
+
+    waiting: _Waiting
+    remaining: int
+
+
 @dataclass(slots=True)
 class _Tally:
     """What a pass has done so far; only the pass changes it."""
@@ -224,6 +238,7 @@ class _Tally:
     latencies: list[float] = field(default_factory=list)  # seconds, one for each request
     elsewhere: Counter[Skip] = field(default_factory=Counter)  # not for this pass to check
     workers_started: int = 0
+    waiting: Waiting | None = None  # None: not read
     not_open: int = 0  # of those asked for by id
     out_of_time: bool = False
     rate_limited: int = 0  # requests that billing limited, and not because of their sessions
@@ -255,7 +270,7 @@ class _Pass:
         self._loop = asyncio.get_running_loop()
         # A manual pass always counts: it tells a person what it did not check, and why.
         manual = options.reason is Reason.MANUAL
-        self._reconciles = manual or (summary.led and view.state.may_reconcile)
+        self._reconciles = manual or (summary.led and view.may_reconcile)
         self._log = PassLog(
             max_active=settings.log_lines_active,
             waits=self._reconciles,
@@ -273,6 +288,7 @@ class _Pass:
         self._tally = _Tally(view.last_counts.open)
         self._tasks = asyncio.TaskGroup()
         self._permits = asyncio.Semaphore(settings.max_concurrency)
+        self._beginning: _Beginning | None = None
         self._claimed = 0
         self._share: float | None = None  # requests a second that this pass began lately
         self._workers = under_way + 1
@@ -321,7 +337,11 @@ class _Pass:
                 # In this order on the database's thread: claims do not wait for counting.
                 size = FIRST_CLAIMS_PER_REQUEST * self._settings.max_concurrency
                 first = tasks.create_task(self._claim_more(size)) if billing else None
+                if self._at_start.led:
+                    tasks.create_task(self._read_waiting())
                 reconciling = tasks.create_task(self._reconcile()) if self._reconciles else None
+                if billing and self._scaling and self._scaling.knows_latency:
+                    tasks.create_task(self._start_workers(self._scaling))
                 if billing and first:
                     await self._claim_and_begin(billing, first, size, reconciling)
         except TimeoutError:
@@ -393,17 +413,16 @@ class _Pass:
 
     async def _pause_is_over(self) -> bool:
         """Wait for the end of a pause before the next slot; returns false for a longer one."""
-        if not self._pause.in_force:
-            return True
         interval = self._settings.interval_seconds
         now = self._now()
         next_slot = slot_at(max(now, self._view.tick), interval) + timedelta(seconds=interval)
-        ends = self._pause.resumes_at
-        if ends >= min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds()):
-            return False
-        await asyncio.sleep(ends - self._loop.time())
-        await self._database.run(self._pause.read)
-        return not self._pause.in_force
+        until = min(self._begin_until, self._loop.time() + (next_slot - now).total_seconds())
+        while self._pause.in_force:  # another worker may have extended it meanwhile
+            if self._pause.resumes_at >= until:
+                return False
+            await asyncio.sleep(self._pause.resumes_at - self._loop.time())
+            await self._database.run(self._pause.read)
+        return True
 
     async def _claim_more(self, limit: int) -> _Waiting:
         requested = self._loop.time()
@@ -412,6 +431,8 @@ class _Pass:
         self._claimed += len(claims)
         self._pause.pace = self._pace()
         paused |= self._pause.in_force
+        if self._pause.rate is not None:  # a batch may be given back half-way
+            claims.sort(key=lambda claim: claim.due_at or claim.claimed_at)
         # Sessions that failed last time may well hang; the healthy ones go first.
         claims.sort(key=lambda claim: claim.consecutive_failures > 0)
         begin_by = min(requested + BEGIN_WITHIN_SECONDS, self._begin_until)
@@ -439,7 +460,8 @@ class _Pass:
             return []
         if self._pause.rate is not None:
             share = self._share or self._pause.rate / self._workers
-            per_second = min(self._pause.rate, 2 * share)
+            by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
+            per_second = min(self._pause.rate, 2 * share, by_permits)
             limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
@@ -459,7 +481,8 @@ class _Pass:
     async def _begin(self, billing: Billing, waiting: _Waiting, *, remaining: int) -> None:
         """Begin checks until `remaining` claims are left or time is up."""
         self._pause.begin_by = waiting.begin_by
-        with suppress(TimeoutError):
+        self._beginning = _Beginning(waiting, remaining)
+        try:
             async with asyncio.timeout_at(waiting.begin_by):
                 while len(waiting.claims) > remaining:
                     await self._writer.wait_for_room()
@@ -468,8 +491,36 @@ class _Pass:
                     if not turn:
                         return
                     self._pause.gone(1)
-                    check = self._check(billing, waiting.claims.popleft(), waiting.requested)
-                    self._tasks.create_task(check)
+                    checks = self._check_and_go_on(billing, waiting.claims.popleft(), waiting)
+                    self._tasks.create_task(checks)
+        except TimeoutError:
+            pass
+        finally:
+            self._beginning = None
+
+    async def _check_and_go_on(self, billing: Billing, claim: Claim, waiting: _Waiting) -> None:
+        """Check a session, then others: a task for each of them would cost as much as to decide."""
+        try:
+            while True:
+                await self._check(billing, claim, waiting.requested)
+                following = self._following()
+                if following is None:
+                    return
+                claim, waiting = following
+        finally:
+            self._permits.release()
+
+    def _following(self) -> tuple[Claim, _Waiting] | None:
+        """A claim whose check may begin now. The last one is left to `_begin`, which then ends."""
+        if self._beginning is None:
+            return None
+        waiting, remaining = self._beginning
+        if len(waiting.claims) <= remaining + 1 or not self._writer.has_room:
+            return None
+        if not self._pause.takes_turn():
+            return None
+        self._pause.gone(1)
+        return waiting.claims.popleft(), waiting
 
     async def _may_leave(self, until: float) -> bool:
         """Wait for the turn of one request; it keeps its permit only if it may leave then."""
@@ -527,26 +578,22 @@ class _Pass:
         return held > self._writer.batches_held
 
     async def _check(self, billing: Billing, claim: Claim, requested: float) -> None:
-        tally = self._tally
-        try:
+        answer, decision = await self._ask_and_decide(billing, claim, requested)
+        limits = 0
+        while limited := self._is_limit_of_all(claim, answer, limits):
+            limits += 1
+            self._tally.rate_limited += 1
+            self._pause.rate_limited(answer)
+            if not await self._may_ask_again(requested):
+                break
             answer, decision = await self._ask_and_decide(billing, claim, requested)
-            limits = 0
-            while limited := self._is_limit_of_all(claim, answer, limits):
-                limits += 1
-                tally.rate_limited += 1
-                self._pause.rate_limited(answer)
-                if not await self._may_ask_again(requested):
-                    break
-                answer, decision = await self._ask_and_decide(billing, claim, requested)
-            if limited:
-                self._writer.give_back([claim])
-                self._gave_back = True
-            else:
-                self._writer.write(decision)
-            if self._scaling is not None and self._scaling.record_latency(answer):
-                self._tasks.create_task(self._start_workers(self._scaling))
-        finally:
-            self._permits.release()
+        if limited:
+            self._writer.give_back([claim])
+            self._gave_back = True
+        else:
+            self._writer.write(decision)
+        if self._scaling is not None and self._scaling.record_latency(answer):
+            self._tasks.create_task(self._start_workers(self._scaling))
 
     async def _may_ask_again(self, requested: float) -> bool:
         """Wait until a session that was limited may be asked again; returns false if that is late.
@@ -572,7 +619,7 @@ class _Pass:
         Counts the answer.
         """
         limited, others = answer.outcome is Outcome.RATE_LIMITED, self._tally.others
-        was_limited = claim.last_outcome == Outcome.RATE_LIMITED.value
+        was_limited = claim.last_outcome == Outcome.RATE_LIMITED
         if not limits and not was_limited:
             others.append(limited)
         if not limited:
@@ -588,12 +635,12 @@ class _Pass:
         """Ask billing and decide; an unexpected error is this session's outcome, and logged."""
         try:
             answer = await billing.check(claim.billing_checkout_id)
-            self._tally.last_answer_at = self._loop.time()
+            self._tally.last_answer_at = now = self._loop.time()
             decision = decide(
                 claim,
                 answer,
                 tick=self._view.tick,
-                answered_at=claim.claimed_at + timedelta(seconds=self._loop.time() - requested),
+                answered_after=now - requested,
                 rules=self._rules,
                 choose=self._choose,
             )
@@ -609,6 +656,12 @@ class _Pass:
         if answer.seconds is not None:
             self._tally.latencies.append(answer.seconds)
         return answer, decision
+
+    async def _read_waiting(self) -> None:
+        counts = self._view.last_counts
+        self._tally.waiting = await self._database.run(
+            self._store.read_waiting, self._rules, counts
+        )
 
     async def _reconcile(self) -> bool:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
@@ -636,9 +689,8 @@ class _Pass:
         due = await self._database.run(
             self._store.queue.count_due, tick=self._view.tick, limit=scaling.max_useful_due
         )
-        self._tally.workers_started = await scaling.start_missing(
-            due, self._view.tick, self._pause.rate
-        )
+        per_second = self._pause.rate and min(self._pause.rate, self._budget_pace())
+        self._tally.workers_started += await scaling.start_missing(due, self._view.tick, per_second)
 
     def _summary(self, *, has_api_key: bool) -> Summary:
         tally, writer = self._tally, self._writer
@@ -646,6 +698,8 @@ class _Pass:
             self._at_start,
             counted=tally.counted,
             open=tally.open,
+            waiting=tally.waiting,
+            unknown_words=self._log.unknown_words,
             outcomes=writer.outcomes + Counter({Outcome.RATE_LIMITED: tally.rate_limited}),
             skipped=self._skipped(has_api_key=has_api_key),
             status_changes=writer.status_changes,

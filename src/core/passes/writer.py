@@ -102,9 +102,14 @@ class Writer:
         elif len(self._rechecks) + len(self._changes) >= STATEMENT_ROWS:
             self._wake.set()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer than MAX_WAITING_CHANGES are still to be made."""
+        return len(self._changes) + len(self._alone) < MAX_WAITING_CHANGES
+
     async def wait_for_room(self) -> None:
-        """Wait while MAX_WAITING_CHANGES are still to be made; what comes then would wait long."""
-        while len(self._changes) + len(self._alone) >= MAX_WAITING_CHANGES:
+        """Wait until there is room: what comes before would wait long."""
+        while not self.has_room:
             self._written.clear()
             await self._written.wait()
 

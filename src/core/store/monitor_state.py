@@ -100,6 +100,10 @@ class MonitorState:
         """The last pause that billing asked for (it may be over), and the database's clock."""
         return self._database.run(self._pause_and_now)
 
+    def last_counts(self) -> OpenCounts:
+        """What the last complete reconciliation counted; zeros before it."""
+        return self._database.run(lambda c: self.read_or_create(c)[0].last_counts)
+
     def exchange(self, change: Callable[[StateRow], Budget | None]) -> StateRow:
         """Read the row, and keep the budget that `change` makes of it, if that is another one.
 

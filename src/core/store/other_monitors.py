@@ -4,6 +4,7 @@ import json
 import zlib
 from datetime import datetime, timedelta
 
+from core.billing.settings import listed
 from core.database.port import Connection, Database, as_datetime
 from core.domain.model import Reason
 from core.domain.other_monitors import (
@@ -16,7 +17,7 @@ from core.domain.other_monitors import (
     others_at_work,
 )
 from core.domain.summary import Summary
-from core.settings import Settings, listed
+from core.settings import Settings
 from core.store.pass_history import ALIVE_SECONDS, PassHistory, id_at
 
 # A value that is longer in JSON is recorded as its beginning and a checksum, so that all of them

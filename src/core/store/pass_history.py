@@ -19,6 +19,9 @@ KEEP_PASSES = timedelta(days=1)
 # killed or is frozen: nobody has to wait for it.
 ALIVE_SECONDS = 5.0
 
+# Words of billing that a pass keeps, and characters of each; in JSON they fit into the column.
+MAX_WORDS, MAX_WORD_LENGTH = 3, 100
+
 # The starts of this many ticks are compared with their ticks, if they are not older than this.
 RECENT_TICKS = 12
 RECENT = timedelta(minutes=5)
@@ -178,6 +181,18 @@ def id_at(time: datetime) -> int:
     return round(time.timestamp() * 1000) * 1_000_000
 
 
+def unknown_words(connection: Connection, now: datetime) -> list[str]:
+    """What billing said lately that BILLING_STATUS_MAP does not have; the newest first."""
+    rows = connection.query(
+        "SELECT unknown_words FROM checkout_session_run"
+        " WHERE tick > %s AND tick <= %s AND unknown_words IS NOT NULL"
+        f" ORDER BY tick DESC LIMIT {RECENT_TICKS:d}",
+        (now - RECENT, now + timedelta(seconds=ALIVE_SECONDS)),
+    )
+    found = [str(word) for (words,) in rows for word in json.loads(str(words))]
+    return list(dict.fromkeys(found))[:MAX_WORDS]
+
+
 def _columns(summary: Summary) -> dict[str, Value]:
     latency = summary.latency_ms
     return {
@@ -189,11 +204,18 @@ def _columns(summary: Summary) -> dict[str, Value]:
         "outcomes": _json(summary.outcomes),
         "skipped": _json(summary.skipped),
         "overdue_ms": round(summary.overdue_seconds * 1000),
+        "unknown_words": _words(summary.unknown_words),
         "latency_p50_ms": latency.get("p50"),
         "latency_p95_ms": latency.get("p95"),
         "latency_p99_ms": latency.get("p99"),
         "latency_max_ms": latency.get("max"),
     }
+
+
+def _words(words: Sequence[str]) -> str | None:
+    """As JSON; None: there are none."""
+    shown = [word[:MAX_WORD_LENGTH] for word in words[:MAX_WORDS]]
+    return json.dumps(shown) if shown else None
 
 
 def _json(counts: Counter[Outcome] | Counter[Skip]) -> str:

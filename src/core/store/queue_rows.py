@@ -79,7 +79,13 @@ class QueueRows:
     ) -> None:
         """Write records with one statement for all rows that get the same values."""
         by_row = {
-            claim.rowid: _RecordValues(outcome, status_code, next_check_at, claim.claimed_at)
+            claim.rowid: _RecordValues(
+                outcome,
+                status_code,
+                next_check_at,
+                claim.claimed_at,
+                _asked_since(claim) if outcome.is_error else None,
+            )
             for claim, outcome, status_code, next_check_at in records
         }
         for values, rowids in numbers_by_value(by_row).items():
@@ -88,10 +94,11 @@ class QueueRows:
             parameters: tuple[Value, ...] = ()
             if values.outcome.is_error:
                 failing = (
-                    "consecutive_failures = consecutive_failures + 1,"
-                    " failing_since = COALESCE(failing_since, %s)"
+                    # A later time is of a clock that was ahead.
+                    "consecutive_failures = consecutive_failures + 1, failing_since ="
+                    " CASE WHEN failing_since <= %s THEN failing_since ELSE %s END"
                 )
-                parameters = (at,)
+                parameters = (values.failing_since,) * 2
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     f"UPDATE checkout_session_check {self._database.by_rowid}"
@@ -109,30 +116,40 @@ class QueueRows:
 
     def claim(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
         """Claim sessions on their own rows. If the claim ends unused, they are due."""
-        self._set_times(transaction, ((c, c.claimed_until, c.claimed_until) for c in claims))
+        self._set_times(transaction, ((c, c.claimed_until, c.claimed_until, None) for c in claims))
+
+    def claim_unanswered(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
+        """The same for sessions that billing was asked about and has not answered yet.
+
+        They wait since then; the record of a successful check ends that.
+        """
+        times = ((c, c.claimed_until, c.claimed_until, _asked_since(c)) for c in claims)
+        self._set_times(transaction, times)
 
     def give_due_time(
         self, transaction: Transaction, due: Iterable[tuple[Claim, datetime]]
     ) -> None:
         """Give sessions a due time of their own, and free the claims on their rows."""
-        self._set_times(transaction, ((claim, at, None) for claim, at in due))
+        self._set_times(transaction, ((claim, at, None, None) for claim, at in due))
 
     def _set_times(
         self,
         transaction: Transaction,
-        times: Iterable[tuple[Claim, datetime, datetime | None]],  # due, claimed until
+        # Due, claimed until, unanswered since.
+        times: Iterable[tuple[Claim, datetime, datetime | None, datetime | None]],
     ) -> None:
         # A row that leaves its batch unchecked takes the time of its last check along.
         values = {
-            claim.rowid: (due, until, None if claim.has_due_time else claim.last_checked_at)
-            for claim, due, until in times
+            claim.rowid: (due, until, None if claim.has_due_time else claim.last_checked_at, since)
+            for claim, due, until, since in times
         }
         for value, rowids in numbers_by_value(values).items():
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     f"UPDATE checkout_session_check {self._database.by_rowid}"
                     " SET next_check_at = %s, claimed_until = %s,"
-                    " last_checked_at = COALESCE(%s, last_checked_at)"
+                    " last_checked_at = COALESCE(%s, last_checked_at),"
+                    " failing_since = COALESCE(failing_since, %s)"
                     f" WHERE rowid IN {number_list(some)}",
                     value,
                 )
@@ -160,11 +177,17 @@ def checked_at(now: datetime, claimed_at: datetime) -> datetime:
     return max(now, claimed_at + _AFTER_CLAIM)
 
 
+def _asked_since(claim: Claim) -> datetime:
+    """When the check under this claim was due."""
+    return min(claim.due_at or claim.claimed_at, claim.claimed_at)
+
+
 class _RecordValues(NamedTuple):
     outcome: Outcome
     status_code: int | None
     next_check_at: datetime | None
     claimed_at: datetime
+    failing_since: datetime | None  # if this is its first failure; None: it did not fail
 
 
 def by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:

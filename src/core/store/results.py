@@ -84,7 +84,7 @@ class ResultWriter:
         self._rows.drop(transaction, [rowid for b in batches for rowid in b.batch.closed])
         records = [record for b in batches for record in b.records]
         self._rows.write(transaction, records, now)
-        self._rows.claim(transaction, [claim for b in batches for claim in b.waiting])
+        self._rows.claim_unanswered(transaction, [c for b in batches for c in b.waiting])
         left = [(claim, b.batch.next_check_at) for b in batches for claim in b.left]
         self._rows.give_due_time(transaction, left)
         if results.rechecks or results.released:

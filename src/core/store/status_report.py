@@ -7,42 +7,36 @@ number of open sessions comes from the leader's last complete reconciliation.
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from core.database.address import (
-    Auth,
-    DatabaseAddress,
-    DatabaseSecret,
-    IamDatabase,
-    MySQLAddress,
-    SQLitePath,
-    Tls,
-)
 from core.database.port import (
     Connection,
     Database,
     Row,
-    Value,
     as_datetime,
     as_datetime_or_none,
     as_int,
-    as_text,
+    as_shown_text,
 )
 from core.domain import rate
 from core.domain.cadence import slot_at
-from core.domain.model import JsonObject, Reason, Skip, iso
+from core.domain.model import AGES, JsonObject, Outcome, Reason, Skip, iso
+from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
-from core.domain.verdict import Facts, judge, starts_late_by
-from core.settings import CREDENTIALS, Settings, listed
+from core.domain.verdict import Facts, Quiet, judge, starts_late_by
+from core.settings import Settings
 from core.store.monitor_state import MAX_PAUSE
 from core.store.other_monitors import monitor_of, monitors_seen
-from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays
+from core.store.pass_history import ALIVE_SECONDS, is_alive, start_delays, unknown_words
 from core.store.queue import oldest_due
 from core.store.queue_rows import DUE, LAST_CHECK
+from core.store.settings_in_force import settings_in_force
 from core.store.status_changes import KEEP_CHANGES
+from core.store.usual import unusually_quiet, usual_not_found
+from core.store.waiting import WaitingReader
 
 PASSES = 60  # of ticks
 MANUAL_PASSES = 20  # since then
@@ -52,8 +46,7 @@ MISSED = 60  # missed ticks that are listed; all are counted
 HISTORY = timedelta(hours=1)  # searched for missed ticks and failures
 # A cold start takes seconds: a slot without a pass is missed after an interval and this long.
 START_SECONDS = 5
-# "Most checks fail" begins after the last pass for which this is false.
-MOST_FAIL = "errors * 2 > checked"
+FAILED = ", ".join(f"'{outcome.value}'" for outcome in Outcome if outcome.is_error)
 
 
 def read_status(database: Database, settings: Settings, *, on_lambda: bool = False) -> JsonObject:
@@ -66,8 +59,7 @@ def read_status(database: Database, settings: Settings, *, on_lambda: bool = Fal
     """
 
     def read(connection: Connection) -> JsonObject:
-        due = oldest_due(database)
-        return _StatusReport(connection, due, settings, on_lambda=on_lambda).read()
+        return _StatusReport(connection, database, settings, on_lambda=on_lambda).read()
 
     return database.run(read)
 
@@ -85,10 +77,10 @@ class _StatusReport:
     """Reads the monitor's tables. It writes nothing, and locks no row."""
 
     def __init__(
-        self, connection: Connection, oldest_due_sql: str, settings: Settings, *, on_lambda: bool
+        self, connection: Connection, database: Database, settings: Settings, *, on_lambda: bool
     ) -> None:
         self._connection = connection
-        self._oldest_due_sql = oldest_due_sql
+        self._database = database
         self._settings = settings
         self._on_lambda = on_lambda
 
@@ -105,21 +97,28 @@ class _StatusReport:
         under_way = self._under_way(now)
         since = max(self._first_tick() or now, now - HISTORY)
         slots, missed = self._missed(ticks, since, now)
-        failing = self._failing()
+        if missed and (changed := self._other_interval_until(since, now)) is not None:
+            since = changed
+            slots, missed = self._missed(ticks, since, now)
+        outcomes = counts["outcomes"] if counts else {}
+        reader = WaitingReader(self._database, self._settings.check_rules())
+        waiting = reader.read(self._connection, now, outcomes)
         killed = [p.started_at for p in under_way if not p.alive and p.started_at > now - HISTORY]
         facts = Facts(
-            now=now,
+            waiting=waiting,
             interval_seconds=self._settings.interval_seconds,
             last_pass_at=last_pass_at,
             installed_at=None if last_pass_at else self._installed_at(),
             open=counts["open"] if counts else None,
-            outcomes=counts["outcomes"] if counts else {},
-            overdue_seconds=self._overdue_seconds(now),
+            outcomes=outcomes,
+            unknown_words=unknown_words(self._connection, now),
+            usual_not_found=usual_not_found(self._connection, now, outcomes),
+            quiet=self._quiet(ages, now),
             paused_until=_in_force(paused_until, now),
             allowed=allowed,
             demand=demand,
             slower_cadence=rate.slower_cadence(ages, allowed, interval) if allowed else None,
-            has_api_key=has_api_key,
+            has_api_key=has_api_key and self._settings.has_api_key,
             other_monitors=self._other_monitors(now),
             shared_checkouts=self._shared_checkouts(),
             paid_late=self._paid_late(now),
@@ -130,17 +129,13 @@ class _StatusReport:
             starts_late_by=starts_late_by(start_delays(self._connection, now)),
             on_lambda=self._on_lambda,
         )
-        if facts.most_fail:
-            worst = next(iter(facts.failed))
-            same = [session for session in failing if session["outcome"] == worst.value]
-            facts = replace(
-                facts,
-                failing_since=self._failing_since(same, now),
-                failing_code=same[0]["status_code"] if same else None,
-            )
+        verdict = judge(facts)
+        step = next_step(verdict)
         return {
             "timestamp": iso(now),
-            "verdict": judge(facts).as_dict(),
+            "verdict": verdict.as_dict(),
+            "next_step": step.as_dict() if step else None,
+            "waiting": waiting.as_dict(),
             "open": {
                 "count": facts.open,
                 "counted_at": _iso(counted_at),
@@ -148,7 +143,7 @@ class _StatusReport:
                 "failed": sum(facts.failed.values()),
                 "ages": counts["ages"] if counts else {},
             },
-            "overdue_seconds": round(facts.overdue_seconds, 3),
+            "overdue_seconds": round(self._overdue_seconds(now), 3),
             "paused_until": _iso(facts.paused_until),
             "billing_rate": allowed
             and {
@@ -166,7 +161,7 @@ class _StatusReport:
                 "missed": len(missed),
                 "newest": [iso(slot) for slot in missed[:MISSED]],
             },
-            "failing": failing,
+            "failing": self._failing(),
             "changes": self._changes(),
             "settings": settings_in_force(self._settings),
         }
@@ -235,6 +230,23 @@ class _StatusReport:
             slot -= interval
         return len(slots), [slot for slot in slots if slot not in with_pass]
 
+    def _other_interval_until(self, since: datetime, now: datetime) -> datetime | None:
+        """The last tick of a time in which CHECK_INTERVAL_SECONDS was another one, if there is."""
+        interval = self._settings.interval_seconds
+        [(tick,)] = self._connection.query(
+            "SELECT MAX(tick) FROM checkout_session_run WHERE tick > %s AND tick <= %s"
+            " AND settings NOT LIKE %s",
+            (since, now, f'%"CHECK_INTERVAL_SECONDS": {interval},%'),
+        )
+        return as_datetime_or_none(tick)
+
+    def _quiet(self, ages: Mapping[str, int], now: datetime) -> Quiet | None:
+        """If status changes are made, and there are sessions that could have been closed."""
+        _, *older = AGES
+        if self._settings.status_reader is None or not any(ages.get(name) for name in older):
+            return None
+        return unusually_quiet(self._connection, now)
+
     def _under_way(self, now: datetime) -> list[_UnderWay]:
         rows = self._connection.query(
             "SELECT tick, started_at, duration_ms FROM checkout_session_run"
@@ -277,25 +289,27 @@ class _StatusReport:
 
     def _overdue_seconds(self, now: datetime) -> float:
         """How late the most overdue session is; sessions under way do not count."""
-        [(due,)] = self._connection.query(f"SELECT {self._oldest_due_sql}")
+        [(due,)] = self._connection.query(f"SELECT {oldest_due(self._database)}")
         due_at = as_datetime_or_none(due)
         return max(0.0, (now - due_at).total_seconds()) if due_at else 0.0
 
-    def _failing(self) -> list[dict[str, Any]]:
+    def _failing(self) -> list[JsonObject]:
+        """Those of the sessions whose last check failed that have waited longest."""
         rows = self._connection.query(
             # The few are found first, by their index, whatever is joined to them.
             "SELECT c.session_id, s.billing_checkout_id, c.last_outcome, c.last_status_code,"
             f" c.consecutive_failures, c.failing_since, {LAST_CHECK}, {DUE}"
-            " FROM (SELECT * FROM checkout_session_check WHERE consecutive_failures > 0"
-            f" ORDER BY consecutive_failures DESC LIMIT {FAILING:d}) AS c"
+            " FROM (SELECT * FROM checkout_session_check"
+            f" WHERE failing_since IS NOT NULL AND last_outcome IN ({FAILED})"
+            f" ORDER BY failing_since LIMIT {FAILING:d}) AS c"
             " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
             " LEFT JOIN checkout_session s ON s.id = c.session_id"
-            " ORDER BY c.consecutive_failures DESC"
+            " ORDER BY c.failing_since"
         )
         return [
             {
-                "session_id": _shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "outcome": outcome,
                 "status_code": status_code,
                 "consecutive_failures": failures,
@@ -315,32 +329,6 @@ class _StatusReport:
             ) in rows
         ]
 
-    def _failing_since(
-        self, failing: Sequence[Mapping[str, Any]], now: datetime
-    ) -> datetime | None:
-        """Since when most checks of every pass have failed; passes without checks do not count.
-
-        None: most checks of the newest pass did not fail. If it has lasted longer than HISTORY, the
-        sessions in `failing` show since when.
-        """
-        since = now - HISTORY
-        healthy = self._connection.query(
-            "SELECT tick FROM checkout_session_run"
-            f" WHERE tick > %s AND checked > 0 AND NOT {MOST_FAIL} ORDER BY tick DESC LIMIT 1",
-            (since,),
-        )
-        first = self._connection.query(
-            f"SELECT started_at FROM checkout_session_run WHERE tick > %s AND {MOST_FAIL}"
-            " ORDER BY tick LIMIT 1",
-            (as_datetime(healthy[0][0]) if healthy else since,),
-        )
-        if not first:
-            return None
-        if healthy:
-            return as_datetime(first[0][0])
-        earlier = [session["failing_since"] for session in failing if session["failing_since"]]
-        return min([as_datetime(first[0][0]), *map(datetime.fromisoformat, earlier)])
-
     def _shared_checkouts(self) -> dict[str, list[str]]:
         """The checkouts that several of the newest open sessions have, with those sessions."""
         rows = self._connection.query(
@@ -353,7 +341,7 @@ class _StatusReport:
         sessions: defaultdict[str, list[str]] = defaultdict(list)
         for session_id, checkout_id, is_open in rows:
             if is_open and checkout_id:
-                sessions[_shown_id(checkout_id)].append(_shown_id(session_id))
+                sessions[as_shown_text(checkout_id)].append(as_shown_text(session_id))
         return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
     def _paid_late(self, now: datetime) -> list[str]:
@@ -363,7 +351,7 @@ class _StatusReport:
             f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
             (now - KEEP_CHANGES,),
         )
-        return [_shown_id(session_id) for (session_id,) in rows]
+        return [as_shown_text(session_id) for (session_id,) in rows]
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
@@ -372,8 +360,8 @@ class _StatusReport:
         )
         return [
             {
-                "session_id": _shown_id(session_id),
-                "billing_checkout_id": None if checkout_id is None else _shown_id(checkout_id),
+                "session_id": as_shown_text(session_id),
+                "billing_checkout_id": None if checkout_id is None else as_shown_text(checkout_id),
                 "new_status": new_status,
                 "billing_status": billing_status,
                 "changed_at": iso(as_datetime(changed_at)),
@@ -401,76 +389,6 @@ def _pass(row: Row, alive: Mapping[datetime, bool], now: datetime) -> JsonObject
         "status_changes": as_int(changes),
         "latency_p95_ms": p95,
     }
-
-
-def settings_in_force(settings: Settings) -> JsonObject:
-    """Every setting by the name of its variable; for a secret, only whether it is set."""
-    reader = settings.status_reader
-    credentials = settings.credentials or {}
-    ok, not_found = settings.billing_status_codes
-    late = settings.late_payments_for
-    return {
-        **{name: "set" if name in credentials else None for name in CREDENTIALS},
-        "APIKEY_SECRET_ARN": settings.api_key_secret_arn,
-        **_database_settings(settings.database),
-        "BILLING_API_URL": settings.billing_api_url,
-        "ALLOW_HTTP": settings.allow_http,
-        "BILLING_HEADERS": str(settings.billing_headers),  # their names
-        "BILLING_TOKEN_URL": settings.billing_token_url,
-        "BILLING_OK": listed(ok),
-        "BILLING_NOT_FOUND": listed(not_found),
-        "CHECK_INTERVAL_SECONDS": settings.interval_seconds,
-        "CHECK_CADENCE": str(settings.cadence),
-        "CHECK_BACKOFF_MAX_SECONDS": settings.backoff_max_seconds,
-        "REQUEST_TIMEOUT_SECONDS": settings.request_timeout_seconds,
-        "MAX_CONCURRENCY": settings.max_concurrency,
-        "MAX_WORKERS": settings.max_workers,
-        "BILLING_MAX_PER_SECOND": settings.billing_max_per_second,
-        "STATUS_UPDATES": reader is not None,
-        "BILLING_STATUS_PATH": reader.path if reader else None,
-        "BILLING_STATUS_MAP": dict(reader.words) if reader else None,
-        "BILLING_ID_PATH": reader.id_path if reader else None,
-        "BILLING_AMOUNT_PATH": reader.amount_path if reader else None,
-        "BILLING_CURRENCY_PATH": reader.currency_path if reader else None,
-        "SESSION_EXPIRES_AFTER": settings.expires_after_seconds,
-        "LATE_PAYMENTS_FOR": int(late.total_seconds()) if late else None,
-        "LATE_STATUS_UPDATES": settings.late_status_updates,
-        "EVENT_BUS_NAME": settings.event_bus_name,
-        "LOG_LINES_ACTIVE": settings.log_lines_active,
-        "DEBUG": settings.debug,
-    }
-
-
-def _database_settings(address: DatabaseAddress) -> JsonObject:
-    found: JsonObject = {
-        "DATABASE_URL": None,
-        "DATABASE_SECRET_ARN": None,
-        "DATABASE_HOST": None,
-        "DATABASE_PORT": None,
-        "DATABASE_NAME": None,
-        "DATABASE_TLS": Tls.PREFER,
-        "DATABASE_AUTH": Auth.SECRET,
-        "DATABASE_USER_ARN": None,
-    }
-    match address:
-        case MySQLAddress():
-            found["DATABASE_URL"] = f"mysql://{address.host}:{address.port}/{address.database}"
-            found["DATABASE_TLS"] = address.tls
-        case SQLitePath(path):
-            found["DATABASE_URL"] = f"sqlite:///{path}"
-        case DatabaseSecret(arn, tls, host, port, name):
-            found |= {"DATABASE_SECRET_ARN": arn, "DATABASE_TLS": tls}
-            found |= {"DATABASE_HOST": host, "DATABASE_PORT": port, "DATABASE_NAME": name}
-        case IamDatabase(user_arn, host, port, name):
-            found |= {"DATABASE_USER_ARN": user_arn, "DATABASE_AUTH": Auth.IAM}
-            found |= {"DATABASE_HOST": host, "DATABASE_PORT": port, "DATABASE_NAME": name}
-            found["DATABASE_TLS"] = Tls.VERIFY
-    return found
-
-
-def _shown_id(value: Value) -> str:
-    """An id as text, also of a binary column; bytes that are not UTF-8 are shown as escapes."""
-    return as_text(value).encode(errors="backslashreplace").decode()
 
 
 def _in_force(paused_until: datetime | None, now: datetime) -> datetime | None:

@@ -15,6 +15,7 @@ from core.domain.cadence import slot_at
 from core.domain.decision import CheckRules
 from core.domain.model import OpenCounts, Pause, Recorded, StatusChange
 from core.domain.other_monitors import Monitor
+from core.domain.waiting import Waiting
 from core.store.late_payments import LatePayments
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.other_monitors import OtherMonitors, newest_settings
@@ -23,6 +24,7 @@ from core.store.queue import Queue, oldest_due
 from core.store.reconcile import Reconciliation
 from core.store.results import Results
 from core.store.status_changes import Publisher, StatusChanges
+from core.store.waiting import WaitingReader
 
 
 class View(NamedTuple):
@@ -51,6 +53,14 @@ class View(NamedTuple):
     @property
     def last_counts(self) -> OpenCounts:
         return self.state.last_counts
+
+    @property
+    def may_reconcile(self) -> bool:
+        """Whether it is time to, or sessions are open and no batch is free.
+
+        So it is where somebody has upgraded the tables by hand, and no batch was formed yet.
+        """
+        return self.state.may_reconcile or (self.oldest_due is None and self.last_counts.open > 0)
 
     @property
     def has_due(self) -> bool:
@@ -140,6 +150,11 @@ class Store:
         self, tick: datetime, rules: CheckRules, session_ids: Sequence[str] | None = None
     ) -> Reconciliation:
         return Reconciliation(self._database, self.queue, tick, rules, session_ids)
+
+    def read_waiting(self, rules: CheckRules, counts: OpenCounts) -> Waiting:
+        """Which open sessions wait now; `counts` are the last ones."""
+        reader = WaitingReader(self._database, rules)
+        return self._database.run(lambda c: reader.read(c, c.now(), counts.outcomes))
 
     def finish(self, reconciliation: Reconciliation) -> None:
         """Keep the counts of a complete reconciliation, and delete rows that are over a day old."""

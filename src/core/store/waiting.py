@@ -1,0 +1,188 @@
+"""Reads which open sessions wait, by index, in a bounded number of rows whatever the size.
+
+A session whose checks fail waits since `failing_since`, another one since it was due. A session of
+which a time lies further ahead than the settings allow, because a clock was ahead or they were
+changed, waits since its last check.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from core.database.port import (
+    Connection,
+    Database,
+    Row,
+    Value,
+    as_datetime,
+    as_datetime_or_none,
+    as_int,
+    as_shown_text,
+    number_list,
+)
+from core.domain.decision import CheckRules
+from core.domain.model import Outcome
+from core.domain.waiting import (
+    MAX_FIRST,
+    NOT_ASKED,
+    Wait,
+    Waiting,
+    WaitingSession,
+    waits_from,
+)
+from core.store.queue_rows import DUE
+
+# Rows that are counted; of more, the last counts of all sessions say how many there are.
+MAX_COUNTED = 2_000
+# Batches whose sessions are counted; those of more are taken to be like these.
+MAX_BATCHES = 20
+
+_FAILED = tuple(outcome.value for outcome in Outcome if outcome.is_error)
+
+
+class _NotAsked(NamedTuple):
+    """Sessions that are due, and not asked about."""
+
+    wait: Wait
+    first: list[WaitingSession]
+
+
+class WaitingReader:
+    """Reads the queue by the rules of the settings; it locks no row."""
+
+    def __init__(self, database: Database, rules: CheckRules) -> None:
+        self._in_due_order = database.in_due_order
+        self._by_batch = database.by_batch
+        self._waits_from = waits_from(rules.interval_seconds)
+        self._max_ahead = max(wait.healthy for wait in rules.longest_waits())
+
+    def read(self, connection: Connection, now: datetime, counted: Mapping[str, int]) -> Waiting:
+        """`counted` are all open sessions by their last outcome, when they were last counted.
+
+        Raises:
+            StoreError: the database cannot be used.
+        """
+        before = now - self._waits_from
+        due, latest, failing = self._oldest(connection)
+        causes: dict[str, Wait] = {}
+        first: list[WaitingSession] = []
+        if failing is not None and failing <= before:
+            causes = self._count_failing(connection, before, counted)
+            first = self._first_failing(connection, before)
+        oldest = [time for time in (due, failing) if time is not None and time <= now]
+        is_late = due is not None and due <= before
+        is_far = latest is not None and latest > now + self._max_ahead
+        if (is_late or is_far) and (found := self._not_asked(connection, now, before)):
+            causes[NOT_ASKED] = found.wait
+            first += found.first
+            oldest.append(found.wait.since)
+        # Billing is not to blame for those without a checkout id.
+        no_id = Outcome.INVALID_SESSION.value
+        by_number = sorted(causes.items(), key=lambda c: (c[0] == no_id, -c[1].sessions, c[0]))
+        first.sort(key=lambda one: one.since)
+        longest = max(((now - time).total_seconds() for time in oldest), default=0.0)
+        return Waiting(now, longest, dict(by_number), first[:MAX_FIRST])
+
+    def _oldest(
+        self, connection: Connection
+    ) -> tuple[datetime | None, datetime | None, datetime | None]:
+        """The first and the last due time of a batch, and since when the first session fails."""
+        [(due, latest, failing)] = connection.query(
+            "SELECT (SELECT MIN(due_at) FROM checkout_session_batch),"
+            " (SELECT MAX(due_at) FROM checkout_session_batch),"
+            " (SELECT MIN(failing_since) FROM checkout_session_check)"
+        )
+        return as_datetime_or_none(due), as_datetime_or_none(latest), as_datetime_or_none(failing)
+
+    def _count_failing(
+        self, connection: Connection, before: datetime, counted: Mapping[str, int]
+    ) -> dict[str, Wait]:
+        rows = connection.query(
+            "SELECT w.last_outcome, COUNT(*), MIN(w.failing_since) FROM (SELECT last_outcome,"
+            " failing_since FROM checkout_session_check WHERE failing_since <= %s"
+            f" ORDER BY failing_since LIMIT {MAX_COUNTED:d}) AS w GROUP BY w.last_outcome",
+            (before,),
+        )
+        found: dict[str, Wait] = {}
+        for outcome, number, since in rows:
+            cause, wait = _cause(outcome), Wait(as_int(number), as_datetime(since))
+            other = found.get(cause, wait._replace(sessions=0))
+            found[cause] = Wait(wait.sessions + other.sessions, min(wait.since, other.since))
+        if sum(wait.sessions for wait in found.values()) < MAX_COUNTED:
+            return found
+        return {
+            cause: wait._replace(sessions=max(wait.sessions, counted.get(cause, 0)))
+            for cause, wait in found.items()
+        }
+
+    def _first_failing(self, connection: Connection, before: datetime) -> list[WaitingSession]:
+        rows = connection.query(
+            "SELECT session_id, failing_since, last_outcome, last_status_code"
+            " FROM checkout_session_check WHERE failing_since <= %s"
+            f" ORDER BY failing_since LIMIT {MAX_FIRST:d}",
+            (before,),
+        )
+        return [
+            WaitingSession(
+                as_shown_text(session_id),
+                as_datetime(since),
+                _cause(outcome),
+                as_int(code) if code is not None and outcome in _FAILED else None,
+            )
+            for session_id, since, outcome, code in rows
+        ]
+
+    def _not_asked(
+        self, connection: Connection, now: datetime, before: datetime
+    ) -> _NotAsked | None:
+        """Those of the batches that are due, claimed or not: a claim may end without a check."""
+        late, parameters = "(due_at <= %s OR due_at > %s)", (before, now + self._max_ahead)
+        batches = connection.query(
+            f"SELECT id FROM checkout_session_batch {self._in_due_order} WHERE {late}"
+            f" ORDER BY due_at LIMIT {MAX_BATCHES + 1:d}",
+            parameters,
+        )
+        ids = [as_int(batch_id) for (batch_id,) in batches[:MAX_BATCHES]]
+        rows = self._sessions_of(connection, ids, before, now + self._max_ahead) if ids else []
+        if not rows:
+            return None
+        sessions = len(rows)
+        if len(batches) > MAX_BATCHES:
+            [(all_late,)] = connection.query(
+                f"SELECT COUNT(*) FROM checkout_session_batch {self._in_due_order} WHERE {late}",
+                parameters,
+            )
+            sessions = round(sessions * as_int(all_late) / MAX_BATCHES)
+        waits = sorted(
+            ((_since(row, now, before), as_shown_text(row[0])) for row in rows),
+            key=lambda wait: wait[0],
+        )
+        first = [WaitingSession(i, since, NOT_ASKED, None) for since, i in waits[:MAX_FIRST]]
+        return _NotAsked(Wait(sessions, waits[0][0]), first)
+
+    def _sessions_of(
+        self, connection: Connection, batch_ids: Iterable[int], before: datetime, far: datetime
+    ) -> list[Row]:
+        """The sessions of some batches that are due and do not fail."""
+        return list(
+            connection.query(
+                f"SELECT c.session_id, {DUE}, b.checked_at FROM checkout_session_batch b"
+                f" JOIN checkout_session_check c {self._by_batch} ON c.batch_id = b.id"
+                f" WHERE b.id IN {number_list(batch_ids)} AND c.failing_since IS NULL"
+                f" AND ({DUE} <= %s OR {DUE} > %s)",
+                (before, far),
+            )
+        )
+
+
+def _since(row: Row, now: datetime, before: datetime) -> datetime:
+    """Since when a session is due; one that is due too far ahead, since its last check."""
+    due, checked_at = as_datetime(row[1]), as_datetime_or_none(row[2])
+    if due <= now:
+        return due
+    return min(before, checked_at or before)
+
+
+def _cause(outcome: Value) -> str:
+    """The cause of one that fails; billing has not yet answered about one that did not."""
+    return str(outcome) if outcome in _FAILED else Outcome.TIMEOUT.value
