@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import pymysql
 
-from local import aws, mariadb, package
+from local import aws, mariadb, output, package
 from local.billing import running_billing
 from local.loop import default_interval_seconds
 from local.samples import SAMPLES
@@ -61,12 +61,15 @@ def main() -> int:
     try:
         with deployed() as (stack, database):
             try_endpoints(stack)
+            show_what_is_next(stack)
             show_passes(database, once=arguments.once)
     except aws.DeployError as error:
         print(f"❌ {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopping all servers.")
+    except BrokenPipeError:  # of a print
+        output.discard()
     return 0
 
 
@@ -159,6 +162,18 @@ def try_endpoints(stack: aws.Stack) -> None:
     _curl(outputs["HealthUrl"])
     _curl(outputs["TriggerUrl"], "-X", "POST")
     _curl(outputs["TriggerUrl"], "-X", "POST", api_key=stack.api_key())
+
+
+def show_what_is_next(stack: aws.Stack) -> None:
+    """Say where the page is, and which key it asks for."""
+    outputs = stack.outputs()
+    print(f"\nThe monitor's page: {outputs['PageUrl']}")
+    print(f"It asks for the API key: {stack.api_key()}")
+    print(
+        'Open it, press "Check all now", find the session cart-1008. Below is a line for each '
+        "pass; the first\ncomes within a minute. Ctrl-C stops all servers.",
+        flush=True,
+    )
 
 
 def _curl(url: str, *options: str, api_key: str | None = None) -> None:

@@ -6,6 +6,7 @@ last line is updated with each pass. A pipe gets the whole log.
 """
 
 import logging
+import re
 import shutil
 import sys
 import textwrap
@@ -30,20 +31,20 @@ class ChangesOnly(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(message)s")
         self._last_lines: dict[str, str] = {}  # of sessions, as they were shown
-        self._failures = self._others = (
-            0  # lines of this pass, with those for which there is no room
-        )
+        # Lines of this pass, with those for which there is no room here; those omitted by the log.
+        self._failures = self._others = self._omitted = 0
         self._workers: list[dict[str, Any]] = []  # summaries of the newest tick's workers
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         match text[0]:
             case "🔍":  # a pass starts
-                self._failures = self._others = 0
+                self._failures = self._others = self._omitted = 0
                 return self._update_last_line([text])
             case "📊":
                 return self._left_out() + self._update_last_line(self._parts_of_pass(record))
-            case "…":  # the number of omitted lines
+            case "…":  # the number of lines that the log itself omits
+                self._omitted += _failures_in(text)
                 return ""
         session_id = getattr(record, "session_id", None)
         if session_id is None or self._is_shown(session_id, text, record):
@@ -73,8 +74,11 @@ class ChangesOnly(logging.Formatter):
 
     def _left_out(self) -> str:
         """The line about failures of this pass that had no room."""
-        more, self._failures = self._failures - MAX_LINES_PER_PASS, 0
-        return f"{CLEAR_LINE}❌ … and {more:,} more failed\n" if more > 0 else ""
+        more = max(0, self._failures - MAX_LINES_PER_PASS)
+        if self._failures:  # otherwise those that the log omits are most likely not new either
+            more += self._omitted
+        self._failures = self._omitted = 0
+        return f"{CLEAR_LINE}❌ … and {more:,} more failed\n" if more else ""
 
     def _update_last_line(self, parts: list[str]) -> str:
         """As many of the parts as fit on a line, the first of them always."""
@@ -114,6 +118,12 @@ class ChangesOnly(logging.Formatter):
         if any(latencies):
             parts.append(f"95 % of answers within {max(latencies):,.0f} ms")
         return parts
+
+
+def _failures_in(omitted: str) -> int:
+    """How many failures a line like `… and 950 more: timeout` stands for."""
+    match = re.search(r"(\d+) more: (\w+)", omitted)
+    return int(match[1]) if match and match[2] in FAILURES else 0
 
 
 def wrapped(text: str) -> str:

@@ -1,7 +1,8 @@
-"""CloudWatch as far as the template's alarms need it: statistics, metric math, alarm states.
+"""CloudWatch as far as the template's alarms need it, by the rules of its User Guide.
 
-A series has values by minute. In a minute without a value an expression has none either, except
-for FILL, and for SUM of a list, which adds the values that exist.
+"How alarm state is evaluated when data is missing" and "Using metric math" have the rules for
+missing values. A metric may come late. An alarm retrieves more data points than it evaluates: the
+guide's examples retrieve two more, and it does not promise how many.
 """
 
 import ast
@@ -9,11 +10,16 @@ import json
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 type Series = dict[int, float]  # by minute
+
+OK, ALARM, INSUFFICIENT_DATA = "OK", "ALARM", "INSUFFICIENT_DATA"
+# Retrieved beside those that are evaluated.
+MORE_POINTS = 2
 
 OPERATORS: Mapping[type[ast.AST], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -32,125 +38,221 @@ BREACHES: Mapping[str, Callable[[float, float], bool]] = {
     "LessThanThreshold": operator.lt,
     "LessThanOrEqualToThreshold": operator.le,
 }
-
-
-class CloudWatch:
-    """Metrics by minute. There is one stack, so dimensions are left out."""
-
-    def __init__(self) -> None:
-        self.minutes = 0
-        self._values: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(dict)
-
-    def put(self, namespace: str, name: str, values: Iterable[float]) -> None:
-        """Add values to the current minute."""
-        self._values[namespace, name].setdefault(self.minutes, []).extend(values)
-
-    def ingest(self, log: str) -> None:
-        """Add the metrics of the EMF records in these log lines."""
-        for line in log.splitlines():
-            record: dict[str, Any] = json.loads(line)
-            for directive in record.get("_aws", {}).get("CloudWatchMetrics", []):
-                for metric in directive["Metrics"]:
-                    value = record[metric["Name"]]
-                    values = value if isinstance(value, list) else [value]
-                    self.put(directive["Namespace"], metric["Name"], values)
-
-    def end_minute(self) -> None:
-        self.minutes += 1
-
-    def names(self, namespace: str) -> set[str]:
-        return {name for found, name in self._values if found == namespace}
-
-    def state(self, alarm: Mapping[str, Any]) -> str:
-        """An alarm's state after the minutes that have ended. Periods are one minute."""
-        series, period = self._watched(alarm)
-        assert period == 60
-        wanted = alarm["EvaluationPeriods"]
-        treat = alarm["TreatMissingData"]
-        assert treat in ("breaching", "notBreaching", "missing")
-        breaches = BREACHES[alarm["ComparisonOperator"]]
-        window = range(self.minutes - wanted, self.minutes)
-        if treat == "missing" and not any(minute in series for minute in window):
-            return "INSUFFICIENT_DATA"
-        breaching = sum(
-            breaches(series[minute], alarm["Threshold"])
-            if minute in series
-            else treat == "breaching"
-            for minute in window
-        )
-        return "ALARM" if breaching >= alarm.get("DatapointsToAlarm", wanted) else "OK"
-
-    def _watched(self, alarm: Mapping[str, Any]) -> tuple[Series, int]:
-        """The values that the alarm watches, and their period in seconds."""
-        if "Metrics" not in alarm:
-            return self._statistic(alarm, alarm["Statistic"]), alarm["Period"]
-        queries = alarm["Metrics"]
-        stats = {query["Id"]: query["MetricStat"] for query in queries if "MetricStat" in query}
-        series = {id_: self._statistic(s["Metric"], s["Stat"]) for id_, s in stats.items()}
-        [period] = {stat["Period"] for stat in stats.values()}
-        [watched] = [query for query in queries if query.get("ReturnData", True)]
-        return self.calculate(watched["Expression"], series), period
-
-    def calculate(self, expression: str, series: Mapping[str, Series]) -> Series:
-        """A metric math expression by minute; `series` are given by their ids."""
-        found = self._value(ast.parse(expression, mode="eval").body, series)
-        assert isinstance(found, dict), f"{expression} is not a time series"
-        return found
-
-    def _value(  # noqa: PLR0911 (one for each kind of node)
-        self, node: ast.expr, series: Mapping[str, Series]
-    ) -> Series | float:
-        match node:
-            case ast.Constant(value=int() | float() as number):
-                return number
-            case ast.Name(id=name):
-                return series[name]
-            case ast.BinOp(left=left, op=op, right=right):
-                return combined(
-                    OPERATORS[type(op)], *(self._value(n, series) for n in (left, right))
-                )
-            case ast.Compare(left=left, ops=[op], comparators=[right]):
-                return combined(
-                    OPERATORS[type(op)], *(self._value(n, series) for n in (left, right))
-                )
-            case ast.Call(func=ast.Name(id="IF"), args=arguments):
-                values = (self._value(argument, series) for argument in arguments)
-                return combined(
-                    lambda condition, then, otherwise: then if condition else otherwise, *values
-                )
-            case ast.Call(func=ast.Name(id="SUM"), args=[ast.List(elts=elements)]):
-                summed: Series = {}
-                for element in elements:
-                    added = self._value(element, series)
-                    assert isinstance(added, dict)
-                    for minute, value in added.items():
-                        summed[minute] = summed.get(minute, 0) + value
-                return summed
-            case ast.Call(func=ast.Name(id="FILL"), args=[filled, ast.Constant(value=number)]):
-                given = self._value(filled, series)
-                assert isinstance(given, dict)
-                return dict.fromkeys(range(self.minutes), float(number)) | given  # type: ignore[arg-type]
-        raise AssertionError(f"not supported: {ast.unparse(node)}")
-
-    def _statistic(self, metric: Mapping[str, Any], statistic: str) -> Series:
-        values = self._values.get((metric["Namespace"], metric["MetricName"]), {})
-        return {minute: STATISTICS[statistic](some) for minute, some in values.items()}
-
-
 STATISTICS: Mapping[str, Callable[[list[float]], float]] = {
     "Sum": math.fsum,
     "Maximum": max,
     "Average": fmean,
-    "SampleCount": len,
+}
+ACTIONS = {
+    OK: "OKActions",
+    ALARM: "AlarmActions",
+    INSUFFICIENT_DATA: "InsufficientDataActions",
 }
 
 
-def combined(function: Callable[..., float], *values: Series | float) -> Series | float:
-    """Apply the function in the minutes in which every series has a value."""
-    lists = [set(value) for value in values if isinstance(value, dict)]
-    if not lists:
-        return function(*values)
-    return {
-        minute: function(*(v[minute] if isinstance(v, dict) else v for v in values))
-        for minute in set.intersection(*lists)
-    }
+class Notification(NamedTuple):
+    """A message to the alarms' topic."""
+
+    minute: int
+    alarm: str
+    old: str
+    new: str
+
+
+class CloudWatch:
+    """Metrics and alarms by minute. There is one stack, so there are no dimensions but functions.
+
+    `delays` says after how many minutes the metrics of a namespace can be read.
+    """
+
+    def __init__(
+        self,
+        alarms: Mapping[str, Mapping[str, Any]],
+        delays: Mapping[str, int] | None = None,
+        more_points: int = MORE_POINTS,
+    ) -> None:
+        self.minutes = 0
+        self.states = dict.fromkeys(alarms, INSUFFICIENT_DATA)
+        self.notifications: list[Notification] = []
+        self._alarms = alarms
+        self._delays = delays or {}
+        self._more_points = more_points
+        self._values: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(dict)
+
+    def put(self, metric: tuple[str, str], values: Iterable[float]) -> None:
+        """Add values of a metric (see `key`) to the current minute."""
+        self._values[metric].setdefault(self.minutes, []).extend(values)
+
+    def end_minute(self) -> None:
+        """Evaluate every alarm, and notify of each change of its state."""
+        self.minutes += 1
+        for name, alarm in self._alarms.items():
+            old = self.states[name]
+            new = self.states[name] = self._next_state(alarm, old)
+            if new != old and alarm.get(ACTIONS[new]):
+                self.notifications.append(Notification(self.minutes, name, old, new))
+
+    def _next_state(self, alarm: Mapping[str, Any], current: str) -> str:
+        wanted = alarm["EvaluationPeriods"]
+        retrieved = range(self.minutes - wanted - self._more_points, self.minutes)
+        series = self._watched(alarm, retrieved)
+        breaches, threshold = BREACHES[alarm["ComparisonOperator"]], alarm["Threshold"]
+        return next_state(
+            [breaches(series[m], threshold) if m in series else None for m in retrieved],
+            evaluated=wanted,
+            to_alarm=alarm.get("DatapointsToAlarm", wanted),
+            missing=alarm["TreatMissingData"],
+            current=current,
+        )
+
+    def _watched(self, alarm: Mapping[str, Any], minutes: range) -> Series:
+        """What the alarm watches; all periods are one minute."""
+        if "Metrics" not in alarm:
+            return self._statistic(alarm, alarm["Statistic"], minutes)
+        queries = alarm["Metrics"]
+        stats = {query["Id"]: query["MetricStat"] for query in queries if "MetricStat" in query}
+        series = {
+            id_: self._statistic(stat["Metric"] | {"Period": stat["Period"]}, stat["Stat"], minutes)
+            for id_, stat in stats.items()
+        }
+        [watched] = [query for query in queries if query.get("ReturnData", True)]
+        return calculate(watched["Expression"], series, minutes)
+
+    def _statistic(self, metric: Mapping[str, Any], statistic: str, minutes: range) -> Series:
+        assert metric["Period"] == 60
+        values = self._values.get(key(metric), {})
+        readable = self.minutes - self._delays.get(metric["Namespace"], 0)
+        return {
+            minute: STATISTICS[statistic](values[minute])
+            for minute in minutes
+            if minute < readable and minute in values
+        }
+
+
+def key(metric: Mapping[str, Any]) -> tuple[str, str]:
+    """`(namespace, name)`, the name of a metric of Lambda with its function's: `Errors/F`."""
+    if metric["Namespace"] != "AWS/Lambda":
+        return metric["Namespace"], metric["MetricName"]
+    [dimension] = metric["Dimensions"]
+    return metric["Namespace"], f"{metric['MetricName']}/{dimension['Value']['Ref']}"
+
+
+def emf_values(log: str) -> dict[tuple[str, str], list[float]]:
+    """The values of the EMF records in these log lines, by metric."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in log.splitlines():
+        record: dict[str, Any] = json.loads(line)
+        for directive in record.get("_aws", {}).get("CloudWatchMetrics", []):
+            for metric in directive["Metrics"]:
+                value = record[metric["Name"]]
+                found[directive["Namespace"], metric["Name"]] += (
+                    value if isinstance(value, list) else [value]
+                )
+    return found
+
+
+def next_state(
+    points: Sequence[bool | None],
+    *,
+    evaluated: int,
+    to_alarm: int,
+    missing: str,
+    current: str,
+) -> str:
+    """An alarm's state from the data points retrieved, the oldest first.
+
+    A point says whether it breaches; None: it is missing. `missing` is TreatMissingData, which is
+    used for as few points as possible: existing ones are evaluated, however old.
+    """
+    existing = [point for point in points if point is not None][-evaluated:]
+    breaching = sum(existing)
+    lacking = evaluated - len(existing)
+    if lacking and missing == "breaching":
+        breaching += lacking
+    elif lacking and missing in ("missing", "ignore") and all(existing) and breaching < to_alarm:
+        # No point is good. The next ones may be, so one that breaches has to be old enough.
+        oldest = len(points) - points.index(True) if existing else 0
+        if missing == "ignore":
+            return current
+        return ALARM if existing and oldest >= to_alarm else INSUFFICIENT_DATA
+    return ALARM if breaching >= to_alarm else OK
+
+
+def calculate(expression: str, series: Mapping[str, Series], minutes: range) -> Series:
+    """A metric math expression over the minutes retrieved; `series` are given by their ids."""
+    found = _value(_parsed(expression), series, minutes)
+    assert isinstance(found, dict), f"{expression} is not a time series"
+    return found
+
+
+@cache
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body
+
+
+def _value(node: ast.expr, series: Mapping[str, Series], minutes: range) -> Series | float:
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.Name(id=name):
+            return series[name]
+        case (
+            ast.BinOp(left=left, op=op, right=right)
+            | ast.Compare(left=left, ops=[op], comparators=[right])
+        ):
+            values = (_value(n, series, minutes) for n in (left, right))
+            return _combined(OPERATORS[type(op)], *values)
+        case ast.Call(func=ast.Name(id="IF"), args=[condition, *results]):
+            return _chosen(
+                _value(condition, series, minutes),
+                *(_value(result, series, minutes) for result in results),
+            )
+        case ast.Call(func=ast.Name(id="SUM"), args=[ast.List(elts=elements)]):
+            summed: Series = {}
+            for element in elements:
+                added = _value(element, series, minutes)
+                assert isinstance(added, dict)
+                for minute, value in added.items():
+                    summed[minute] = summed.get(minute, 0) + value
+            return summed
+        case ast.Call(func=ast.Name(id="FILL"), args=[filled, ast.Constant(value=number)]):
+            given = _value(filled, series, minutes)
+            assert isinstance(given, dict)
+            return dict.fromkeys(minutes, float(number)) | given  # type: ignore[arg-type]
+    raise AssertionError(f"not supported: {ast.unparse(node)}")
+
+
+def _combined(function: Callable[[float, float], float], *values: Series | float) -> Series | float:
+    """Arithmetic or a comparison. A missing value is 0 in a minute in which another one exists.
+
+    A division by zero has no value.
+    """
+    if not any(isinstance(value, dict) for value in values):
+        return function(*(value for value in values if not isinstance(value, dict)))
+    found: Series = {}
+    for minute in _minutes(values):
+        left, right = (v.get(minute, 0) if isinstance(v, dict) else v for v in values)
+        if function is not operator.truediv or right:
+            found[minute] = function(left, right)
+    return found
+
+
+def _chosen(
+    condition: Series | float, then: Series | float, otherwise: Series | float | None = None
+) -> Series:
+    """IF. Where the condition is true and the value is missing, it is 0; where false, dropped."""
+    assert isinstance(condition, dict)
+    found: Series = {}
+    for minute, true in condition.items():
+        if true:
+            found[minute] = then.get(minute, 0) if isinstance(then, dict) else then
+        elif isinstance(otherwise, dict):
+            if minute in otherwise:
+                found[minute] = otherwise[minute]
+        elif otherwise is not None:
+            found[minute] = otherwise
+    return found
+
+
+def _minutes(values: Iterable[Series | float]) -> set[int]:
+    return {minute for value in values if isinstance(value, dict) for minute in value}

@@ -178,6 +178,14 @@ def test_a_pass_is_logged_from_beginning_to_end(caplog: pytest.LogCaptureFixture
     ]
 
 
+def test_failures_come_first_among_lines_that_waited(caplog: pytest.LogCaptureFixture) -> None:
+    log = PassLog(waits=True)
+    log.check(claim("a"), Answer(Outcome.ACTIVE, 200, 0.1))
+    log.check(claim("b"), Answer(Outcome.TIMEOUT, None, 10.0))
+    log.start(NOON, 2)
+    assert [message[0] for message in caplog.messages] == ["🔍", "⏰", "✅"]
+
+
 def test_a_pass_without_open_sessions_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     log = PassLog()
     log.start(NOON, 0)

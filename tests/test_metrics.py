@@ -3,6 +3,9 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -68,11 +71,6 @@ def test_a_healthy_pass_sends_six_metrics(capsys: pytest.CaptureFixture[str]) ->
     assert units["PassDuration"] == units["BillingLatency"] == "Milliseconds"
 
 
-# Those without a checkout id do not count.
-WAITS = {"timeout": Wait(3, NOON), "invalid_session": Wait(9, NOON)}
-WAITING = Waiting(NOON, 60.5, WAITS)
-
-
 @pytest.mark.usefixtures("stack")
 def test_other_metrics_are_sent_only_if_not_zero(
     capsys: pytest.CaptureFixture[str],
@@ -93,16 +91,14 @@ def test_other_metrics_are_sent_only_if_not_zero(
             open=99,
             outcomes=outcomes + Counter({Outcome.CLOSED: 7}),
             overdue_seconds=2.5,
-            waiting=WAITING,
             status_changes=7,
             unpublished=5,
         )
     )
     values, _ = emitted(capsys)
     assert values == {
+        "SessionsOpen": 99,  # of the last count; alarms divide by it
         "OverdueSeconds": 2.5,
-        "SessionsWaiting": 3,
-        "LongestWaitSeconds": 60.5,
         "PassDuration": 0,
         "PassesCompleted": 1,
         "SessionsChecked": 17,
@@ -117,7 +113,43 @@ def test_other_metrics_are_sent_only_if_not_zero(
 
 
 @pytest.mark.usefixtures("stack")
-def test_only_a_leader_that_counted_sends_the_totals(
+@pytest.mark.parametrize(
+    ("waiting", "given", "of_alarms"),
+    [
+        ({"timeout": 3}, {}, {"WaitingOther": 3}),
+        # Billing cannot be asked about one without a checkout id.
+        ({"timeout": 3, "invalid_session": 9}, {}, {"WaitingOther": 3}),
+        # Below the threshold of its own alarm, a cause counts with the others.
+        ({"unauthorized": 49, "timeout": 1}, {}, {"WaitingOther": 50}),
+        ({"unauthorized": 50, "timeout": 1}, {}, {"WaitingUnauthorized": 50, "WaitingOther": 1}),
+        ({"unknown_status": 2}, {}, {"WaitingOther": 2}),
+        ({"unknown_status": 3}, {}, {"WaitingUnknownStatus": 3}),
+        ({"deferred": 5}, {}, {"WaitingOther": 5}),
+        ({"deferred": 5}, {"unpublished": 1}, {}),
+        ({"not_asked": 5}, {}, {"NotAskedSeconds": 61.5}),
+        ({"not_asked": 5}, {"allowed": 10.0, "demand": 10.5}, {"NotAskedSeconds": 61.5}),
+        ({"not_asked": 5, "timeout": 1}, {"allowed": 10.0, "demand": 11.0}, {"WaitingOther": 1}),
+    ],
+)
+def test_a_session_that_waits_counts_in_one_alarm(
+    waiting: Mapping[str, int],
+    given: Mapping[str, float],
+    of_alarms: Mapping[str, float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    since = NOON - timedelta(seconds=61.5)
+    waits = {cause: Wait(sessions, since) for cause, sessions in waiting.items()}
+    summary = Summary(Reason.TICK, NOON, led=True, open=100, waiting=Waiting(NOON, 61.5, waits))
+    metrics.measure(replace(summary, **given))  # type: ignore[arg-type]
+    values, _ = emitted(capsys)
+    sessions = sum(n for cause, n in waiting.items() if cause != "invalid_session")
+    assert (values["SessionsWaiting"], values["LongestWaitSeconds"]) == (sessions, 61.5)
+    names = {"NotAskedSeconds", "WaitingUnauthorized", "WaitingUnknownStatus", "WaitingOther"}
+    assert {name: value for name, value in values.items() if name in names} == of_alarms
+
+
+@pytest.mark.usefixtures("stack")
+def test_only_a_leader_sends_the_totals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     metrics.measure(Summary(Reason.TICK, NOON, open=5, overdue_seconds=9))

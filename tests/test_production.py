@@ -226,7 +226,11 @@ class TestUpgrade:
         stack = Stack({"ApiLogRole": "CREATE", "AlarmEmail": "ops@example.com"})
         kept = {name: resource["Type"] for name, resource in stack.resources.items()}
         gone = self.BEFORE["resources"].keys() - kept.keys()
-        assert gone == {"CheckLoopEveryMinuteRole"}  # ScheduleRole takes its place
+        assert gone == {
+            "CheckLoopEveryMinuteRole",  # what takes their places: ScheduleRole
+            "FailedChecksAlarm",  # SessionsWaitingAlarm
+            "FailedChecksQueueAlarm",  # WorkerErrorsAlarm
+        }
         for name, kind in self.BEFORE["resources"].items():
             assert name in gone or kept[name] == kind
         assert set(self.BEFORE["outputs"]) <= set(stack.outputs)

@@ -51,12 +51,13 @@ TOPIC = "arn:aws:sns:eu-central-1:123456789012:ops"
 AWS_METRICS = {
     ("AWS/Lambda", "Errors"): "FunctionName",
     ("AWS/Lambda", "Throttles"): "FunctionName",
+    ("AWS/Lambda", "Invocations"): "FunctionName",
     ("AWS/Lambda", "ConcurrentExecutions"): "FunctionName",
     ("AWS/Scheduler", "InvocationAttemptCount"): "ScheduleGroup",
+    ("AWS/Scheduler", "InvocationDroppedCount"): "ScheduleGroup",
     ("AWS/States", "ExecutionsFailed"): "StateMachineArn",
     ("AWS/States", "ExecutionsTimedOut"): "StateMachineArn",
     ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): "QueueName",
-    ("AWS/SQS", "NumberOfMessagesSent"): "QueueName",
 }
 
 type Metric = tuple[str, str, tuple[tuple[str, object], ...]]  # namespace, name, dimensions
@@ -501,15 +502,16 @@ class TestMonitoring:
 
         assert set(alarms) == {
             "NoPassAlarm",
-            "LimitedAlarm",
+            "SessionsWaitingAlarm",
             "OverdueAlarm",
-            "FailedChecksAlarm",
             "UnauthorizedAlarm",
+            "UnknownStatusAlarm",
+            "LimitedAlarm",
             "EventsFailedAlarm",
             "WorkerErrorsAlarm",
             "WorkerThrottlesAlarm",
-            "FailedChecksQueueAlarm",
             "LoopFailedAlarm",
+            "ApiErrorsAlarm",
         }
         for alarm in alarms.values():
             assert alarm["AlarmDescription"]
@@ -521,36 +523,13 @@ class TestMonitoring:
                 assert stack.properties(name)["AlarmActions"] == [topic]
                 assert stack.properties(name)["OKActions"] == [topic]
 
-    def test_two_minutes_without_a_completed_pass_raise_an_alarm(
+    def test_a_loop_that_is_switched_off_raises_no_alarm(
         self, resources: dict[str, Resource]
     ) -> None:
-        """So does a loop that never starts; not before the first minute, nor while it is off."""
+        """The schedule's end is a change to a state without data, which is told while it is on."""
         alarm = resources["NoPassAlarm"]["Properties"]
-        queries = {query["Id"]: query for query in alarm["Metrics"]}
-        stats = {name: query.get("MetricStat") for name, query in queries.items()}
-
-        assert stats["passes"]["Metric"]["MetricName"] == "PassesCompleted"
-        assert stats["scheduled"]["Metric"]["MetricName"] == "InvocationAttemptCount"
-        assert queries["completed"]["Expression"] == "SUM([passes, 0 * scheduled])"
-        assert stats["passes"]["Period"] * alarm["EvaluationPeriods"] == 120
-        assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("LessThanThreshold", 1)
-        assert alarm["TreatMissingData"] == "missing"
         assert alarm["InsufficientDataActions"] == alarm["AlarmActions"]
         assert alarm["ActionsEnabled"] == {"Fn::If": ["IsOn", True, False]}
-
-    def test_a_failed_check_raises_an_alarm_for_one_minute(
-        self, resources: dict[str, Resource]
-    ) -> None:
-        """Ticks that expire because all workers are busy are not failures."""
-        alarm = resources["FailedChecksQueueAlarm"]["Properties"]
-        queries = {query["Id"]: query for query in alarm["Metrics"]}
-
-        sent = queries["sent"]["MetricStat"]["Metric"]
-        assert (sent["Namespace"], sent["MetricName"]) == ("AWS/SQS", "NumberOfMessagesSent")
-        assert queries["throttled"]["MetricStat"]["Metric"]["MetricName"] == "Throttles"
-        assert queries["failed"]["Expression"] == "IF(FILL(throttled, 0) > 0, 0, sent)"
-        assert alarm["EvaluationPeriods"] == 1
-        assert alarm["TreatMissingData"] == "notBreaching"
 
     def test_every_metric_of_an_alarm_or_a_widget_exists(
         self, resources: dict[str, Resource]

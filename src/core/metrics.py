@@ -1,12 +1,15 @@
 """A pass's metrics, as one EMF record on standard output. Session ids are never metrics."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 
 from core.domain.model import Outcome
 from core.domain.summary import Summary
+from core.domain.verdict import CRITICAL_UNKNOWN, LIMITED_SHARE, MOST, OVERDUE_SECONDS
+from core.domain.waiting import NOT_ASKED, Waiting
 
 NAMESPACE = "CheckoutSessionMonitor"
 
@@ -23,6 +26,10 @@ METRICS: Mapping[str, str] = {
     "OverdueSeconds": "Seconds",
     "SessionsWaiting": "Count",
     "LongestWaitSeconds": "Seconds",
+    "NotAskedSeconds": "Seconds",
+    "WaitingUnauthorized": "Count",
+    "WaitingUnknownStatus": "Count",
+    "WaitingOther": "Count",
     "BudgetDemand": "Percent",
     "PassDuration": "Milliseconds",
     "PassesCompleted": "Count",
@@ -42,15 +49,15 @@ WHOLE_FROM = 100
 
 def measure(summary: Summary) -> None:
     """Emit one pass's metrics, in one EMF record."""
-    # One pass of each tick leads, and a leader does not count every time.
+    # One pass of each tick leads. A leader that does not count sends the last count, because alarms
+    # divide by it.
     gauges: dict[str, float] = {}
-    if summary.counted:
-        gauges["SessionsOpen"] = summary.open
     if summary.led:
+        if summary.counted or summary.open:
+            gauges["SessionsOpen"] = summary.open
         gauges["OverdueSeconds"] = round(summary.overdue_seconds, 3)
-        if summary.waiting and (waiting := summary.waiting.sessions_for_billing):
-            gauges["SessionsWaiting"] = waiting
-            gauges["LongestWaitSeconds"] = round(summary.waiting.longest_seconds, 3)
+        if summary.waiting and summary.waiting.sessions_for_billing:
+            gauges |= _waiting(summary.waiting, summary)
         if summary.allowed:
             gauges["BudgetDemand"] = round(100 * summary.demand / summary.allowed, 1)
     counts = {
@@ -69,6 +76,36 @@ def measure(summary: Summary) -> None:
         },
         latencies=summary.latencies,
     )
+
+
+def _waiting(waiting: Waiting, summary: Summary) -> dict[str, float]:
+    """All sessions that wait, and of these the ones of each alarm: a session counts in one of them.
+
+    A cause has an alarm of its own from the verdict's threshold on. WaitingOther are the others.
+    """
+    causes = {cause: wait.sessions for cause, wait in waiting.for_billing.items()}
+    refused = causes.get(Outcome.UNAUTHORIZED, 0)
+    unknown = causes.get(Outcome.UNKNOWN_STATUS, 0)
+    limited = summary.demand > LIMITED_SHARE * (summary.allowed or math.inf)
+    not_asked = waiting.causes.get(NOT_ASKED)
+    late = 0.0
+    if not_asked is not None and not limited:
+        late = (waiting.now - not_asked.since).total_seconds()
+    has_alarm = {
+        Outcome.UNAUTHORIZED: refused >= MOST * summary.open,
+        Outcome.UNKNOWN_STATUS: unknown >= CRITICAL_UNKNOWN,
+        Outcome.DEFERRED: summary.unpublished > 0,
+        NOT_ASKED: limited or late > OVERDUE_SECONDS,
+    }
+    gauges = {
+        "SessionsWaiting": waiting.sessions_for_billing,
+        "LongestWaitSeconds": round(waiting.longest_seconds, 3),
+        "NotAskedSeconds": round(late, 3),
+        "WaitingUnauthorized": refused if has_alarm[Outcome.UNAUTHORIZED] else 0,
+        "WaitingUnknownStatus": unknown if has_alarm[Outcome.UNKNOWN_STATUS] else 0,
+        "WaitingOther": sum(n for cause, n in causes.items() if not has_alarm.get(cause)),
+    }
+    return {name: value for name, value in gauges.items() if value}
 
 
 def measure_failure() -> None:

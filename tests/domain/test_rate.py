@@ -103,7 +103,7 @@ class SimulatedWorker:
                 world.paused_until = max(world.paused_until, now + world.retry_after)
         if budget and allowed and self._is_due(now) and now >= world.paused_until:
             pace = min(allowed, pace)
-            left = sum(time >= now - rate.LATE_SECONDS for time in self._reserved)
+            left = sum(time >= now - rate.late_seconds(world.known) for time in self._reserved)
             budget, times = rate.reserved(budget, rate.portion(pace) - left, pace, now=now)
             self._reserved.extend(times)
             if times:
@@ -118,7 +118,7 @@ class SimulatedWorker:
     def step(self, now: float) -> None:
         """Send one request, if one may leave."""
         world = self._simulation
-        while self._reserved and self._reserved[0] < now - rate.LATE_SECONDS:
+        while self._reserved and self._reserved[0] < now - rate.late_seconds(world.known):
             self._reserved.popleft()
         wait = 0.01
         if self._is_due(now) and now >= world.paused_until and self._limited_at is None:
@@ -155,6 +155,7 @@ class SimulatedWorker:
         world.at(now + LATENCY, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize(
     ("per_second", "burst", "sessions", "retry_after"),
@@ -230,6 +231,18 @@ def test_limits_of_requests_sent_before_a_fall_do_not_count_again() -> None:
     after = rate.updated(LIMITED, seen, now=1000.5)
     assert after is not None
     assert after.rate == pytest.approx(70)
+
+
+def test_the_latency_of_a_budget_is_that_of_about_the_last_hundred_answers() -> None:
+    first = rate.updated(LIMITED, Seen(healthy=10, healthy_seconds=5.0), now=1001)
+    assert first is not None
+    assert first.latency == pytest.approx(0.5)
+    later = rate.updated(first, Seen(answered=100, healthy=100, healthy_seconds=100.0), now=1002)
+    assert later is not None
+    assert later.latency == pytest.approx(0.75)
+    failed = rate.updated(later, Seen(answered=9), now=1003)
+    assert failed is not None
+    assert failed.latency == later.latency
 
 
 @pytest.mark.parametrize("field", ["limited_at", "next_at", "seen_at"])

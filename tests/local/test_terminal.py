@@ -66,12 +66,15 @@ def test_failures_without_room_are_counted_and_shown_by_a_later_pass(log: Log) -
     lines_of_pass(log, {f"s{n}": "active" for n in range(3000)})
     failing = {f"s{n}": "timeout" for n in range(50)}
     assert len(lines_of_pass(log, failing)) == MAX_LINES_PER_PASS
-    assert log("📊 complete").startswith("❌ … and 30 more failed\n📊 ")
+    assert log("… and 2950 more: active") == log("… and 950 more: timeout") == ""
+    assert log("📊 complete").startswith("❌ … and 980 more failed\n📊 ")
     assert lines_of_pass(log, failing) == [f"s{n}: timeout\n" for n in range(20, 40)]
     assert log("📊 complete").startswith("❌ … and 10 more failed\n📊 ")
     assert lines_of_pass(log, failing) == [f"s{n}: timeout\n" for n in range(40, 50)]
     assert log("📊 complete").startswith("📊 ")
     assert lines_of_pass(log, failing) == []
+    log("… and 950 more: timeout")
+    assert log("📊 complete").startswith("📊 ")
 
 
 def test_every_failure_of_a_small_shop_is_shown_beside_its_active_sessions(log: Log) -> None:

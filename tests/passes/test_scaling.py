@@ -82,6 +82,27 @@ async def test_a_leader_starts_no_more_than_max_workers(
     assert ticks == [NOON] * 2
 
 
+@pytest.mark.parametrize(
+    ("due", "per_second", "latency", "started"),
+    [
+        (1000, 100, 0.05, 0),
+        (1000, 100, 2.0, 2),  # 200 in flight, in workers that have 80 of 100 permits in use
+        (1000, 100, 20.0, 6),  # those of the next tick take over before its answers come
+        (90, 100, 2.0, 0),
+        (1000, 10_000, 2.0, 6),
+    ],
+)
+async def test_a_budget_gets_the_workers_that_its_latency_needs(
+    sqlite_shop: Shop, due: int, per_second: float, latency: float, started: int
+) -> None:
+    """Two workers of the last tick still wait for answers; they count towards MAX_WORKERS."""
+    ticks: list[datetime] = []
+    settings = settings_for(sqlite_shop, MAX_WORKERS="9")
+    leader = Scaling(ticks.append, settings, under_way=3, latency=latency)
+    assert await leader.start_missing(due, NOON, per_second) == started
+    assert len(ticks) == started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",

@@ -145,6 +145,7 @@ def test_a_page_reads_a_bounded_number_of_rows(
 ) -> None:
     """More sessions fail than one answer reads; the one that is asked for is the last."""
     monkeypatch.setattr(session_search, "READ", 3)
+    monkeypatch.setattr(session_search, "FEW", 3)
     for n in range(7):
         history.failing(f"f{n}", f"d{n}")
     history.failing("last", "c", last_outcome=outcome)

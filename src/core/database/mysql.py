@@ -113,7 +113,7 @@ class MySQLDatabase:
     by_rowid = "FORCE INDEX (PRIMARY)"
     by_session = "FORCE INDEX (checkout_session_check_session)"
     by_batch = "FORCE INDEX (checkout_session_check_batch)"
-    by_failures = "FORCE INDEX (checkout_session_check_failing)"
+    by_wait = "FORCE INDEX (checkout_session_check_waiting)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
     join_in_order = "STRAIGHT_JOIN"

@@ -53,7 +53,7 @@ class Database(Protocol):
     by_rowid: str  # makes a statement find rows of checkout_session_check by their numbers
     by_session: str  # the same, by their session ids
     by_batch: str  # the same, by their batches
-    by_failures: str  # the same, by their failures in a row
+    by_wait: str  # the same, by since when they fail
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     join_in_order: str  # JOIN that reads the table on its left first

@@ -28,7 +28,7 @@ class Step(NamedTuple):
         return self._asdict()
 
 
-_REACH = Step("See whether billing is up and can be reached from here.", "FailedChecks")
+_REACH = Step("See whether billing is up and can be reached from here.", "SessionsWaiting")
 _LIMITED = Step(
     "Set a slower CHECK_CADENCE, or agree on a higher limit with the billing service.", "Limited"
 )
@@ -40,10 +40,10 @@ _BY_CAUSE: Mapping[str, Step] = {
     Outcome.NETWORK_ERROR: _REACH,
     Outcome.UNEXPECTED_STATUS: _REACH,
     Outcome.RATE_LIMITED: _LIMITED,
-    Outcome.UNKNOWN_STATUS: Step("Add billing's words to BILLING_STATUS_MAP.", "FailedChecks"),
+    Outcome.UNKNOWN_STATUS: Step("Add billing's words to BILLING_STATUS_MAP.", "UnknownStatus"),
     Outcome.MISMATCH: Step(
         "Compare the log's line of one session with BILLING_STATUS_PATH and BILLING_ID_PATH.",
-        "FailedChecks",
+        "SessionsWaiting",
     ),
     Outcome.DEFERRED: Step(
         "The log says whether the event bus or the shop's table does not accept them.",
@@ -51,14 +51,15 @@ _BY_CAUSE: Mapping[str, Step] = {
     ),
     Outcome.REFUSED: Step(
         "The log has the database's message: it lacks a right, or the table refuses the status.",
-        "FailedChecks",
+        "SessionsWaiting",
     ),
-    Outcome.INTERNAL_ERROR: Step("The log names the session and the error.", "FailedChecks"),
+    Outcome.INTERNAL_ERROR: Step("The log names the session and the error.", "SessionsWaiting"),
     Outcome.INVALID_SESSION: Step(
-        "Find out why the shop opens sessions without a billing_checkout_id.", "FailedChecks"
+        "Find out why the shop opens sessions without a billing_checkout_id.", "SessionsWaiting"
     ),
     NOT_ASKED: Step(
-        "See whether billing's limit, MaxConcurrency or MaxWorkers holds the checks up.", "Overdue"
+        "See whether billing's limit, MaxConcurrency or MaxWorkers holds the checks up.",
+        "Overdue",
     ),
 }
 _BY_TEXT: Mapping[str, Step] = {
@@ -75,12 +76,12 @@ _BY_TEXT: Mapping[str, Step] = {
     REFUSES_SOME: Step("Look at one of them in billing.", "Unauthorized"),
     "Billing does not know": Step(
         "Compare the URL of one session with billing's documentation: a wrong path, or a test key.",
-        "FailedChecks",
+        "SessionsWaiting",
     ),
     "No session was closed": Step(
         "Ask billing about a session that should be paid, and compare the answer with "
         "BILLING_STATUS_MAP.",
-        "FailedChecks",
+        "SessionsWaiting",
     ),
     # Without what stands in brackets.
     **{TROUBLE[cause].partition(" (")[0]: step for cause, step in _BY_CAUSE.items()},
@@ -92,5 +93,5 @@ def next_step(verdict: Verdict) -> Step | None:
     if verdict.level in (Level.OK, Level.WAITING):
         return None
     if verdict.text.endswith(FAILED_LAST_CHECK):
-        return Step("Look again in ten seconds.", "FailedChecks")
+        return Step("Look again in ten seconds.", "SessionsWaiting")
     return next((step for text, step in _BY_TEXT.items() if verdict.text.startswith(text)), None)

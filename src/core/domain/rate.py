@@ -36,10 +36,14 @@ ANSWERED_SECONDS, TYPICAL_SECONDS = 1.0, 30.0
 SETTLE_SECONDS = 0.5
 # A worker reserves for this long ahead, and nothing while others have reserved more than that.
 RESERVE_SECONDS, MAX_RESERVED_SECONDS = 0.4, 0.5
-# A request that could not leave within this time of its reserved one is reserved again. A known
-# limit is used up to a share that allows for it: of a rate r, at most r + 3 % leave in any second.
-LATE_SECONDS = 0.015
+# A request that could not leave within this time of its reserved one, as on a busy machine, is
+# reserved again. Billing's own limit has room for bursts. A known one must hold in every
+# second: it is used up to a share that allows for what is late, at most r + 3 % of a rate r.
+LATE_SECONDS, KNOWN_LIMIT_LATE_SECONDS = 0.1, 0.015
 KNOWN_LIMIT_SHARE = 0.965
+# The mean latency is of about so many healthy answers. A worker has this share of its permits in
+# use; the rest is for answers that take longer.
+LATENCY_ANSWERS, BUSY_SHARE = 100, 0.8
 # A budget without a limit for this long is dropped; billing may have raised its limit.
 FORGET_SECONDS = 3600.0
 # Under a budget, what is due is spread over this share of the interval.
@@ -68,6 +72,7 @@ class Budget(NamedTuple):
     answered: float  # the rate that billing answered in about the last second
     typical: float  # the same over about half a minute
     seen_at: float  # when these were brought up to date
+    latency: float = 0.0  # mean seconds of the last healthy answers; 0: none yet
 
     @classmethod
     def from_json(cls, text: str) -> "Budget | None":
@@ -98,6 +103,8 @@ class Seen(NamedTuple):
     limited: bool = False  # billing has limited requests, and not because of their sessions
     sent_ago: float = 0.0  # seconds since the newest of those was sent
     waited: bool = False  # checks wait for the budget, and would use more of it
+    healthy: int = 0  # of these answers
+    healthy_seconds: float = 0.0  # their latencies together
 
 
 def is_below(budget: Budget, known_limit: float | None) -> bool:
@@ -145,6 +152,7 @@ def updated(
         answered=answered,
         typical=_counted(budget.typical, seen.answered, since, TYPICAL_SECONDS),
         seen_at=now,
+        latency=_mean_latency(budget.latency, seen),
     )
     if not seen.limited:
         return budget
@@ -179,6 +187,11 @@ def reserved(
     return budget._replace(next_at=begin + count / rate), times
 
 
+def late_seconds(known_limit: float | None) -> float:
+    """How long after its time a reserved request may leave."""
+    return LATE_SECONDS if known_limit is None else KNOWN_LIMIT_LATE_SECONDS
+
+
 def next_time(budget: Budget, rate: float, now: float) -> float:
     """The first time that nobody has reserved."""
     longest = MAX_RESERVED_SECONDS + max(RESERVE_SECONDS, 1 / rate) + 1
@@ -198,6 +211,16 @@ def given_up(budget: Budget, begin: float, end: float) -> Budget:
 def portion(rate: float) -> int:
     """How many requests a worker reserves at once, those included that it still has."""
     return math.ceil(rate * RESERVE_SECONDS)
+
+
+def workers(per_second: float, latency: float, *, in_flight: int, interval_seconds: int) -> int:
+    """How many workers send so many requests a second, by Little's law.
+
+    Each has `in_flight` permits. An answer holds one for its latency, or until the workers of the
+    next tick take over.
+    """
+    held = min(latency, interval_seconds)
+    return max(1, math.ceil(per_second * held / (in_flight * BUSY_SHARE)))
 
 
 def demand(ages: Mapping[str, int], cadence: Cadence, interval_seconds: int) -> float:
@@ -231,6 +254,13 @@ def _is_new(budget: Budget, seen: Seen, now: float) -> bool:
     sent_at = now - seen.sent_ago
     # A fall in the future is of a clock that was ahead.
     return sent_at > budget.limited_at + SETTLE_SECONDS or budget.limited_at > now
+
+
+def _mean_latency(latency: float, seen: Seen) -> float:
+    if not seen.healthy:
+        return latency
+    share = seen.healthy / (seen.healthy + LATENCY_ANSWERS) if latency else 1.0
+    return latency + share * (seen.healthy_seconds / seen.healthy - latency)
 
 
 def _counted(rate: float, more: int, since: float, seconds: float) -> float:

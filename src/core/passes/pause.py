@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from core.domain import rate
 from core.domain.model import Answer
-from core.domain.rate import ANSWERED_SECONDS, LATE_SECONDS, Budget, Seen
+from core.domain.rate import ANSWERED_SECONDS, Budget, Seen
 from core.store.monitor_state import MonitorState, StateRow
 
 # A request may leave this long before its time, so that not every one needs a timer.
 TIMER_SECONDS = 0.003
+# Reserved times that are this close follow each other: the clocks differ by that much.
+SAME_SECONDS = 0.0015
 
 
 class _Change(NamedTuple):
@@ -50,6 +52,7 @@ class SharedPause:
     ) -> None:
         self._state = state
         self._known_limit = known_limit
+        self._late_seconds = rate.late_seconds(known_limit)
         self._budget_pace = budget_pace
         self._loop = asyncio.get_running_loop()
         # Changed on the event loop only:
@@ -61,6 +64,7 @@ class SharedPause:
         self._turn_at = 0.0
         # Changed on both threads, in single steps:
         self._limits = deque[tuple[Answer, float]]()  # with the time at which each was sent
+        self._latencies = deque[float]()  # of healthy answers under a budget
         self.held = False  # until the next look at the row
         self._lock = threading.Lock()  # of the next one
         self._reserved = deque[float]()  # times by the event loop's clock
@@ -68,11 +72,13 @@ class SharedPause:
         self._changed = asyncio.Event()
         self.rate: float | None = None  # requests a second that billing allows; None: no limit
         self.allowed: float | None = None  # the same, for people
+        self.latency = 0.0  # mean seconds of healthy answers under a budget; 0: not known
         self.newest_tick: datetime | None = None  # that has a leader
         self._until: datetime | None = None
         self._resume_at = 0.0  # by the event loop's clock
         self._answers_nothing = False
         self._answered_before = self._claimed = 0
+        self._limited_before: float | None = None  # when billing had answered nothing yet
         self._recently, self._recently_at = 0.0, 0.0  # answers a second, and when that was
         self._best = 0.0  # of these
         self._reserved_from = self._reserved_to = 0.0  # by the database's clock
@@ -112,6 +118,8 @@ class SharedPause:
         if answer.status_code is None:
             return
         self._answered += 1
+        if self.rate is not None and answer.seconds is not None and not answer.outcome.is_error:
+            self._latencies.append(answer.seconds)
         if answer.used_up:
             self._limits.append((answer, self._loop.time() - (answer.seconds or 0.0)))
 
@@ -177,7 +185,7 @@ class SharedPause:
         """
         reserved = self._reserved
         with self._lock:
-            while reserved and reserved[0] < now - LATE_SECONDS:
+            while reserved and reserved[0] < now - self._late_seconds:
                 reserved.popleft()
             if not reserved:
                 return math.inf
@@ -185,24 +193,30 @@ class SharedPause:
 
     def _left(self) -> list[float]:
         """The times that are reserved and not over."""
-        begin = self._loop.time() - LATE_SECONDS
+        begin = self._loop.time() - self._late_seconds
         with self._lock:
             return [time for time in self._reserved if time >= begin]
 
     def _exchange(self, *, healthy: bool) -> datetime:
         limits = [self._limits.popleft() for _ in range(len(self._limits))]
+        latencies = [self._latencies.popleft() for _ in range(len(self._latencies))]
         answered = self._answered
         now = self._loop.time()
         more = answered - self._answered_before
         kept = math.exp((self._recently_at - now) / ANSWERED_SECONDS)
         self._recently = self._recently * kept + more / ANSWERED_SECONDS
         self._recently_at, self._best = now, max(self._best, self._recently)
+        limited_at = max((sent_at for _, sent_at in limits), default=None)
+        if more and limited_at is None:  # the answers of a slow service come after its limits
+            limited_at = self._limited_before
         seen = Seen(
             answered=more,
             best=self._best,
-            limited=bool(limits),
-            sent_ago=now - max((sent_at for _, sent_at in limits), default=now),
+            limited=limited_at is not None,
+            sent_ago=0.0 if limited_at is None else now - limited_at,
             waited=self._delayed,
+            healthy=len(latencies),
+            healthy_seconds=sum(latencies),
         )
         self._answered_before, self._delayed = answered, False
         change = _Change(None, None, answers_nothing=False, dropped=0, reserved=(), ahead=0.0)
@@ -222,6 +236,8 @@ class SharedPause:
             # The longest that billing asked for; if it gave no number, the state's own backoff.
             pause = self._state.pause(longest or (None if change.answers_nothing else 0.0))
         self._answers_nothing = change.answers_nothing and not longest
+        if seen.limited:
+            self._limited_before = limited_at if change.answers_nothing else None
         self._follow(pause.until, row.now)
         self._apply(change)
         self.newest_tick = row.last_tick
@@ -260,9 +276,10 @@ class SharedPause:
                 self._reserved.pop()
             self._reserved.extend(time - change.ahead for time in change.reserved)
         self.rate, self._ahead = change.rate, change.ahead
+        self.latency = change.budget.latency if change.budget else 0.0
         self.allowed = rate.allowed(change.budget, self._known_limit)
         if change.reserved and change.budget is not None:
-            if abs(change.reserved[0] - self._reserved_to) > LATE_SECONDS / 10:
+            if abs(change.reserved[0] - self._reserved_to) > SAME_SECONDS:
                 self._reserved_from = change.reserved[0]
             self._reserved_to = change.budget.next_at
 
