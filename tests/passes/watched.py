@@ -72,19 +72,20 @@ class WatchedMonitor(VirtualMonitor):
         if offset != self.clock_offset:
             self.clock_offset, self._clock_changed_at = offset, self.loop.now
 
-    def watch(self, seconds: int) -> None:
-        """Tick and look for so long."""
+    def watch(self, seconds: int, *, every: int = 1) -> None:
+        """Tick for so long, and look every so many seconds."""
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-            runner.run(self._watch(seconds))
+            runner.run(self._watch(seconds, every))
         self.open_checkouts = self.checkouts
         self.database.close()
 
-    async def _watch(self, seconds: int) -> None:
+    async def _watch(self, seconds: int, every: int) -> None:
         for at in range(seconds + 1):
             await asyncio.sleep(at - self.loop.now)
             if change := self.changes.get(at):
                 change()
-            self.look()
+            if at % every == 0:
+                self.look()
             if at % self.settings.interval_seconds == 0 and self.has_ticks(at):
                 self._start(NOON + timedelta(seconds=at), helps=False)
         for task in self._passes:
