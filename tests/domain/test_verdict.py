@@ -161,10 +161,14 @@ def verdict_of(facts: Mapping[str, object]) -> Verdict:
             f"{NO_ID}: the open session has waited for 3 min",
         ),
         (
-            {"outcomes": {"network_error": 120, "active": 8}},
+            {
+                "waiting": Waiting(NOON, failing=120),
+                "outcomes": {"network_error": 120, "active": 8},
+            },
             Level.WARNING,
             "120 of 128 failed their last check",
         ),
+        ({"outcomes": {"network_error": 120, "active": 8}}, Level.OK, ON_TIME),  # no longer
         ({"outcomes": {"timeout": 64, "active": 64}}, Level.OK, ON_TIME),
         (
             {"outcomes": {"not_found": 128}},
@@ -251,7 +255,9 @@ def test_another_monitor_with_other_settings_is_the_verdict() -> None:
     facts = {"other_monitors": [OtherMonitor("shop-b", differences)], **waiting(23, not_asked=1)}
     verdict = verdict_of(facts)
     assert verdict.level is Level.CRITICAL
-    assert verdict.text.endswith("works on the same sessions: shop-b")
+    assert verdict.text.endswith(
+        "works on the same sessions: shop-b; 1 of 128 open sessions has waited for 23 s"
+    )
     assert verdict.notes == (
         "Checks are late: 1 of 128 open sessions has waited for 23 s.",
         f"shop-b ({differences[0]}; EVENT_BUS_NAME is not set there and shop-events here).",

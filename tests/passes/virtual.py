@@ -84,7 +84,7 @@ class VirtualMonitor:
         await asyncio.sleep(self.start_seconds)
         summary = await check_open_checkout_sessions(
             Store(self.database),
-            self,
+            self if self.settings.has_api_key else None,
             self.settings,
             PassOptions(
                 Reason.TICK,
