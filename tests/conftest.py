@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from core.passes import check_pass
+from core.passes import claims
 from local.mariadb import mariadb_server
 from testkit.clock import FakeClock
 from testkit.shops import MySQLShop, Shop, SQLiteShop, mysql_shop, statements
@@ -48,7 +48,7 @@ def _one_ca(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _requests_leave_at_once() -> Iterator[None]:
     """Without a limit, they would be spread over a tenth of the interval: half a second a pass."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check_pass, "MIN_PACE", math.inf)
+        patch.setattr(claims, "MIN_PACE", math.inf)
         yield
 
 

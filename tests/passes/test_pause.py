@@ -9,8 +9,8 @@ import pytest
 
 from core.domain.model import Answer, Claim, Outcome, Reason, Skip
 from core.domain.rate import Budget
-from core.passes import check_pass, writer
-from core.passes.check_pass import PassOptions
+from core.passes import claims, writer
+from core.passes.running_pass import PassOptions
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.store import Store
 from handlers.routes import message
@@ -167,18 +167,18 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
                 self.held[billing_checkout_id] = answered
             return await super().check(billing_checkout_id)
 
-    claim, claimed = check_pass._Pass._claim, list[int]()
+    claim, claimed = claims.Claims._claim, list[int]()
 
-    def note(one_pass: Any, limit: int) -> list[Claim]:  # noqa: ANN401 (private)
-        claims = claim(one_pass, limit)
-        claimed.append(len(claims))
-        return claims
+    def note(some: Any, limit: int) -> list[Claim]:  # noqa: ANN401 (private)
+        found = claim(some, limit)
+        claimed.append(len(found))
+        return found
 
     billing = Stalling()
     passes = Passes(mariadb_shop, clock, billing)
     add_sessions(mariadb_shop, numbered(20))
     reconcile(other, NOON)
-    monkeypatch.setattr(check_pass._Pass, "_claim", note)
+    monkeypatch.setattr(claims.Claims, "_claim", note)
 
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
     await until(lambda: len(claimed) == 2)

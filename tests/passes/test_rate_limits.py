@@ -13,7 +13,7 @@ import pytest
 from core.domain import rate
 from core.domain.model import Answer, Outcome
 from core.domain.rate import Budget
-from core.passes import check_pass
+from core.passes import check_pass, claims
 from core.passes.pause import SharedPause
 from core.store.monitor_state import MonitorState
 from core.store.store import Store
@@ -31,7 +31,7 @@ LIMITED = Answer(Outcome.RATE_LIMITED, 429, 0.05)
 @pytest.fixture(autouse=True)
 def _requests_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in production; time is virtual."""
-    monkeypatch.setattr(check_pass, "MIN_PACE", rate.MIN_PACE)
+    monkeypatch.setattr(claims, "MIN_PACE", rate.MIN_PACE)
 
 
 class LimitedMonitor(VirtualMonitor):
