@@ -18,7 +18,7 @@ BLIND_SHARE = 0.9
 MAX_FIRST = 10  # sessions that are named
 # Those that fail are counted up to this number; of more, the last counts of all sessions say how
 # many there are.
-MAX_COUNTED = 2_000
+MAX_COUNTED = 1_000
 # The cause of a session that was due and not asked about; the others are outcomes that failed.
 NOT_ASKED = "not_asked"
 

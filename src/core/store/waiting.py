@@ -34,7 +34,7 @@ from core.domain.waiting import (
 from core.store.queue_rows import DUE
 
 # Batches whose sessions are counted; those of more are taken to be like these.
-MAX_BATCHES = 20
+MAX_BATCHES = 10
 
 _FAILED = tuple(outcome.value for outcome in Outcome if outcome.is_error)
 
