@@ -312,6 +312,7 @@ def test_health_reports_an_unusable_database_without_raising(
         "last_pass": False,
         "starts_on_time": True,
         "api_key": True,
+        "answers": True,
         "other_monitors": True,
     }
 
