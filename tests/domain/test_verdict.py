@@ -1,33 +1,22 @@
 """The verdict of `/api/status`: the one line that the person on call reads first."""
 
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
 from core.domain.model import Outcome
 from core.domain.other_monitors import Difference, OtherMonitor
 from core.domain.verdict import (
-    Facts,
     Level,
     Quiet,
-    Verdict,
     clock,
     duration,
-    judge,
     starts_late_by,
 )
-from core.domain.waiting import NOT_ASKED, Wait, Waiting, WaitingSession
+from core.domain.waiting import NOT_ASKED, Waiting
 from testkit.clock import NOON
+from tests.domain.facts import LIMITED, PAUSED, ago, verdict_of, waiting
 
-WELL = {
-    "waiting": Waiting(NOON),
-    "interval_seconds": 5,
-    "last_pass_at": NOON - timedelta(seconds=2),
-    "installed_at": NOON - timedelta(days=1),
-    "open": 128,
-    "outcomes": {"active": 128},
-}
 THROTTLED = ": Lambda probably throttles the worker (see WorkerThrottles)"
 ALLOWED = "Billing allows about 25 checks a second: each of 1,000 sessions is checked every 39 s"
 UNKNOWN = "Billing says what BILLING_STATUS_MAP does not have"
@@ -35,23 +24,6 @@ NO_ID = "The shop's data has sessions without a checkout id"
 WAITED = "open sessions have waited for up to"
 IS_IT_RIGHT = "is BILLING_API_URL right, and the key's mode?"
 ON_TIME = "All 128 open sessions checked on time"
-PAUSED = {"paused_until": NOON + timedelta(minutes=1)}
-LIMITED = {"open": 1000, "allowed": 25.4, "demand": 200.0}
-
-
-def ago(seconds: float) -> datetime:
-    return NOON - timedelta(seconds=seconds)
-
-
-def waiting(seconds: float = 180, code: int | None = None, **causes: int) -> dict[str, Waiting]:
-    """Sessions that have waited for so long, by cause."""
-    first = [WaitingSession("s", ago(seconds), cause, code) for cause in causes]
-    waits = {cause: Wait(sessions, ago(seconds)) for cause, sessions in causes.items()}
-    return {"waiting": Waiting(NOON, seconds, waits, first)}
-
-
-def verdict_of(facts: Mapping[str, object]) -> Verdict:
-    return judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
