@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from core.database.port import as_datetime
 from core.domain.model import iso
 from core.domain.summary import Summary
-from core.passes import check_pass
+from core.passes import running_pass
 from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
@@ -137,7 +137,7 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     A manual pass waits for what others hold, but not for long.
     """
     monkeypatch.setattr(monitor_state, "REST_FACTOR", 0)
-    monkeypatch.setattr(check_pass, "WRITE_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(running_pass, "WRITE_EVERY_SECONDS", 0.01)
 
 
 @pytest.fixture
