@@ -2,6 +2,7 @@
 
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ class Cases:
         try:
             yield
         except Exception as error:  # noqa: BLE001 (the other cases still run)
-            self._failed.append(f"{name}: {type(error).__name__}: {error}")
+            line = traceback.extract_tb(error.__traceback__)[-1].line
+            self._failed.append(f"{name}: {type(error).__name__}: {error} ({line})")
             self.counts[False] += 1
         else:
             self.counts[True] += 1
