@@ -358,8 +358,11 @@ def test_a_report_reads_a_bounded_number_of_rows(
     database = open_database(settings, clock=FakeClock(history.now))
     read_status(database, settings)  # the connection's first statements read the schema
     before = rows_read(database)
-    read_status(database, settings)
+    report: Any = read_status(database, settings)
     read = rows_read(database) - before
+    causes = report["waiting"]["causes"]
+    assert causes["timeout"] == 10_000  # as counted
+    assert 4_000 < causes["not_asked"] < 6_000  # half of each batch
     database.close()
     assert read < 9_000  # of the passes of the last hour, and of those that wait
 
