@@ -382,6 +382,7 @@ def test_billing_away_for_105_minutes_at_the_recommended_cadence() -> None:
     assert stack.on == {"SessionsWaiting"}
 
 
+@pytest.mark.slow
 class TestPasses:
     """What passes really emit, in virtual time, with all sessions asked in the first minute."""
 

@@ -631,9 +631,11 @@ BROKEN: dict[str, Break] = {
 
 
 class TestDefinition:
+    @pytest.mark.slow
     def test_it_is_valid(self, definition: dict[str, Any], tmp_path: Path) -> None:
         assert validator_findings(definition, tmp_path) == ""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("break_it", BROKEN.values(), ids=BROKEN)
     def test_the_validator_finds_what_is_broken(
         self, definition: dict[str, Any], tmp_path: Path, break_it: Break

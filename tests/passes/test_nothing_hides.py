@@ -21,6 +21,8 @@ from testkit.clock import NOON
 from tests import test_alarms
 from tests.passes.watched import ACTIVE, SILENCE, WatchedMonitor
 
+pytestmark = pytest.mark.slow
+
 GUIDE = Path(__file__).parents[2] / "docs/operate.md"
 TABLE = re.compile(r"(?<=<!-- situations -->\n).*?(?=<!-- /situations -->)", re.DOTALL)
 RECOMMENDED = "5s until 10m, 30s until 1h, 5m"

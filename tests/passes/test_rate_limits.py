@@ -92,6 +92,7 @@ def test_as_much_is_checked_as_billing_allows_and_nobody_starves(
     assert longest <= max(1.5 * sessions / per_second, 10)
 
 
+@pytest.mark.slow
 def test_a_limit_is_found_out_although_the_first_answers_are_slow() -> None:
     """The first 429 comes 6 s before the first answer."""
     monitor = LimitedMonitor(with_bucket(25, 25), latency=6.0)
