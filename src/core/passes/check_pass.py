@@ -23,6 +23,7 @@ from core.domain.decision import decide
 from core.domain.model import Answer, Claim, Decision, Outcome, Reason, Recheck, Skip
 from core.domain.other_monitors import OTHER_MONITOR
 from core.domain.rate import (
+    MIN_BUDGET_PACE,
     MIN_PACE,
     SPREAD_SHARE,
     UNLIMITED_SPREAD_SHARE,
@@ -65,14 +66,18 @@ END_SECONDS = 0.05
 # Under a budget, a claim covers what may leave within this time: a claim is held until its check
 # begins, and is kept from workers that could begin it.
 CLAIM_AHEAD_SECONDS = 1.0
+# The next claim is made this long before the last one is worked off, so that the budget is used
+# while the database is busy.
+BEFORE_SECONDS = 0.5
 # When a request is limited, the answers of this long are counted before the rate is lowered.
 COLLECT_SECONDS = 0.05
 # A 429 may be about one session only, for example about a lock at Stripe. It is taken for that if
 # the session is limited this often in a row, or was so last time, while of the last others only one
 # or no larger share is limited.
 OWN_LIMITS, OTHERS, MAX_LIMITED_SHARE = 3, 50, 0.3
-# A manual pass waits this long for batches that others hold. By then all but those that billing has
-# not answered about have been given back: HOLD_SECONDS, and two writes.
+# A manual pass, and a leader under a budget, wait this long for batches that others hold. By then
+# all but those that billing has not answered about have been given back: HOLD_SECONDS, and two
+# writes.
 WAIT_FOR_BATCHES_SECONDS = HOLD_SECONDS + 2 * WRITE_EVERY_SECONDS
 # API Gateway gives up after 29 s; a manual pass ends well before.
 MANUAL_SECONDS = 22.0
@@ -293,6 +298,7 @@ class _Pass:
         self._share: float | None = None  # requests a second that this pass began lately
         self._workers = under_way + 1
         self._gave_back = False
+        self._looked_again = False
         self._sharing_limit = asyncio.Lock()
         self._lease = timedelta(
             seconds=BEGIN_WITHIN_SECONDS + settings.request_timeout_seconds + RECORD_WITHIN_SECONDS
@@ -372,7 +378,8 @@ class _Pass:
                 next_claims = self._tasks.create_task(self._claim_more(size))
                 continue
             began, count = self._loop.time(), len(waiting.claims)
-            await self._begin(billing, waiting, remaining=int(share_ahead * len(waiting.claims)))
+            ahead = max(int(share_ahead * count), self._begun_within(BEFORE_SECONDS))
+            await self._begin(billing, waiting, remaining=ahead)
             next_claims = self._tasks.create_task(self._claim_more(size))
             await self._begin(billing, waiting, remaining=0)
             lasted, waited = self._loop.time() - began, waiting.received - waiting.requested
@@ -451,7 +458,15 @@ class _Pass:
         is_late = self._view.overdue_seconds > self._settings.interval_seconds
         if self._options.reason is Reason.MANUAL or is_late:
             return math.inf
-        return self._demand / SPREAD_SHARE or math.inf
+        return max(MIN_BUDGET_PACE, self._demand / SPREAD_SHARE) if self._demand else math.inf
+
+    def _begun_within(self, seconds: float) -> int:
+        """How many checks this pass may begin in that time under a budget; 0 without one."""
+        if self._pause.rate is None:
+            return 0
+        share = self._share or self._pause.rate / self._workers
+        by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
+        return math.ceil(min(self._pause.rate, 2 * share, by_permits) * seconds)
 
     def _claim(self, limit: int) -> list[Claim]:
         """Claim sessions on the database's thread, unless billing may not be asked."""
@@ -459,10 +474,7 @@ class _Pass:
         if self._writer.closing or self._pause.in_force or self._has_handed_over:
             return []
         if self._pause.rate is not None:
-            share = self._share or self._pause.rate / self._workers
-            by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
-            per_second = min(self._pause.rate, 2 * share, by_permits)
-            limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
+            limit = min(limit, max(1, self._begun_within(CLAIM_AHEAD_SECONDS)))
         queue, options = self._store.queue, self._options
         if options.reason is Reason.MANUAL:
             claimed = queue.claim_unchecked(
@@ -541,8 +553,13 @@ class _Pass:
         A pass whose last requests hang counts towards MAX_WORKERS, and may have kept that slot's
         own worker from working. Its `last_claim` is a time by the event loop's clock.
         """
-        if self._options.reason is Reason.MANUAL:
-            return await self._batches_are_held()
+        manual = self._options.reason is Reason.MANUAL
+        # Under a budget, what earlier passes still hold is left to this one.
+        takes_over = self._at_start.led and self._pause.rate is not None
+        if (manual or takes_over) and await self._batches_are_held():
+            return True
+        if manual:
+            return False
         interval = self._settings.interval_seconds
         now = self._now()
         claimed = self._view.now + timedelta(seconds=last_claim - self._began)
@@ -565,11 +582,17 @@ class _Pass:
         return self._may_begin(self._begin_until)
 
     async def _batches_are_held(self) -> bool:
-        """Wait a little for batches of which others hold sessions that are decided already."""
+        """Wait a little for batches of which others hold sessions that are decided already.
+
+        If none is held any more, the last one may have been given back since this pass looked for
+        work: then it looks once more.
+        """
         if self._loop.time() - self._began > WAIT_FOR_BATCHES_SECONDS:
             return False
         if not await self._database.run(self._others_hold_batches):
-            return False
+            self._looked_again = not self._looked_again
+            return self._looked_again
+        self._looked_again = False
         await asyncio.sleep(WRITE_EVERY_SECONDS)
         return True
 
