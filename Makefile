@@ -3,6 +3,8 @@
 .PHONY: help run trigger billing unit test coverage browser screenshot build release deploy-local e2e bench cost simulate soak cluster mutants check format requirements
 
 UV_VERSION := 0.13.9
+# Tests mostly wait for servers and clocks, so four processes share two cores; those of `unit` do not.
+PARALLEL := --dist worksteal --numprocesses
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 NPM := $(if $(shell command -v npm),tests/stepfunctions/node_modules)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -21,13 +23,13 @@ billing: .venv/ready ## Run only the simulated billing service, e.g. ARGS="--hos
 	@exec python -m local.billing $(ARGS)
 
 unit: .venv/ready ## Run the quick tests: no database server, no npm, under 20 seconds
-	pytest -m "not server and not slow" --ignore=tests/chaos --ignore=tests/local -p no:schemathesis $(ARGS)
+	pytest $(PARALLEL) 2 -m "not server and not slow" --ignore=tests/chaos --ignore=tests/local -p no:schemathesis $(ARGS)
 
 test: .venv/ready $(NPM) ## Run the test suite
-	pytest
+	pytest $(PARALLEL) 4
 
 coverage: .venv/ready $(NPM) ## Show which lines and branches of src the tests miss, e.g. ARGS=tests/store
-	pytest --cov $(ARGS)
+	pytest --cov $(PARALLEL) 4 $(ARGS)
 
 browser: .venv/ready ## Test the operator's page in a browser; writes .screenshots (needs chromium)
 	pytest tests/browser

@@ -6,6 +6,7 @@ metrics. prices.toml gives AWS's list prices. A month has 30 days.
 """
 
 import argparse
+import functools
 import math
 import re
 import shlex
@@ -98,6 +99,7 @@ class Stack:
         return self.memory_mb / FULL_CPU_MB
 
 
+@functools.cache
 def executions(interval: int) -> tuple[float, float]:
     """Average seconds and ticks of one execution of CheckLoop.
 

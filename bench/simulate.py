@@ -28,7 +28,8 @@ from unittest import mock
 
 from core.domain.batch import MAX_BATCH
 from core.domain.model import Answer, Outcome, Reason, Recorded, StatusChange
-from core.passes.check_pass import PassOptions, check_open_checkout_sessions
+from core.passes.check_pass import check_open_checkout_sessions
+from core.passes.running_pass import PassOptions
 from core.settings import Settings
 from core.store.results import Results
 from core.store.store import Store

@@ -5,6 +5,7 @@ sfnx.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -122,7 +123,7 @@ def execute(
 
 def definition(interval_seconds: int) -> Definition:
     """CheckLoop's definition with the substitutions that CloudFormation makes."""
-    loop = _template()["Resources"]["CheckLoop"]["Properties"]
+    loop = _template(TEMPLATE)["Resources"]["CheckLoop"]["Properties"]
     text = (TEMPLATE.parent / loop["DefinitionUri"]).read_text(encoding="utf-8")
     given = {INTERVAL: interval_seconds, "AWS::Partition": "aws"}
     values = {
@@ -135,7 +136,7 @@ def definition(interval_seconds: int) -> Definition:
 
 def default_interval_seconds() -> int:
     """The interval of a deployment that does not set one."""
-    return int(_template()["Parameters"][INTERVAL]["Default"])
+    return int(_template(TEMPLATE)["Parameters"][INTERVAL]["Default"])
 
 
 class _Loader(yaml.SafeLoader):
@@ -156,7 +157,8 @@ def _function(loader: _Loader, name: str, node: yaml.Node) -> dict[str, Any]:
 _Loader.add_multi_constructor("!", _function)
 
 
-def _template() -> dict[str, Any]:
+@functools.cache
+def _template(path: Path) -> dict[str, Any]:
     # The loader is a SafeLoader.
-    template: dict[str, Any] = yaml.load(TEMPLATE.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+    template: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     return template

@@ -44,6 +44,7 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
                 "mariadb-install-db",
                 "--no-defaults",
                 f"--datadir={data}",
+                f"--tmpdir={directory}",
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
                 *user,
@@ -58,6 +59,8 @@ def mariadb_server(directory: Path, *options: str) -> Iterator[str]:
                 "--no-defaults",
                 "--skip-ssl",  # MariaDB 11.4 and later offer TLS by default
                 f"--datadir={data}",
+                # A server that starts removes temporary tables there, even those of others.
+                f"--tmpdir={directory}",
                 f"--port={port}",
                 "--bind-address=127.0.0.1",
                 f"--socket={directory}/s",

@@ -1,4 +1,5 @@
 import gc
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
+from core.passes import claims
 from local.mariadb import mariadb_server
 from testkit.clock import FakeClock
 from testkit.shops import MySQLShop, Shop, SQLiteShop, mysql_shop, statements
@@ -39,6 +41,14 @@ def _one_ca(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     trustme.CA().cert_pem.write_to_path(str(file))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(file))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _requests_leave_at_once() -> Iterator[None]:
+    """Without a limit, they would be spread over a tenth of the interval: half a second a pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "MIN_PACE", math.inf)
         yield
 
 

@@ -20,10 +20,10 @@ from core.database.sqlite import SQLiteConnection
 from core.domain.model import Answer, OpenCounts, Outcome, Reason
 from core.domain.summary import Summary
 from core.passes.check_pass import (
-    PassOptions,
     check_open_checkout_sessions,
     trigger_checkout_session_check,
 )
+from core.passes.running_pass import PassOptions
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import open_database

@@ -9,7 +9,8 @@ import pytest
 from core.domain.model import Reason
 from core.domain.summary import Summary
 from core.passes import check_pass
-from core.passes.check_pass import PassOptions, trigger_checkout_session_check
+from core.passes.check_pass import trigger_checkout_session_check
+from core.passes.running_pass import PassOptions
 from core.store.store import Store
 from core.worker import Worker
 from testkit.clock import NOON, FakeClock

@@ -21,7 +21,7 @@ from core.domain.verdict import FRESH_INTERVALS, starts_late_by
 from core.errors import SettingsError, StoreError
 from core.log import logger
 from core.passes import check_pass
-from core.passes.check_pass import PassOptions
+from core.passes.running_pass import PassOptions
 from core.passes.scaling import StartWorker
 from core.settings import Settings
 from core.store.other_monitors import monitor_of

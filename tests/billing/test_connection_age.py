@@ -330,6 +330,7 @@ async def test_where_no_client_can_be_built_the_old_one_is_kept(
         assert service.connections == before + 1
 
 
+@pytest.mark.slow
 async def test_however_many_requests_hang_there_are_descriptors_left() -> None:
     service, clock = Service(), Clock()
     async with serving(service, None) as url, client_of(url, clock) as client:

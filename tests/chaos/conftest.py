@@ -22,12 +22,9 @@ TABLE = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
 
 # Cases by group (one for each module) and by whether the monitor survived them.
 _cases: dict[str, Counter[bool]] = {}
-# Tests that count their own cases. Every other test is one case.
-_counted: set[str] = set()
-
-
-def count(group: str, *, survived: bool) -> None:
-    _cases.setdefault(group, Counter())[survived] += 1
+# The cases of tests that count their own, by test. Every other test is one case.
+_counted: dict[str, Counter[bool]] = {}
+CASES = "cases survived and not"
 
 
 def _group(nodeid: str) -> str:
@@ -39,9 +36,19 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call" and "tests/chaos/" in item.nodeid and item.nodeid not in _counted:
-        count(_group(item.nodeid), survived=report.passed)
+    if report.when == "call" and "tests/chaos/" in item.nodeid:
+        cases = _counted.get(item.nodeid, Counter([report.passed]))
+        report.user_properties.append((CASES, [cases[True], cases[False]]))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count here, because with `pytest -n` another process prints the table."""
+    for name, value in report.user_properties:
+        if name == CASES and isinstance(value, list):
+            survived, others = value
+            group = _cases.setdefault(_group(report.nodeid), Counter())
+            group.update({True: survived, False: others})
 
 
 def table() -> str:
@@ -66,8 +73,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 class Cases:
     """Counts the cases within one test. All run; the test fails at the end if any case failed."""
 
-    def __init__(self, group: str) -> None:
-        self._group = group
+    def __init__(self) -> None:
+        self.counts = Counter[bool]()
         self._failed: list[str] = []
 
     @contextmanager
@@ -76,9 +83,9 @@ class Cases:
             yield
         except Exception as error:  # noqa: BLE001 (the other cases still run)
             self._failed.append(f"{name}: {type(error).__name__}: {error}")
-            count(self._group, survived=False)
+            self.counts[False] += 1
         else:
-            count(self._group, survived=True)
+            self.counts[True] += 1
 
     def check(self) -> None:
         assert not self._failed, "\n".join([f"{len(self._failed)} failed:", *self._failed])
@@ -86,8 +93,8 @@ class Cases:
 
 @pytest.fixture
 def cases(request: pytest.FixtureRequest) -> Iterator[Cases]:
-    _counted.add(request.node.nodeid)
-    cases = Cases(_group(request.node.nodeid))
+    cases = Cases()
+    _counted[request.node.nodeid] = cases.counts
     yield cases
     cases.check()
 

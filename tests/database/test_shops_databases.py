@@ -25,10 +25,10 @@ from core.domain.model import Reason, Skip
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.passes.check_pass import (
-    PassOptions,
     check_open_checkout_sessions,
     trigger_checkout_session_check,
 )
+from core.passes.running_pass import PassOptions
 from core.store.store import Store
 from local import mariadb as local_mariadb
 from testkit.clock import FakeClock

@@ -155,6 +155,7 @@ class SimulatedWorker:
         world.at(now + LATENCY, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize(
     ("per_second", "burst", "sessions", "retry_after"),

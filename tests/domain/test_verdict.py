@@ -1,33 +1,22 @@
 """The verdict of `/api/status`: the one line that the person on call reads first."""
 
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
 from core.domain.model import Outcome
 from core.domain.other_monitors import Difference, OtherMonitor
 from core.domain.verdict import (
-    Facts,
     Level,
     Quiet,
-    Verdict,
     clock,
     duration,
-    judge,
     starts_late_by,
 )
-from core.domain.waiting import NOT_ASKED, Wait, Waiting, WaitingSession
+from core.domain.waiting import NOT_ASKED, Waiting
 from testkit.clock import NOON
+from tests.domain.facts import LIMITED, PAUSED, ago, verdict_of, waiting
 
-WELL = {
-    "waiting": Waiting(NOON),
-    "interval_seconds": 5,
-    "last_pass_at": NOON - timedelta(seconds=2),
-    "installed_at": NOON - timedelta(days=1),
-    "open": 128,
-    "outcomes": {"active": 128},
-}
 THROTTLED = ": Lambda probably throttles the worker (see WorkerThrottles)"
 ALLOWED = "Billing allows about 25 checks a second: each of 1,000 sessions is checked every 39 s"
 UNKNOWN = "Billing says what BILLING_STATUS_MAP does not have"
@@ -35,23 +24,6 @@ NO_ID = "The shop's data has sessions without a checkout id"
 WAITED = "open sessions have waited for up to"
 IS_IT_RIGHT = "is BILLING_API_URL right, and the key's mode?"
 ON_TIME = "All 128 open sessions checked on time"
-PAUSED = {"paused_until": NOON + timedelta(minutes=1)}
-LIMITED = {"open": 1000, "allowed": 25.4, "demand": 200.0}
-
-
-def ago(seconds: float) -> datetime:
-    return NOON - timedelta(seconds=seconds)
-
-
-def waiting(seconds: float = 180, code: int | None = None, **causes: int) -> dict[str, Waiting]:
-    """Sessions that have waited for so long, by cause."""
-    first = [WaitingSession("s", ago(seconds), cause, code) for cause in causes]
-    waits = {cause: Wait(sessions, ago(seconds)) for cause, sessions in causes.items()}
-    return {"waiting": Waiting(NOON, seconds, waits, first)}
-
-
-def verdict_of(facts: Mapping[str, object]) -> Verdict:
-    return judge(Facts(**{**WELL, **facts}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +133,14 @@ def verdict_of(facts: Mapping[str, object]) -> Verdict:
             f"{NO_ID}: the open session has waited for 3 min",
         ),
         (
-            {"outcomes": {"network_error": 120, "active": 8}},
+            {
+                "waiting": Waiting(NOON, failing=120),
+                "outcomes": {"network_error": 120, "active": 8},
+            },
             Level.WARNING,
             "120 of 128 failed their last check",
         ),
+        ({"outcomes": {"network_error": 120, "active": 8}}, Level.OK, ON_TIME),  # no longer
         ({"outcomes": {"timeout": 64, "active": 64}}, Level.OK, ON_TIME),
         (
             {"outcomes": {"not_found": 128}},
@@ -251,7 +227,9 @@ def test_another_monitor_with_other_settings_is_the_verdict() -> None:
     facts = {"other_monitors": [OtherMonitor("shop-b", differences)], **waiting(23, not_asked=1)}
     verdict = verdict_of(facts)
     assert verdict.level is Level.CRITICAL
-    assert verdict.text.endswith("works on the same sessions: shop-b")
+    assert verdict.text.endswith(
+        "works on the same sessions: shop-b; 1 of 128 open sessions has waited for 23 s"
+    )
     assert verdict.notes == (
         "Checks are late: 1 of 128 open sessions has waited for 23 s.",
         f"shop-b ({differences[0]}; EVENT_BUS_NAME is not set there and shop-events here).",

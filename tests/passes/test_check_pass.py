@@ -10,7 +10,8 @@ import pytest
 from core.database.port import NO_STATUS_INDEX
 from core.domain.model import Answer, Outcome, Reason, SessionStatus, Skip
 from core.errors import StoreError
-from core.passes.check_pass import OWN_LIMITS, PassOptions
+from core.passes.checks import OWN_LIMITS
+from core.passes.running_pass import PassOptions
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.queue import claimed, due_times
@@ -156,7 +157,7 @@ async def test_an_unexpected_error_after_an_answer_is_that_sessions_outcome(
     passes: Passes, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     add_sessions(passes.shop, numbered(4))
-    monkeypatch.setattr(f"core.passes.check_pass.{where}", lambda *_args, **_kwargs: 1 / 0)
+    monkeypatch.setattr(f"core.passes.checks.{where}", lambda *_args, **_kwargs: 1 / 0)
     assert (await passes.run()).outcomes == {Outcome.INTERNAL_ERROR: 4}
     assert claimed(passes.shop) == 0
 

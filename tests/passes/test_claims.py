@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 import pytest
 
 from core.domain.model import Answer, Outcome, Reason, Skip
-from core.passes import check_pass
-from core.passes.check_pass import PassOptions, check_open_checkout_sessions
+from core.passes import claims, running_pass
+from core.passes.check_pass import check_open_checkout_sessions
+from core.passes.running_pass import PassOptions
 from core.store.queue import Claimed, Queue
 from core.store.store import Store
 from testkit.clock import FakeClock
@@ -50,7 +51,7 @@ async def test_claims_grow_up_to_four_times_if_checks_begin_quickly(
     sizes: list[int],
 ) -> None:
     """The next claim is made before the pass knows how quickly this one's checks begin."""
-    monkeypatch.setattr(check_pass, "QUICKLY_SECONDS", quickly_seconds)
+    monkeypatch.setattr(running_pass, "QUICKLY_SECONDS", quickly_seconds)
     add_sessions(passes.shop, numbered(200))
     assert (await passes.run(MAX_CONCURRENCY="2")).checked == 200
     assert claim_sizes == sizes
@@ -63,7 +64,8 @@ async def test_claims_not_begun_in_time_are_released(
     claim_sizes: list[int],
 ) -> None:
     """Of two claims of five; the second one comes when no more checks may begin."""
-    monkeypatch.setattr(check_pass, "BEGIN_WITHIN_SECONDS", 0.05)
+    for module in ("claims", "checks"):
+        monkeypatch.setattr(f"core.passes.{module}.BEGIN_WITHIN_SECONDS", 0.05)
     add_sessions(passes.shop, numbered(10))
     billing.held = {f"checkout_active_{n}": asyncio.Event() for n in range(10)}
     running = asyncio.create_task(passes.run(MAX_CONCURRENCY="1"))
@@ -82,24 +84,24 @@ async def test_a_claim_that_comes_too_late_is_released_and_made_again(
     """One slow statement must not postpone every session that is still to be checked."""
     add_sessions(passes.shop, numbered(20))
     claim_due = Queue.claim_due
-    claims: list[Claimed] = []
+    made: list[Claimed] = []
 
     def second_is_late(
         queue: Queue, now: datetime, *, tick: datetime, lease: timedelta, limit: int
     ) -> Claimed:
-        claims.append(claim_due(queue, now, tick=tick, lease=lease, limit=limit))
+        made.append(claim_due(queue, now, tick=tick, lease=lease, limit=limit))
         # As if the second claim took longer than the pass allows.
-        late = len(claims) == 2
-        monkeypatch.setattr(check_pass, "BEGIN_WITHIN_SECONDS", -1.0 if late else 5.0)
-        return claims[-1]
+        late = len(made) == 2
+        monkeypatch.setattr(claims, "BEGIN_WITHIN_SECONDS", -1.0 if late else 5.0)
+        return made[-1]
 
     monkeypatch.setattr(Queue, "claim_due", second_is_late)
     summary = await passes.run(MAX_CONCURRENCY="1")
 
     assert summary.checked == 20
     assert summary.skipped == {}
-    later = {claim.session_id for some in claims[2:] for claim in some.claims}
-    assert {claim.session_id for claim in claims[1].claims} <= later
+    later = {claim.session_id for some in made[2:] for claim in some.claims}
+    assert {claim.session_id for claim in made[1].claims} <= later
     assert set(billing.asked.values()) == {1}
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from core.database.port import as_datetime
 from core.domain.model import iso
 from core.domain.summary import Summary
+from core.passes import check_pass
 from core.store import monitor_state
 from core.worker import Worker
 from testkit.clock import NOON
@@ -131,8 +132,12 @@ def utc(value: Any) -> datetime:  # noqa: ANN401 (as each engine's own driver re
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reconciliation takes no time: how fast this machine is has no effect."""
+    """A reconciliation takes no time: how fast this machine is has no effect.
+
+    A manual pass waits for what others hold, but not for long.
+    """
     monkeypatch.setattr(monitor_state, "REST_FACTOR", 0)
+    monkeypatch.setattr(check_pass, "WRITE_EVERY_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -157,6 +162,7 @@ JUMPS = [-30 * DAYS, -DAYS, -10 * MINUTES, -60, -20, -5, -1]
 JUMPS += [1, 5, 20, 60, 5 * MINUTES, 9 * MINUTES, 10 * MINUTES, 11 * MINUTES, DAYS, 30 * DAYS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shop", "offset"),
     on_each_engine(JUMPS, [-DAYS, -20, 5, 10 * MINUTES, 30 * DAYS]),
@@ -273,6 +279,7 @@ LEFT_BEHIND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shop", "ahead"),
     on_each_engine([9 * MINUTES, DAYS, 400 * DAYS], [DAYS]),

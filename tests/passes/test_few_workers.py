@@ -114,6 +114,7 @@ TIMEOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_seconds", [0.001, 0.05], ids=["at once", "soon"])
 @pytest.mark.parametrize(("interval", "timeout"), TIMEOUTS)
 def test_a_session_that_hangs_each_time_costs_the_others_no_slot(
@@ -136,6 +137,7 @@ def test_a_session_that_hangs_each_time_costs_the_others_no_slot(
     assert monitor.asked["checkout_3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hanging", [1, 5, 9])
 def test_sessions_that_hang_at_random_cost_the_others_no_slot(hanging: int) -> None:
     """Without backoff: each hangs for its time, again and again."""

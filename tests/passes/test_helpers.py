@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from core.domain.model import Reason
-from core.passes.check_pass import PassOptions
+from core.passes.running_pass import PassOptions
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop
 from tests.due_sessions import add_due_sessions, healthy_answers

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from core.domain.model import Answer, Outcome, Reason, Skip
-from core.passes.check_pass import PassOptions
+from core.passes.running_pass import PassOptions
 from core.store.queue import Claimed, Queue
 from testkit.clock import FakeClock
 from testkit.queue import claimed

@@ -8,8 +8,9 @@ import pytest
 
 from core.domain.model import Reason
 from core.domain.summary import Summary
-from core.passes import check_pass
-from core.passes.check_pass import PassOptions, check_open_checkout_sessions
+from core.passes import running_pass
+from core.passes.check_pass import check_open_checkout_sessions
+from core.passes.running_pass import PassOptions
 from core.store.reconcile import Reconciliation
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
@@ -91,7 +92,7 @@ async def test_a_tick_in_the_future_does_not_stop_the_next_ones(
 async def test_a_pass_waiting_for_its_last_answer_helps_in_the_next_slot(
     passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_pass, "HELP_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(running_pass, "HELP_AFTER_SECONDS", 0.05)
     add_due_sessions(passes.shop, clock, 2)
     last = billing.held["checkout_active_0"] = asyncio.Event()
 

@@ -8,7 +8,7 @@ import pytest
 
 from core.domain.model import Reason, Skip
 from core.passes import check_pass
-from core.passes.check_pass import PassOptions
+from core.passes.running_pass import PassOptions
 from testkit.clock import FakeClock
 from testkit.shops import add_sessions, numbered
 from tests.support import FakeBilling, Passes, until

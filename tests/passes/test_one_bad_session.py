@@ -23,7 +23,7 @@ from core.billing.status_words import StatusReader
 from core.domain.decision import decide
 from core.domain.model import Answer, Claim, Decision, Outcome, Reason, StatusChangedEvent
 from core.log import PassLog
-from core.passes.check_pass import PassOptions
+from core.passes.running_pass import PassOptions
 from testkit.clock import FakeClock
 from testkit.queue import claimed
 from testkit.shops import MySQLShop, Shop, add_sessions, numbered
@@ -208,7 +208,7 @@ def fail(
         case "ask":
             billing.fault = raise_for
         case "decide":
-            monkeypatch.setattr("core.passes.check_pass.decide", faulty_decide)
+            monkeypatch.setattr("core.passes.checks.decide", faulty_decide)
         case "log":
             monkeypatch.setattr(PassLog, "check", faulty_log)
 
@@ -366,7 +366,7 @@ async def test_no_check_begins_while_too_many_changes_wait(
 ) -> None:
     """Their claims would lapse before a slow bus has taken their events."""
     monkeypatch.setattr("core.passes.writer.MAX_WAITING_CHANGES", 100)
-    monkeypatch.setattr("core.passes.check_pass.FIRST_CLAIMS_PER_REQUEST", 50)
+    monkeypatch.setattr("core.passes.running_pass.FIRST_CLAIMS_PER_REQUEST", 50)
     add_sessions(server_shop, numbered(500))
     billing = FakeBilling({f"checkout_active_{n}": PAID for n in range(500)})
     asked: list[int] = []

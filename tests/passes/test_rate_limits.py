@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import pytest
 
+from core.domain import rate
 from core.domain.batch import Settlement
 from core.domain.model import Answer, Outcome
 from core.domain.rate import Budget
-from core.passes import check_pass
+from core.passes import check_pass, claims
 from core.passes.pause import SharedPause
 from core.store.monitor_state import MonitorState
 from core.store.results import Results
@@ -28,6 +29,12 @@ from tests.support import FakeBilling, Passes, database_of
 
 SECONDS = 120
 LIMITED = Answer(Outcome.RATE_LIMITED, 429, 0.05)
+
+
+@pytest.fixture(autouse=True)
+def _requests_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in production; time is virtual."""
+    monkeypatch.setattr(claims, "MIN_PACE", rate.MIN_PACE)
 
 
 class LimitedMonitor(VirtualMonitor):
@@ -198,6 +205,7 @@ def test_without_a_limit_the_checks_of_a_tick_are_no_burst() -> None:
     assert len([at for at in times if at <= times[0] + 0.1]) < 300
 
 
+@pytest.mark.slow
 def test_a_pass_hands_over_to_the_worker_of_the_next_tick() -> None:
     monitor = LimitedMonitor(with_bucket(25, 25))
     monitor.open(1000)

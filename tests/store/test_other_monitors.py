@@ -14,7 +14,8 @@ import pytest
 from core.domain.model import Reason
 from core.domain.other_monitors import Monitor
 from core.domain.summary import Summary
-from core.passes.check_pass import PassOptions, check_open_checkout_sessions
+from core.passes.check_pass import check_open_checkout_sessions
+from core.passes.running_pass import PassOptions
 from core.settings import Settings
 from core.store.other_monitors import MAX_VALUE_LENGTH, monitor_of
 from core.store.store import Store

@@ -361,7 +361,7 @@ def test_a_report_reads_a_bounded_number_of_rows(
     read_status(database, settings)
     read = rows_read(database) - before
     database.close()
-    assert read < 15_000  # of the passes of the last hour, and of those that wait
+    assert read < 9_000  # of the passes of the last hour, and of those that wait
 
 
 def rows_read(database: Database) -> int:

@@ -7,9 +7,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
 
+from core.domain import next_step
 from core.domain.model import JsonObject, Outcome
+from core.domain.next_step import Step
 from core.domain.other_monitors import OTHER_MONITOR, OtherMonitor
-from core.domain.waiting import NOT_ASKED, Wait, Waiting
+from core.domain.waiting import MAX_COUNTED, NOT_ASKED, Wait, Waiting
 
 # A monitor whose newest pass began longer ago than this many intervals does not work.
 FRESH_INTERVALS = 6
@@ -50,8 +52,6 @@ TROUBLE: Mapping[str, str] = {
     Outcome.INVALID_SESSION: "The shop's data has sessions without a checkout id",
     NOT_ASKED: "Checks are late",
 }
-REFUSES_SOME = "Billing refuses some sessions"
-FAILED_LAST_CHECK = "failed their last check"
 
 
 class Level(StrEnum):
@@ -73,6 +73,7 @@ class Verdict:
     level: Level
     text: str
     notes: tuple[str, ...] = ()
+    next_step: Step | None = None
 
     def as_dict(self) -> JsonObject:
         return {"level": self.level.value, "text": self.text, "notes": list(self.notes)}
@@ -141,15 +142,22 @@ class Facts:
         return self.allowed if self.demand > LIMITED_SHARE * (self.allowed or math.inf) else None
 
 
-type _Finding = tuple[Level, str]
+class _Finding(NamedTuple):
+    level: Level
+    text: str
+    step: Step | None = None  # None: there is nothing to do
+    names_waiting: bool = False  # it says who waits
 
 
 def judge(facts: Facts) -> Verdict:
-    """The worst finding as a sentence, and the others as notes."""
-    found = sorted(_findings(facts), key=lambda finding: _ORDER.index(finding[0]))
-    (level, text), *others = found
-    notes = [f"{other}." for found, other in others if found not in (Level.OK, Level.WAITING)]
-    return Verdict(level, text, (*notes, *_notes(facts)))
+    """The worst finding as a sentence, and the others as notes. The sentence names who waits."""
+    first, *others = sorted(_findings(facts), key=lambda finding: _ORDER.index(finding.level))
+    text = first.text
+    if facts.waiting.causes and not first.names_waiting:
+        text += f"; {_who(facts, facts.waiting.all)}"
+    quiet = (Level.OK, Level.WAITING)
+    notes = [f"{other.text}." for other in others if other.level not in quiet]
+    return Verdict(first.level, text, (*notes, *_notes(facts)), first.step)
 
 
 def starts_late_by(delays: Sequence[float]) -> float | None:
@@ -168,24 +176,29 @@ def starts_late_by(delays: Sequence[float]) -> float | None:
 def _findings(facts: Facts) -> Iterator[_Finding]:
     """All that applies; of equally serious ones, what explains the others comes first."""
     if facts.last_pass_at is None:
-        yield Level.WAITING, "Waiting for the first pass"
+        yield _Finding(Level.WAITING, "Waiting for the first pass")
     stops, causes = list(_what_stops_checks(facts)), dict(facts.waiting.causes)
     if stops and NOT_ASKED in causes:
-        not_asked = _who(facts, causes.pop(NOT_ASKED))
-        stops[0] = (Level.CRITICAL, f"{stops[0][1]}; {not_asked}")
+        text = f"{stops[0].text}; {_who(facts, causes.pop(NOT_ASKED))}"
+        stops[0] = _Finding(Level.CRITICAL, text, stops[0].step, names_waiting=True)
     yield from stops
     if facts.other_monitors:
         names = ", ".join(other.name for other in facts.other_monitors)
-        yield Level.CRITICAL, f"{OTHER_MONITOR}: {names}"
+        yield _Finding(Level.CRITICAL, f"{OTHER_MONITOR}: {names}", next_step.OTHER_SETTINGS)
     for cause, wait in causes.items():
-        yield _level(facts, cause, wait), f"{_trouble(facts, cause, wait)}: {_who(facts, wait)}"
+        trouble, step = _trouble(facts, cause, wait)
+        text = f"{trouble}: {_who(facts, wait)}"
+        yield _Finding(_level(facts, cause, wait), text, step, names_waiting=True)
     yield from _not_found(facts)
     if facts.quiet is not None:
         quiet, usual = duration(facts.quiet.seconds), duration(facts.quiet.usual_seconds)
-        yield Level.WARNING, f"No session was closed for {quiet}, usual is {usual}"
+        text = f"No session was closed for {quiet}, usual is {usual}"
+        yield _Finding(Level.WARNING, text, next_step.NOTHING_CLOSED)
     if not facts.waiting.sessions:
-        if sum(facts.failed.values()) > MOST * facts.checked:
-            yield Level.WARNING, _failed(facts)
+        # The outcomes may be counted long ago.
+        failed = min(sum(facts.failed.values()), facts.waiting.failing)
+        if failed > min(MOST * facts.checked, MAX_COUNTED - 1):
+            yield _Finding(Level.WARNING, _failed(facts), next_step.LOOK_AGAIN)
         yield _on_time(facts)
 
 
@@ -195,19 +208,19 @@ def _what_stops_checks(facts: Facts) -> Iterator[_Finding]:
     silent = (facts.now - began).total_seconds() if began else 0.0
     fresh = FRESH_INTERVALS * facts.interval_seconds
     if silent > (fresh if facts.last_pass_at else max(fresh, FIRST_PASS_SECONDS)):
-        yield Level.CRITICAL, f"No pass for {duration(silent)}"
+        yield _Finding(Level.CRITICAL, f"No pass for {duration(silent)}", next_step.NO_PASS)
     if not facts.has_api_key:
-        yield Level.CRITICAL, "No API key: billing is not asked"
+        yield _Finding(Level.CRITICAL, "No API key: billing is not asked", next_step.NO_API_KEY)
     if facts.paused_until is not None:
         until = clock(facts.paused_until, facts.now, seconds=True)
-        yield Level.WARNING, f"Billing asked for a pause until {until}"
+        yield _Finding(Level.WARNING, f"Billing asked for a pause until {until}", next_step.PAUSED)
     if facts.limited_to is not None and facts.open:
-        yield Level.WARNING, _limited(facts.open, facts.limited_to)
+        yield _Finding(Level.WARNING, _limited(facts.open, facts.limited_to), next_step.LIMITED)
     if facts.starts_late_by is not None:
         text = f"Passes start {duration(facts.starts_late_by)} after their tick"
         if facts.on_lambda:
             text += ": Lambda probably throttles the worker (see WorkerThrottles)"
-        yield Level.CRITICAL, text
+        yield _Finding(Level.CRITICAL, text, next_step.STARTS_LATE)
 
 
 def _level(facts: Facts, cause: str, wait: Wait) -> Level:
@@ -221,14 +234,17 @@ def _level(facts: Facts, cause: str, wait: Wait) -> Level:
     return Level.CRITICAL if every_paid or overdue else Level.WARNING
 
 
-def _trouble(facts: Facts, cause: str, wait: Wait) -> str:
-    text = TROUBLE[cause]
+def _trouble(facts: Facts, cause: str, wait: Wait) -> tuple[str, Step]:
+    """What is wrong, and what to do about it."""
+    text, step = TROUBLE[cause], next_step.BY_CAUSE[cause]
     if cause == Outcome.UNAUTHORIZED and wait.sessions < MOST * facts.total:
-        text = REFUSES_SOME
+        text, step = "Billing refuses some sessions", next_step.REFUSED_SOME
     if cause == Outcome.UNKNOWN_STATUS and facts.unknown_words:
-        return f"{text} ({', '.join(facts.unknown_words)})"
+        return f"{text} ({', '.join(facts.unknown_words)})", step
     code = facts.waiting.status_code(cause)
-    return text if code is None or cause == Outcome.UNKNOWN_STATUS else f"{text} ({code})"
+    if code is None or cause == Outcome.UNKNOWN_STATUS:
+        return text, step
+    return f"{text} ({code})", step
 
 
 def _who(facts: Facts, wait: Wait) -> str:
@@ -262,24 +278,29 @@ def _not_found(facts: Facts) -> Iterator[_Finding]:
         text = (
             f"Billing does not know {none_of} (404): is BILLING_API_URL right, and the key's mode?"
         )
-        yield Level.CRITICAL if critical else Level.WARNING, text
+        level = Level.CRITICAL if critical else Level.WARNING
+        yield _Finding(level, text, next_step.NOT_KNOWN)
     elif share >= max((usual or 0.0) + UNUSUAL_SHARE, UNUSUAL_FACTOR * (usual or 0.0)):
         text = f"Billing does not know {unknown:,} of {checked:,} open sessions (404)"
-        yield Level.WARNING, text if usual is None else f"{text}, usual is {usual:.0%}"
+        if usual is not None:
+            text += f", usual is {usual:.0%}"
+        yield _Finding(Level.WARNING, text, next_step.NOT_KNOWN)
 
 
 def _on_time(facts: Facts) -> _Finding:
     match facts.open:
         case None:
-            return Level.WAITING, "The open sessions are being counted"
+            return _Finding(Level.WAITING, "The open sessions are being counted")
         case 0:
-            return Level.OK, "No open sessions, and the monitor is running on time"
+            return _Finding(Level.OK, "No open sessions, and the monitor is running on time")
         case count if not facts.checked:
-            return Level.WAITING, f"The first check of {count:,} open sessions is under way"
+            return _Finding(
+                Level.WAITING, f"The first check of {count:,} open sessions is under way"
+            )
         case 1:
-            return Level.OK, "1 open session checked on time"
+            return _Finding(Level.OK, "1 open session checked on time")
         case count:
-            return Level.OK, f"All {count:,} open sessions checked on time"
+            return _Finding(Level.OK, f"All {count:,} open sessions checked on time")
 
 
 def _limited(open_sessions: int, allowed: float) -> str:
@@ -304,7 +325,7 @@ def _what_helps(facts: Facts) -> str:
 
 
 def _failed(facts: Facts) -> str:
-    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} {FAILED_LAST_CHECK}"
+    return f"{sum(facts.failed.values()):,} of {facts.open or 0:,} failed their last check"
 
 
 def _notes(facts: Facts) -> list[str]:

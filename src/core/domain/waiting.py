@@ -13,9 +13,12 @@ from core.domain.model import JsonObject, Outcome, iso
 
 # A session waits from this many intervals on. Less is a slow answer or a worker's cold start.
 LATE_INTERVALS = 2
-# The monitor is blind if at least this share of the open sessions waits; new ones cannot yet.
+# The monitor is blind if more than this share of the open sessions waits; new ones cannot yet.
 BLIND_SHARE = 0.9
 MAX_FIRST = 10  # sessions that are named
+# Those that fail are counted up to this number; of more, the last counts of all sessions say how
+# many there are.
+MAX_COUNTED = 1_000
 # The cause of a session that was due and not asked about; the others are outcomes that failed.
 NOT_ASKED = "not_asked"
 
@@ -44,10 +47,16 @@ class Waiting:
     longest_seconds: float = 0.0  # of any open session, also of one that does not count as waiting
     causes: Mapping[str, Wait] = field(default_factory=dict)
     first: Sequence[WaitingSession] = ()  # the longest first
+    failing: int = 0  # those that fail, waiting or not, counted up to a bound
 
     @property
     def sessions(self) -> int:
         return sum(wait.sessions for wait in self.causes.values())
+
+    @property
+    def all(self) -> Wait:
+        """Of all causes together; there is one."""
+        return Wait(self.sessions, min(wait.since for wait in self.causes.values()))
 
     @property
     def for_billing(self) -> Mapping[str, Wait]:
@@ -66,8 +75,7 @@ class Waiting:
 
     def is_blind(self, open_sessions: int) -> bool:
         """Whether nearly all open sessions wait, so that nothing is known about any."""
-        waiting = self.sessions_for_billing
-        return waiting > 0 and waiting >= BLIND_SHARE * open_sessions
+        return self.sessions_for_billing > BLIND_SHARE * open_sessions
 
     def as_dict(self) -> JsonObject:
         return {

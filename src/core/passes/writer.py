@@ -58,6 +58,7 @@ class Writer:
         self._changes = deque[StatusChange]()
         self._alone = deque[StatusChange]()  # changes of which one may be refused
         self._unwanted: list[Claim] = []
+        self.gave_back = False  # since a claim waited for it
         self._all_given_back = asyncio.Event()
         self._wake = asyncio.Event()
         self._written = asyncio.Event()
@@ -116,11 +117,13 @@ class Writer:
     def give_back(self, claims: Iterable[Claim]) -> None:
         """Take claims whose check has not begun; other workers may have them at once."""
         self._unwanted.extend(claims)
+        self.gave_back = True
         self._all_given_back.clear()
         self._wake.set()
 
     async def wait_until_given_back(self) -> None:
         """Wait until all claims that this pass gave back can be claimed again."""
+        self.gave_back = False
         await self._all_given_back.wait()
 
     @asynccontextmanager

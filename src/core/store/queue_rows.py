@@ -121,7 +121,7 @@ class QueueRows:
     def claim_unanswered(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
         """The same for sessions that billing was asked about and has not answered yet.
 
-        They wait since then; the record of a successful check ends that.
+        They wait since then, until a check succeeds or they are given back.
         """
         times = ((c, c.claimed_until, c.claimed_until, _asked_since(c)) for c in claims)
         self._set_times(transaction, times)
@@ -144,12 +144,14 @@ class QueueRows:
             for claim, due, until, since in times
         }
         for value, rowids in numbers_by_value(values).items():
+            since = "COALESCE(failing_since, %s)"
+            if value[1] is None:  # given back: one that does not fail waits since it was due
+                since = "CASE WHEN consecutive_failures > 0 THEN failing_since ELSE %s END"
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     f"UPDATE checkout_session_check {self._database.by_rowid}"
                     " SET next_check_at = %s, claimed_until = %s,"
-                    " last_checked_at = COALESCE(%s, last_checked_at),"
-                    " failing_since = COALESCE(failing_since, %s)"
+                    f" last_checked_at = COALESCE(%s, last_checked_at), failing_since = {since}"
                     f" WHERE rowid IN {number_list(some)}",
                     value,
                 )

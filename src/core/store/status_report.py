@@ -23,7 +23,6 @@ from core.database.port import (
 from core.domain import rate
 from core.domain.cadence import slot_at
 from core.domain.model import AGES, JsonObject, Outcome, Reason, Skip, iso
-from core.domain.next_step import next_step
 from core.domain.other_monitors import OtherMonitor, others_at_work
 from core.domain.rate import Budget
 from core.domain.verdict import Facts, Quiet, judge, starts_late_by
@@ -130,7 +129,7 @@ class _StatusReport:
             on_lambda=self._on_lambda,
         )
         verdict = judge(facts)
-        step = next_step(verdict)
+        step = verdict.next_step
         return {
             "timestamp": iso(now),
             "verdict": verdict.as_dict(),

@@ -23,6 +23,7 @@ from core.database.port import (
 from core.domain.decision import CheckRules
 from core.domain.model import Outcome
 from core.domain.waiting import (
+    MAX_COUNTED,
     MAX_FIRST,
     NOT_ASKED,
     Wait,
@@ -32,12 +33,26 @@ from core.domain.waiting import (
 )
 from core.store.queue_rows import DUE
 
-# Rows that are counted; of more, the last counts of all sessions say how many there are.
-MAX_COUNTED = 2_000
 # Batches whose sessions are counted; those of more are taken to be like these.
-MAX_BATCHES = 20
+MAX_BATCHES = 10
 
 _FAILED = tuple(outcome.value for outcome in Outcome if outcome.is_error)
+
+
+# A later time than the settings allow is of a clock that was ahead.
+_FAILING = "(failing_since <= %s OR failing_since > %s)"
+
+
+class _Range(NamedTuple):
+    """The first and the last of some times; None: there are none."""
+
+    first: datetime | None
+    last: datetime | None
+
+    def is_outside(self, begin: datetime, end: datetime) -> bool:
+        """Whether a time lies outside of these, or at the begin."""
+        is_early = self.first is not None and self.first <= begin
+        return is_early or (self.last is not None and self.last > end)
 
 
 class _NotAsked(NamedTuple):
@@ -63,16 +78,16 @@ class WaitingReader:
             StoreError: the database cannot be used.
         """
         before = now - self._waits_from
-        due, latest, failing = self._oldest(connection)
+        due, failing, failed = self._ranges(connection)
         causes: dict[str, Wait] = {}
         first: list[WaitingSession] = []
-        if failing is not None and failing <= before:
-            causes = self._count_failing(connection, before, counted)
-            first = self._first_failing(connection, before)
-        oldest = [time for time in (due, failing) if time is not None and time <= now]
-        is_late = due is not None and due <= before
-        is_far = latest is not None and latest > now + self._max_ahead
-        if (is_late or is_far) and (found := self._not_asked(connection, now, before)):
+        if failing.is_outside(before, now + self._waits_from):
+            causes = self._count_failing(connection, now, counted)
+            first = self._first_failing(connection, now)
+        oldest = [time for time in (due.first, failing.first) if time is not None and time <= now]
+        if due.is_outside(before, now + self._max_ahead) and (
+            found := self._not_asked(connection, now, before)
+        ):
             causes[NOT_ASKED] = found.wait
             first += found.first
             oldest.append(found.wait.since)
@@ -81,31 +96,34 @@ class WaitingReader:
         by_number = sorted(causes.items(), key=lambda c: (c[0] == no_id, -c[1].sessions, c[0]))
         first.sort(key=lambda one: one.since)
         longest = max(((now - time).total_seconds() for time in oldest), default=0.0)
-        return Waiting(now, longest, dict(by_number), first[:MAX_FIRST])
+        return Waiting(now, longest, dict(by_number), first[:MAX_FIRST], failed)
 
-    def _oldest(
-        self, connection: Connection
-    ) -> tuple[datetime | None, datetime | None, datetime | None]:
-        """The first and the last due time of a batch, and since when the first session fails."""
-        [(due, latest, failing)] = connection.query(
+    def _ranges(self, connection: Connection) -> tuple[_Range, _Range, int]:
+        """The due times of batches, since when sessions fail, and how many do."""
+        [(due, last_due, failing, last_failing, failed)] = connection.query(
             "SELECT (SELECT MIN(due_at) FROM checkout_session_batch),"
             " (SELECT MAX(due_at) FROM checkout_session_batch),"
-            " (SELECT MIN(failing_since) FROM checkout_session_check)"
+            " (SELECT MIN(failing_since) FROM checkout_session_check),"
+            " (SELECT MAX(failing_since) FROM checkout_session_check),"
+            " (SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_check"
+            f" WHERE failing_since IS NOT NULL LIMIT {MAX_COUNTED:d}) AS failing)"
         )
-        return as_datetime_or_none(due), as_datetime_or_none(latest), as_datetime_or_none(failing)
+        times = map(as_datetime_or_none, (due, last_due, failing, last_failing))
+        return _Range(next(times), next(times)), _Range(next(times), next(times)), as_int(failed)
 
     def _count_failing(
-        self, connection: Connection, before: datetime, counted: Mapping[str, int]
+        self, connection: Connection, now: datetime, counted: Mapping[str, int]
     ) -> dict[str, Wait]:
+        before = now - self._waits_from
         rows = connection.query(
             "SELECT w.last_outcome, COUNT(*), MIN(w.failing_since) FROM (SELECT last_outcome,"
-            " failing_since FROM checkout_session_check WHERE failing_since <= %s"
+            f" failing_since FROM checkout_session_check WHERE {_FAILING}"
             f" ORDER BY failing_since LIMIT {MAX_COUNTED:d}) AS w GROUP BY w.last_outcome",
-            (before,),
+            (before, now + self._waits_from),
         )
         found: dict[str, Wait] = {}
         for outcome, number, since in rows:
-            cause, wait = _cause(outcome), Wait(as_int(number), as_datetime(since))
+            cause, wait = _cause(outcome), Wait(as_int(number), min(before, as_datetime(since)))
             other = found.get(cause, wait._replace(sessions=0))
             found[cause] = Wait(wait.sessions + other.sessions, min(wait.since, other.since))
         if sum(wait.sessions for wait in found.values()) < MAX_COUNTED:
@@ -115,17 +133,18 @@ class WaitingReader:
             for cause, wait in found.items()
         }
 
-    def _first_failing(self, connection: Connection, before: datetime) -> list[WaitingSession]:
+    def _first_failing(self, connection: Connection, now: datetime) -> list[WaitingSession]:
+        before = now - self._waits_from
         rows = connection.query(
             "SELECT session_id, failing_since, last_outcome, last_status_code"
-            " FROM checkout_session_check WHERE failing_since <= %s"
+            f" FROM checkout_session_check WHERE {_FAILING}"
             f" ORDER BY failing_since LIMIT {MAX_FIRST:d}",
-            (before,),
+            (before, now + self._waits_from),
         )
         return [
             WaitingSession(
                 as_shown_text(session_id),
-                as_datetime(since),
+                min(before, as_datetime(since)),
                 _cause(outcome),
                 as_int(code) if code is not None and outcome in _FAILED else None,
             )
