@@ -28,7 +28,7 @@ RECORD_WITHIN_SECONDS = 5.0
 CLAIM_AHEAD_SECONDS = 1.0
 # The next claim is made this long before the last one is worked off, so that the budget is used
 # while the database is busy.
-BEFORE_SECONDS = 0.5
+CLAIM_BEFORE_SECONDS = 0.5
 
 
 class PendingClaims(NamedTuple):
@@ -105,9 +105,9 @@ class Claims:
         return self._view.tick < newest <= self._times.now() + 2 * self._view.interval
 
     @property
-    def kept_ahead(self) -> int:
-        """With so many claims left under a budget, the next ones are claimed; 0 without one."""
-        return self._begun_within(BEFORE_SECONDS)
+    def claim_before(self) -> int:
+        """The next claim is made when so many claims are left, or more; 0 without a budget."""
+        return self._begun_within(CLAIM_BEFORE_SECONDS)
 
     def _begun_within(self, seconds: float) -> int:
         """How many checks this pass may begin in that time under a budget; 0 without one."""

@@ -218,7 +218,7 @@ class RunningPass:
                 next_claims = self._tasks.create_task(self._claims.claim(size))
                 continue
             began, count = self._loop.time(), len(pending.claims)
-            ahead = max(int(share_ahead * count), self._claims.kept_ahead)
+            ahead = max(int(share_ahead * count), self._claims.claim_before)
             await checks.begin(pending, remaining=ahead)
             next_claims = self._tasks.create_task(self._claims.claim(size))
             await checks.begin(pending, remaining=0)
