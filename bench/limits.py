@@ -242,9 +242,10 @@ def _monitors(
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(service.listening())
         shop = stack.enter_context(machine.shop(engine, numbered(open_)))
+        on_both = ("taskset", "--cpu-list", ",".join(str(core) for core in machine.cores))
         for _ in range(count):
             monitor = subprocess.Popen(
-                [sys.executable, *MONITOR, "--api-port", str(free_port())],
+                [*on_both, sys.executable, *MONITOR, "--api-port", str(free_port())],
                 env=os.environ
                 | {"DATABASE_URL": shop.url, "BILLING_API_URL": url, "APIKEY": "bench", **env},
                 stdout=subprocess.DEVNULL,

@@ -139,6 +139,8 @@ def test_a_session_that_waits_counts_in_one_alarm(
 ) -> None:
     since = NOON - timedelta(seconds=61.5)
     waits = {cause: Wait(sessions, since) for cause, sessions in waiting.items()}
+    if "invalid_session" in waits:
+        waits["invalid_session"] = Wait(9, NOON - timedelta(days=1))
     summary = Summary(Reason.TICK, NOON, led=True, open=100, waiting=Waiting(NOON, 61.5, waits))
     metrics.measure(replace(summary, **given))  # type: ignore[arg-type]
     values, _ = emitted(capsys)

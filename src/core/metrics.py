@@ -84,6 +84,7 @@ def _waiting(waiting: Waiting, summary: Summary) -> dict[str, float]:
     A cause has an alarm of its own from the verdict's threshold on. WaitingOther are the others.
     """
     causes = {cause: wait.sessions for cause, wait in waiting.for_billing.items()}
+    longest = min(wait.since for wait in waiting.for_billing.values())
     refused = causes.get(Outcome.UNAUTHORIZED, 0)
     unknown = causes.get(Outcome.UNKNOWN_STATUS, 0)
     limited = summary.demand > LIMITED_SHARE * (summary.allowed or math.inf)
@@ -99,7 +100,7 @@ def _waiting(waiting: Waiting, summary: Summary) -> dict[str, float]:
     }
     gauges = {
         "SessionsWaiting": waiting.sessions_for_billing,
-        "LongestWaitSeconds": round(waiting.longest_seconds, 3),
+        "LongestWaitSeconds": round((waiting.now - longest).total_seconds(), 3),
         "NotAskedSeconds": round(late, 3),
         "WaitingUnauthorized": refused if has_alarm[Outcome.UNAUTHORIZED] else 0,
         "WaitingUnknownStatus": unknown if has_alarm[Outcome.UNKNOWN_STATUS] else 0,

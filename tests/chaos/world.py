@@ -35,7 +35,7 @@ from tests.chaos.proxy import Proxy
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
 BACKOFF = 10
-TIMEOUT = 0.8
+TIMEOUT = 1.2
 # A lease covers the time to start a check, to wait for the answer and to record it.
 LEASE = 5 + TIMEOUT + 5
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)

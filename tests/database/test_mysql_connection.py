@@ -311,8 +311,8 @@ def test_health_reports_an_unusable_database_without_raising(
         "database": False,
         "last_pass": False,
         "starts_on_time": True,
-        "api_key": True,
         "answers": True,
+        "api_key": True,
         "other_monitors": True,
     }
 

@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 
 from core.domain import rate
+from core.domain.batch import Settlement
 from core.domain.model import Answer, Outcome
 from core.domain.rate import Budget
 from core.passes import check_pass, claims
 from core.passes.pause import SharedPause
 from core.store.monitor_state import MonitorState
+from core.store.results import Results
 from core.store.store import Store
 from handlers.routes import message
 from local.billing import Bucket
@@ -67,7 +70,7 @@ def with_bucket(
     ("per_second", "burst", "sessions", "retry_after", "workers"),
     [
         (25, 25, 1000, 1.0, 4),
-        (50, 10, 400, None, 4),
+        (50, 10, 400, None, 1),
         (4, 8, 15, 1.0, 1),
         (4, 8, 200, None, 1),  # a batch takes longer than it may be held
     ],
@@ -110,6 +113,23 @@ def test_under_a_budget_a_tick_is_left_to_its_leader() -> None:
     assert [summary.checked > 0 for summary in later] == [summary.led for summary in later]
 
 
+def test_under_a_budget_a_leader_waits_for_what_earlier_passes_hold() -> None:
+    """They have handed over, so nobody else asks about it when they give it back."""
+    monitor = LimitedMonitor(lambda _checkout_id, _at: None, BILLING_MAX_PER_SECOND="100")
+    store, tick = Store(monitor.database), NOON + timedelta(seconds=5)
+
+    def hold() -> None:
+        lease = timedelta(seconds=20)
+        held = store.queue.claim_due(monitor.now(), tick=tick, lease=lease, limit=1)
+        given_back = Results([Settlement(batch, left=batch.claims) for batch in held.batches])
+        monitor.loop.call_later(0.4, lambda: store.queue.write(given_back, monitor.now()))
+
+    monitor.loop.call_later(4.9, hold)
+    monitor.open(1)
+    monitor.run(ticks=2)
+    assert monitor.asked_in_slot("checkout_0")[1] == 1
+
+
 def test_a_pause_that_another_worker_extends_does_not_end_the_pass() -> None:
     limits = iter([LIMITED._replace(retry_after=1.0)])
 
@@ -127,7 +147,7 @@ def test_a_pause_that_another_worker_extends_does_not_end_the_pass() -> None:
 
 @pytest.mark.parametrize(("known_limit", "leave"), [(None, 2), (20, 1)])
 def test_late_requests_leave_unless_the_limit_is_known(known_limit: int | None, leave: int) -> None:
-    """Two are due after 0 and 50 ms, and the machine stands still for 60."""
+    """Two may leave after 20 and 70 ms, and the machine stands still for 80."""
     monitor = LimitedMonitor(lambda _checkout_id, _at: None)
 
     async def left() -> int:
@@ -138,7 +158,7 @@ def test_late_requests_leave_unless_the_limit_is_known(known_limit: int | None, 
         pause = SharedPause(state, known_limit=known_limit)
         pause.read()
         pause.claimed(2)
-        monitor.loop.now += 0.06
+        monitor.loop.now += 0.08
         count = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(0.005):

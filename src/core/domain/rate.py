@@ -46,8 +46,9 @@ KNOWN_LIMIT_SHARE = 0.965
 LATENCY_ANSWERS, BUSY_SHARE = 100, 0.8
 # A budget without a limit for this long is dropped; billing may have raised its limit.
 FORGET_SECONDS = 3600.0
-# Under a budget, what is due is spread over this share of the interval.
-SPREAD_SHARE = 0.8
+# Under a budget, what is due is spread over this share of the interval, but in a small shop at no
+# less than this rate: a turn that is lost must not cost the tick.
+SPREAD_SHARE, MIN_BUDGET_PACE = 0.8, 2.0
 # Without one, over this share: no burst, and no check leaves late. Few checks leave at this rate.
 UNLIMITED_SPREAD_SHARE, MIN_PACE = 0.1, 200.0
 

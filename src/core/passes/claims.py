@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from core.database.thread import DatabaseThread
 from core.domain.model import Claim, Reason
-from core.domain.rate import MIN_PACE, SPREAD_SHARE, UNLIMITED_SPREAD_SHARE
+from core.domain.rate import MIN_BUDGET_PACE, MIN_PACE, SPREAD_SHARE, UNLIMITED_SPREAD_SHARE
 from core.passes.pass_times import PassTimes
 from core.passes.pause import SharedPause
 from core.passes.tally import Tally
@@ -26,6 +26,9 @@ RECORD_WITHIN_SECONDS = 5.0
 # Under a budget, a claim covers what may leave within this time: a claim is held until its check
 # begins, and is kept from workers that could begin it.
 CLAIM_AHEAD_SECONDS = 1.0
+# The next claim is made this long before the last one is worked off, so that the budget is used
+# while the database is busy.
+CLAIM_BEFORE_SECONDS = 0.5
 
 
 class PendingClaims(NamedTuple):
@@ -101,6 +104,19 @@ class Claims:
         # A later one came from a clock that was wrong.
         return self._view.tick < newest <= self._times.now() + 2 * self._view.interval
 
+    @property
+    def claim_before(self) -> int:
+        """The next claim is made when so many claims are left, or more; 0 without a budget."""
+        return self._begun_within(CLAIM_BEFORE_SECONDS)
+
+    def _begun_within(self, seconds: float) -> int:
+        """How many checks this pass may begin in that time under a budget; 0 without one."""
+        if self._pause.rate is None:
+            return 0
+        share = self.share or self._pause.rate / self._workers
+        by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
+        return math.ceil(min(self._pause.rate, 2 * share, by_permits) * seconds)
+
     def _pace(self) -> float:
         """At how many requests a second all workers together work off what is due."""
         if not self._view.state.reconciled_at:  # how many there are is not known yet
@@ -115,10 +131,7 @@ class Claims:
         if self._writer.closing or self._pause.in_force or self.has_handed_over:
             return []
         if self._pause.rate is not None:
-            share = self.share or self._pause.rate / self._workers
-            by_permits = self._settings.max_concurrency / max(self._pause.latency, 0.001)
-            per_second = min(self._pause.rate, 2 * share, by_permits)
-            limit = min(limit, max(1, math.ceil(per_second * CLAIM_AHEAD_SECONDS)))
+            limit = min(limit, max(1, self._begun_within(CLAIM_AHEAD_SECONDS)))
         queue = self._store.queue
         if self._reason is Reason.MANUAL:
             claimed = queue.claim_unchecked(
@@ -139,4 +152,4 @@ def budget_pace(view: View, reason: Reason, demand: float, interval_seconds: int
     """At how many requests a second a budget is taken, as long as nothing is late."""
     if reason is Reason.MANUAL or view.overdue_seconds > interval_seconds:
         return math.inf
-    return demand / SPREAD_SHARE or math.inf
+    return max(MIN_BUDGET_PACE, demand / SPREAD_SHARE) if demand else math.inf

@@ -15,6 +15,8 @@ from core.store.monitor_state import MonitorState, StateRow
 
 # A request may leave this long before its time, so that not every one needs a timer.
 TIMER_SECONDS = 0.003
+# Reserved requests leave no sooner than this, because the budget has yet to be written.
+LEAD_SECONDS = 0.02
 # Reserved times that are this close follow each other: the clocks differ by that much.
 SAME_SECONDS = 0.0015
 
@@ -236,8 +238,10 @@ class SharedPause:
             # The longest that billing asked for; if it gave no number, the state's own backoff.
             pause = self._state.pause(longest or (None if change.answers_nothing else 0.0))
         self._answers_nothing = change.answers_nothing and not longest
-        if seen.limited:
+        if limits:
             self._limited_before = limited_at if change.answers_nothing else None
+        elif change.budget and change.budget.limited_at < row.now.timestamp() - ANSWERED_SECONDS:
+            self._limited_before = None  # by then, all answers have been counted
         self._follow(pause.until, row.now)
         self._apply(change)
         self.newest_tick = row.last_tick
@@ -267,7 +271,7 @@ class SharedPause:
             usable = self.begin_by + ahead - rate.next_time(budget, pace, now)
             count = math.floor(min(rate.portion(pace), waiting, kept + usable * pace)) - kept
             if count > 0 and row.pause.until <= row.now and not answers_nothing:
-                budget, times = rate.reserved(budget, count, pace, now=now)
+                budget, times = rate.reserved(budget, count, pace, now=now + LEAD_SECONDS)
         return _Change(budget, rate_now, answers_nothing, dropped, times, ahead)
 
     def _apply(self, change: _Change) -> None:

@@ -41,8 +41,9 @@ HELP_AFTER_SECONDS = 0.25
 # A pass counts as under way until its end is recorded. One that could end this shortly before a
 # slot stays for it, because that slot's worker might still count it.
 END_SECONDS = 0.05
-# A manual pass waits this long for batches that others hold. By then all but those that billing has
-# not answered about have been given back: HOLD_SECONDS, and two writes.
+# A manual pass, and a leader under a budget, wait this long for batches that others hold. By then
+# all but those that billing has not answered about have been given back: HOLD_SECONDS, and two
+# writes.
 WAIT_FOR_BATCHES_SECONDS = HOLD_SECONDS + 2 * WRITE_EVERY_SECONDS
 
 
@@ -117,6 +118,7 @@ class RunningPass:
         self._writer = Writer(store, database, self._pause, self._log)
         self._tally = Tally(view.last_counts.open)
         self._tasks = asyncio.TaskGroup()
+        self._looked_again = False
         self._claims = Claims(
             store,
             settings,
@@ -216,7 +218,8 @@ class RunningPass:
                 next_claims = self._tasks.create_task(self._claims.claim(size))
                 continue
             began, count = self._loop.time(), len(pending.claims)
-            await checks.begin(pending, remaining=int(share_ahead * len(pending.claims)))
+            ahead = max(int(share_ahead * count), self._claims.claim_before)
+            await checks.begin(pending, remaining=ahead)
             next_claims = self._tasks.create_task(self._claims.claim(size))
             await checks.begin(pending, remaining=0)
             lasted, waited = self._loop.time() - began, pending.received - pending.requested
@@ -246,8 +249,13 @@ class RunningPass:
         A pass whose last requests hang counts towards MAX_WORKERS, and may have kept that slot's
         own worker from working. Its `last_claim` is a time by the event loop's clock.
         """
-        if self._options.reason is Reason.MANUAL:
-            return await self._batches_are_held()
+        manual = self._options.reason is Reason.MANUAL
+        # Under a budget, what earlier passes still hold is left to this one.
+        takes_over = self._at_start.led and self._pause.rate is not None
+        if (manual or takes_over) and await self._batches_are_held():
+            return True
+        if manual:
+            return False
         claimed_at = self._times.at(last_claim)
         left = self._times.seconds_to_slot_after(claimed_at)
         if await checks.end_within(left + HELP_AFTER_SECONDS):
@@ -258,11 +266,17 @@ class RunningPass:
         return checks.may_begin(self._times.begin_until)
 
     async def _batches_are_held(self) -> bool:
-        """Wait a little for batches of which others hold sessions that are decided already."""
+        """Wait a little for batches of which others hold sessions that are decided already.
+
+        If none is held any more, the last one may have been given back since this pass looked for
+        work: then it looks once more.
+        """
         if self._loop.time() - self._times.began > WAIT_FOR_BATCHES_SECONDS:
             return False
         if not await self._database.run(self._others_hold_batches):
-            return False
+            self._looked_again = not self._looked_again
+            return self._looked_again
+        self._looked_again = False
         await asyncio.sleep(WRITE_EVERY_SECONDS)
         return True
 
