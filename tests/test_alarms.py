@@ -182,6 +182,11 @@ CAUSES: Mapping[str, tuple[str, int, Situation]] = {
         5,
         passes({UNAUTHORIZED: 4, UNKNOWN: 2, TIMEOUT: 4}, ACTIVE[:90]),
     ),
+    "billing knows no session": (
+        "SessionsWaiting",
+        5,
+        passes(checks=[Outcome.NOT_FOUND] * 100, only_not_found=100),
+    ),
     "a third is of another account": (
         "SessionsWaiting",
         5,
@@ -247,7 +252,8 @@ NO_CAUSE: Mapping[str, Situation] = {
     "no session is open": passes(open=0),
     "one of 200 answers 403": passes({UNAUTHORIZED: 1}, [Outcome.UNAUTHORIZED], open=200),
     "a few wait": passes({TIMEOUT: 7, UNKNOWN: 2}, ACTIVE[:91]),
-    "nothing is found": passes(checks=[Outcome.NOT_FOUND] * 100),
+    "half of them are not found": passes(checks=[*[Outcome.NOT_FOUND] * 50, *ACTIVE[:50]]),
+    "a few sessions, none of which is found": passes(open=9, only_not_found=9),
     "sessions have no id": passes({"invalid_session": 50}, ACTIVE[:50]),
     "billing allows just what is wanted": passes(checks=ACTIVE, allowed=25.0, demand=26.0),
     # Two regions on one database: the other one leads every tick.

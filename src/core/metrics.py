@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 
 from core.domain.model import Outcome
 from core.domain.summary import Summary
-from core.domain.verdict import CRITICAL_UNKNOWN, LIMITED_SHARE, MOST, OVERDUE_SECONDS
+from core.domain.verdict import (
+    CRITICAL_UNKNOWN,
+    LIMITED_SHARE,
+    MIN_UNKNOWN_TO_BILLING,
+    MOST,
+    OVERDUE_SECONDS,
+)
 from core.domain.waiting import NOT_ASKED, Waiting
 
 NAMESPACE = "CheckoutSessionMonitor"
@@ -58,6 +64,9 @@ def measure(summary: Summary) -> None:
         gauges["OverdueSeconds"] = round(summary.overdue_seconds, 3)
         if summary.waiting and summary.waiting.sessions_for_billing:
             gauges |= _waiting(summary.waiting, summary)
+        if summary.only_not_found >= MIN_UNKNOWN_TO_BILLING:
+            # Its 404s say nothing usable: most likely it is asked at a wrong path, or in test mode.
+            gauges["WaitingOther"] = gauges.get("WaitingOther", 0) + summary.only_not_found
         if summary.allowed:
             gauges["BudgetDemand"] = round(100 * summary.demand / summary.allowed, 1)
     counts = {

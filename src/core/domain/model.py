@@ -219,6 +219,13 @@ class OpenCounts:
         """How many failed their last check."""
         return sum(self.outcomes.get(outcome.value, 0) for outcome in Outcome if outcome.is_error)
 
+    @property
+    def only_not_found(self) -> int:
+        """How many billing does not know, if it knows none of those that were checked; else 0."""
+        checked = sum(sessions for outcome, sessions in self.outcomes.items() if outcome)
+        not_found = self.outcomes.get(Outcome.NOT_FOUND.value, 0)
+        return not_found if not_found == checked else 0
+
 
 # Upper bounds of a session's age in seconds, by the name under which it is counted.
 AGES: Mapping[str, float] = {"10m": 600, "1h": 3600, "24h": 86_400, "older": float("inf")}

@@ -26,6 +26,7 @@ class Summary:
     counted: bool = False
     open: int = 0
     failing: int = 0  # open sessions whose last check failed, by the count before the pass
+    only_not_found: int = 0  # sessions of which billing knows none, by that count
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     skipped: Counter[Skip] = field(default_factory=Counter)
     overdue_seconds: float = 0.0

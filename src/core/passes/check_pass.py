@@ -90,6 +90,7 @@ async def check_open_checkout_sessions(
         led=leads,
         open=view.last_counts.open,
         failing=view.last_counts.failing,
+        only_not_found=view.last_counts.only_not_found,
         overdue_seconds=view.overdue_seconds,
         paused_until=view.paused_until,
     )
