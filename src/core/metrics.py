@@ -1,16 +1,15 @@
 """A pass's metrics, as one EMF record on standard output. Session ids are never metrics."""
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 
 from core.domain.model import Outcome
+from core.domain.rate import is_too_low
 from core.domain.summary import Summary
 from core.domain.verdict import (
     CRITICAL_UNKNOWN,
-    LIMITED_SHARE,
     MIN_UNKNOWN_TO_BILLING,
     MOST,
     OVERDUE_SECONDS,
@@ -96,7 +95,7 @@ def _waiting(waiting: Waiting, summary: Summary) -> dict[str, float]:
     longest = min(wait.since for wait in waiting.for_billing.values())
     refused = causes.get(Outcome.UNAUTHORIZED, 0)
     unknown = causes.get(Outcome.UNKNOWN_STATUS, 0)
-    limited = summary.demand > LIMITED_SHARE * (summary.allowed or math.inf)
+    limited = is_too_low(summary.allowed, summary.demand)
     not_asked = waiting.causes.get(NOT_ASKED)
     late = 0.0
     if not_asked is not None and not limited:

@@ -71,3 +71,8 @@ def test_a_failure_of_a_clock_that_was_ahead_counts_as_waiting(
     assert waits(silent) == {}
     clock.advance(10)
     assert waits(silent) == {Outcome.NETWORK_ERROR.value: Wait(3, clock.now - 10 * SECOND)}
+
+
+def test_under_a_limit_a_held_session_waits_for_its_turn(silent: Store) -> None:
+    waiting = silent.read_waiting(RULES, OpenCounts(), is_limited=True)
+    assert dict(waiting.causes) == {NOT_ASKED: Wait(1, DUE)}

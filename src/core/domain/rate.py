@@ -41,6 +41,8 @@ RESERVE_SECONDS, MAX_RESERVED_SECONDS = 0.4, 0.5
 # second: it is used up to a share that allows for what is late, at most r + 3 % of a rate r.
 LATE_SECONDS, KNOWN_LIMIT_LATE_SECONDS = 0.1, 0.015
 KNOWN_LIMIT_SHARE = 0.965
+# The threshold of the alarm Limited; what billing allows is measured.
+LIMITED_SHARE = 1.05
 # The mean latency is of about so many healthy answers. A worker has this share of its permits in
 # use; the rest is for answers that take longer.
 LATENCY_ANSWERS, BUSY_SHARE = 100, 0.8
@@ -119,6 +121,11 @@ def rate_in_force(budget: Budget | None, known_limit: float | None) -> float | N
         return None if budget is None else budget.rate
     known = known_limit * KNOWN_LIMIT_SHARE
     return known if budget is None else min(budget.rate, known)
+
+
+def is_too_low(allowed_per_second: float | None, demand_per_second: float) -> bool:
+    """Whether the open sessions want more checks than billing allows; None: it allows any."""
+    return allowed_per_second is not None and demand_per_second > LIMITED_SHARE * allowed_per_second
 
 
 def allowed(budget: Budget | None, known_limit: float | None) -> float | None:

@@ -11,6 +11,7 @@ from core.domain import next_step
 from core.domain.model import JsonObject, Outcome
 from core.domain.next_step import Step
 from core.domain.other_monitors import OTHER_MONITOR, OtherMonitor
+from core.domain.rate import is_too_low
 from core.domain.waiting import MAX_COUNTED, NOT_ASKED, Wait, Waiting
 
 # A monitor whose newest pass began longer ago than this many intervals does not work.
@@ -24,8 +25,6 @@ CRITICAL_UNKNOWN = 3
 OVERDUE_SECONDS = 60
 # Billing refuses the key if it refuses at least this share of all open sessions; fewer are theirs.
 MOST = 0.5
-# The threshold of the alarm Limited.
-LIMITED_SHARE = 1.05
 # Passes start late if at least so many did, and most of them by this much. A cold start takes less.
 MIN_LATE_STARTS = 3
 LATE_START_SECONDS = 10
@@ -138,8 +137,7 @@ class Facts:
     @property
     def limited_to(self) -> float | None:
         """Checks a second that billing allows, if the open sessions want more."""
-        # What is allowed is measured.
-        return self.allowed if self.demand > LIMITED_SHARE * (self.allowed or math.inf) else None
+        return self.allowed if is_too_low(self.allowed, self.demand) else None
 
 
 class _Finding(NamedTuple):

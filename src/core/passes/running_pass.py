@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Claim, Outcome, Reason, Skip
-from core.domain.rate import demand
+from core.domain.rate import demand, is_too_low
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.log import PassLog, logger
@@ -285,9 +285,11 @@ class RunningPass:
         return held > self._writer.batches_held
 
     async def _read_waiting(self) -> None:
-        counts = self._view.last_counts
         self._tally.waiting = await self._database.run(
-            self._store.read_waiting, self._rules, counts
+            self._store.read_waiting,
+            self._rules,
+            self._view.last_counts,
+            is_limited=is_too_low(self._pause.allowed, self._demand),
         )
 
     async def _reconcile(self) -> bool:

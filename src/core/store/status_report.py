@@ -100,7 +100,11 @@ class _StatusReport:
             since = changed
             slots, missed = self._missed(ticks, since, now)
         outcomes = counts["outcomes"] if counts else {}
-        reader = WaitingReader(self._database, self._settings.check_rules())
+        reader = WaitingReader(
+            self._database,
+            self._settings.check_rules(),
+            is_limited=rate.is_too_low(allowed, demand),
+        )
         waiting = reader.read(self._connection, now, outcomes)
         killed = [p.started_at for p in under_way if not p.alive and p.started_at > now - HISTORY]
         facts = Facts(

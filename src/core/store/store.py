@@ -151,9 +151,11 @@ class Store:
     ) -> Reconciliation:
         return Reconciliation(self._database, self.queue, tick, rules, session_ids)
 
-    def read_waiting(self, rules: CheckRules, counts: OpenCounts) -> Waiting:
+    def read_waiting(
+        self, rules: CheckRules, counts: OpenCounts, *, is_limited: bool = False
+    ) -> Waiting:
         """Which open sessions wait now; `counts` are the last ones."""
-        reader = WaitingReader(self._database, rules)
+        reader = WaitingReader(self._database, rules, is_limited=is_limited)
         return self._database.run(lambda c: reader.read(c, c.now(), counts.outcomes))
 
     def finish(self, reconciliation: Reconciliation) -> None:

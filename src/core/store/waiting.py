@@ -63,9 +63,14 @@ class _NotAsked(NamedTuple):
 
 
 class WaitingReader:
-    """Reads the queue by the rules of the settings; it locks no row."""
+    """Reads the queue by the rules of the settings; it locks no row.
 
-    def __init__(self, database: Database, rules: CheckRules) -> None:
+    `is_limited`: billing allows fewer checks than the open sessions want. Then a session that is
+    held without an answer waits for its turn.
+    """
+
+    def __init__(self, database: Database, rules: CheckRules, *, is_limited: bool = False) -> None:
+        self._unanswered = NOT_ASKED if is_limited else Outcome.TIMEOUT.value
         self._in_due_order = database.in_due_order
         self._by_batch = database.by_batch
         self._waits_from = waits_from(rules.interval_seconds)
@@ -88,7 +93,10 @@ class WaitingReader:
         if due.is_outside(before, now + self._max_ahead) and (
             found := self._not_asked(connection, now, before)
         ):
-            causes[NOT_ASKED] = found.wait
+            held = causes.get(NOT_ASKED, found.wait._replace(sessions=0))
+            causes[NOT_ASKED] = Wait(
+                held.sessions + found.wait.sessions, min(held.since, found.wait.since)
+            )
             first += found.first
             oldest.append(found.wait.since)
         # Billing is not to blame for those without a checkout id.
@@ -97,6 +105,10 @@ class WaitingReader:
         first.sort(key=lambda one: one.since)
         longest = max(((now - time).total_seconds() for time in oldest), default=0.0)
         return Waiting(now, longest, dict(by_number), first[:MAX_FIRST], failed)
+
+    def _cause(self, outcome: Value) -> str:
+        """The cause of one that fails; billing has not yet answered about one that did not."""
+        return str(outcome) if outcome in _FAILED else self._unanswered
 
     def _ranges(self, connection: Connection) -> tuple[_Range, _Range, int]:
         """The due times of batches, since when sessions fail, and how many do."""
@@ -123,7 +135,10 @@ class WaitingReader:
         )
         found: dict[str, Wait] = {}
         for outcome, number, since in rows:
-            cause, wait = _cause(outcome), Wait(as_int(number), min(before, as_datetime(since)))
+            cause, wait = (
+                self._cause(outcome),
+                Wait(as_int(number), min(before, as_datetime(since))),
+            )
             other = found.get(cause, wait._replace(sessions=0))
             found[cause] = Wait(wait.sessions + other.sessions, min(wait.since, other.since))
         if sum(wait.sessions for wait in found.values()) < MAX_COUNTED:
@@ -145,7 +160,7 @@ class WaitingReader:
             WaitingSession(
                 as_shown_text(session_id),
                 min(before, as_datetime(since)),
-                _cause(outcome),
+                self._cause(outcome),
                 as_int(code) if code is not None and outcome in _FAILED else None,
             )
             for session_id, since, outcome, code in rows
@@ -200,8 +215,3 @@ def _since(row: Row, now: datetime, before: datetime) -> datetime:
     if due <= now:
         return due
     return min(before, checked_at or before)
-
-
-def _cause(outcome: Value) -> str:
-    """The cause of one that fails; billing has not yet answered about one that did not."""
-    return str(outcome) if outcome in _FAILED else Outcome.TIMEOUT.value
