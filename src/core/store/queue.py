@@ -12,7 +12,7 @@ level of a key, takes MySQL up to as long as the rest of an UPDATE.
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import batched
@@ -28,12 +28,12 @@ from core.database.port import (
     as_datetime,
     as_datetime_or_none,
     as_int,
-    as_text,
     number_list,
     placeholders,
 )
 from core.domain.batch import MAX_BATCH, Settlement
 from core.domain.model import BatchClaim, Claim
+from core.store.claim_rows import read_claims, session_columns
 from core.store.queue_rows import (
     CLAIMED,
     DUE,
@@ -49,25 +49,6 @@ from core.store.results import Results, ResultWriter
 # two servers of a cluster.
 _MAX_CLOCK_ERROR = timedelta(seconds=5)
 
-# The checkout id of an open session, '' if the shop has none, NULL if there is no open session. A
-# join would lock the shop's rows too (MariaDB has no FOR UPDATE OF); a subquery reads without a
-# lock on every engine. The status is tested in the SELECT list and not in WHERE, so that the shop's
-# row can only be found by its key, whatever the statistics of an index on status are. MAX is for a
-# table whose ids are not unique: of its rows, an open one counts.
-_CHECKOUT_ID = (
-    "(SELECT MAX(CASE WHEN s.status = 'open' THEN COALESCE(s.billing_checkout_id, '') END)"
-    " FROM checkout_session s WHERE s.id = c.session_id)"
-)
-# What most sessions of a batch have in common is one text, which is read once: PyMySQL takes half a
-# microsecond for each column of a row, which is a tenth of what else a claim costs.
-_COMMON = (
-    "c.batch_id",
-    "c.first_seen_at",
-    "c.consecutive_failures",
-    "COALESCE(c.last_outcome, '')",
-    "COALESCE(c.last_status_code, '')",
-    "COALESCE(c.next_check_at, '')",
-)
 _BATCH = "id, next_check_at, checked_at"
 
 
@@ -322,7 +303,7 @@ class Queue:
         full = [batch_id for batch_id, covers in due.items() if covers]
         with_batch = f" OR (c.next_check_at IS NULL AND c.batch_id IN {number_list(full)})"
         sessions = connection.query(
-            f"SELECT {self._session('NULL')}"
+            f"SELECT {session_columns(self._database, 'NULL')}"
             f" FROM checkout_session_check c {self._database.by_batch}"
             f" WHERE c.batch_id IN {number_list(due)} AND {UNCLAIMED.format('c.')}"
             f" AND ({wanted.sessions}{with_batch if full else ''})",
@@ -334,7 +315,7 @@ class Queue:
         }
         claims: defaultdict[int, list[Claim]] = defaultdict(list)
         closed: defaultdict[int, list[int]] = defaultdict(list)
-        for batch_id, rowid, claim in _claims(sessions, now, until, of_batch):
+        for batch_id, rowid, claim in read_claims(sessions, now, until, of_batch):
             if claim is None:
                 closed[batch_id].append(rowid)
             else:
@@ -361,14 +342,15 @@ class Queue:
 
         def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
             rows = transaction.query(
-                f"SELECT {self._session(LAST_CHECK)} FROM checkout_session_check c"
+                f"SELECT {session_columns(self._database, LAST_CHECK)}"
+                " FROM checkout_session_check c"
                 " JOIN checkout_session_batch b ON b.id = c.batch_id"
                 f" WHERE c.session_id IN {placeholders(session_ids)} AND {last_check}"
                 f" AND {UNCLAIMED.format('c.')} AND {UNCLAIMED.format('b.')}"
                 f" LIMIT {limit:d} {self._database.lock_rows}",
                 (*session_ids, *parameters, *(now, now + MAX_LEASE) * 2),
             )
-            found = list(_claims(rows, now, until))
+            found = list(read_claims(rows, now, until))
             self.rows.drop(transaction, (rowid for _, rowid, claim in found if claim is None))
             claims = [claim for _, _, claim in found if claim is not None]
             self.rows.claim(transaction, claims)
@@ -379,11 +361,6 @@ class Queue:
         while found == limit and not claims:  # all were closed: look for open ones behind them
             found, claims = self._database.transaction(claim)
         return Claimed(sessions=claims)
-
-    def _session(self, last_check: str) -> str:
-        """The columns that `_claims` reads, of a row c."""
-        text = self._database.joined(["c.rowid", *_COMMON, f"COALESCE({last_check}, '')"])
-        return f"c.session_id, {_CHECKOUT_ID}, {text}"
 
     def _new_batches(self, transaction: Transaction, count: int, now: datetime) -> list[int]:
         """Add batches that are due at once; returns their ids, made of the time."""
@@ -402,67 +379,3 @@ class Queue:
 def _in_milliseconds(time: datetime) -> datetime:
     """The time as the database keeps it, rounded up: it identifies the claim."""
     return time + timedelta(microseconds=-time.microsecond % 1000)
-
-
-class _Common(NamedTuple):
-    """The values of a claim that sessions of a batch have in common, in the order of `Claim`."""
-
-    first_seen_at: datetime
-    consecutive_failures: int
-    claimed_at: datetime
-    claimed_until: datetime
-    batch_id: int | None
-    last_outcome: str | None
-    last_status_code: int | None
-    has_due_time: bool
-    last_checked_at: datetime | None
-    due_at: datetime | None
-
-
-def _claims(
-    rows: Iterable[Row],
-    claimed_at: datetime,
-    claimed_until: datetime,
-    of_batch: Mapping[int, tuple[datetime, datetime | None]] | None = None,
-) -> Iterator[tuple[int, int, Claim | None]]:
-    """For each row: the batch, the row's number, and the claim; None if no session is open.
-
-    `of_batch` are the due time and the last check of the claimed batches; None, if the claims are
-    on the sessions' own rows.
-    """
-    read: dict[str, tuple[int, _Common]] = {}
-    for session_id, checkout_id, text in rows:
-        number, _, common_text = as_text(text).partition("|")
-        rowid = int(number)
-        if common_text not in read:
-            read[common_text] = _common(common_text, claimed_at, claimed_until, of_batch)
-        batch_id, common = read[common_text]
-        if checkout_id is None:
-            yield batch_id, rowid, None
-        else:
-            claim = Claim(rowid, as_text(session_id), as_text(checkout_id) or None, *common)
-            yield batch_id, rowid, claim
-
-
-def _common(
-    text: str,
-    claimed_at: datetime,
-    claimed_until: datetime,
-    of_batch: Mapping[int, tuple[datetime, datetime | None]] | None,
-) -> tuple[int, _Common]:
-    number, first_seen, failures, outcome, code, next_check, last_check = text.split("|")
-    batch_id = int(number)
-    due_at, checked_at = of_batch[batch_id] if of_batch else (None, None)
-    next_check_at = as_datetime(next_check) if next_check else None
-    return batch_id, _Common(
-        first_seen_at=as_datetime(first_seen),
-        consecutive_failures=int(failures),
-        claimed_at=claimed_at,
-        claimed_until=claimed_until,
-        batch_id=batch_id if of_batch else None,
-        last_outcome=outcome or None,
-        last_status_code=int(code) if code else None,
-        has_due_time=next_check_at is not None,
-        last_checked_at=as_datetime(last_check) if last_check else checked_at,
-        due_at=next_check_at or due_at,
-    )
