@@ -129,9 +129,9 @@ class PassLog:
 
     def _count_line(self, outcome: Outcome) -> bool:
         """Count a line; returns whether it is written."""
-        self._lines[outcome] += 1
-        limit = self._limit(outcome)
-        return limit is None or self._lines[outcome] <= limit
+        self._lines[outcome] = lines = self._lines[outcome] + 1
+        limit = self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
+        return limit is None or lines <= limit
 
     def _write(self, outcome: Outcome, write: Callable[[], None]) -> None:
         if self._waiting is None:

@@ -31,6 +31,8 @@ LOOK_AT_HEADERS_EVERY = 50
 # Where BILLING_API_URL has it, the id takes its place; otherwise the id is the last path segment.
 CHECKOUT_ID = "{billing_checkout_id}"
 
+# How nearly every other body begins, if it has one.
+_NO_HTML = (b"{", b"")
 # How an HTML page begins, maybe with a byte order mark.
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECASE)
 
@@ -206,7 +208,7 @@ class BillingClient:
 
 def is_html(body: bytes | None) -> bool:
     """Whether a body is a page for people. Other bodies say nothing without a status reader."""
-    return body is not None and _HTML.match(body) is not None
+    return body is not None and body[:1] not in _NO_HTML and _HTML.match(body) is not None
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
