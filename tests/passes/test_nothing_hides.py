@@ -312,7 +312,12 @@ ENVIRONMENTS: tuple[Mapping[str, str], ...] = (
 )
 
 
-@settings(max_examples=8, deadline=None, phases=[HPhase.explicit, HPhase.generate])
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize="CI" in os.environ,
+    phases=[HPhase.explicit, HPhase.generate],
+)
 @given(st.lists(phases, min_size=1, max_size=6), st.sampled_from(ENVIRONMENTS))
 @example([Phase(9, SILENCE, 3, True, 2, 0), Phase(9, ACTIVE, 0, True, 1, 10_000)], {})
 @example([Phase(9, LIMITED, 20, True, 1, 0), Phase(9, SETTLED, 1, False, 1, 0)], {})
