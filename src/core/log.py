@@ -130,7 +130,7 @@ class PassLog:
     def _count_line(self, outcome: Outcome) -> bool:
         """Count a line; returns whether it is written."""
         self._lines[outcome] = lines = self._lines[outcome] + 1
-        limit = self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
+        limit = self._limit(outcome)
         return limit is None or lines <= limit
 
     def _write(self, outcome: Outcome, write: Callable[[], None]) -> None:

@@ -172,31 +172,21 @@ class Worker:
         """The answer of `GET /api/status`. Raises StoreError."""
         from core.store.status_report import read_status  # noqa: PLC0415 (not for a cold worker)
 
-        def read() -> JsonObject:
-            self._prepare()
-            return read_status(self._database, self._settings, on_lambda=self._on_lambda)
-
-        return self._read(read)
+        return self._read(
+            lambda: read_status(self._database, self._settings, on_lambda=self._on_lambda)
+        )
 
     def find_sessions(self, text: str) -> JsonObject:
         """The answer of `GET /api/status?session=…`. Raises StoreError."""
         from core.store.session_search import find_sessions  # noqa: PLC0415 (as above)
 
-        def read() -> JsonObject:
-            self._prepare()
-            return find_sessions(self._database, text)
-
-        return self._read(read)
+        return self._read(lambda: find_sessions(self._database, text))
 
     def sessions_of(self, outcome: str, after: int) -> JsonObject:
         """The answer of `GET /api/sessions`. Raises StoreError."""
         from core.store.session_search import sessions_of  # noqa: PLC0415 (as above)
 
-        def read() -> JsonObject:
-            self._prepare()
-            return sessions_of(self._database, outcome, after)
-
-        return self._read(read)
+        return self._read(lambda: sessions_of(self._database, outcome, after))
 
     def stop(self) -> None:
         """Make a pass under way, from any thread, give back its claims and end (CancelledError)."""
@@ -221,11 +211,18 @@ class Worker:
         return self._runner.run(cancellable())
 
     def _read[T](self, read: Callable[[], T]) -> T:
-        """What `read` returns in the database's thread. Raises StoreError after READ_SECONDS too.
+        """What `read` returns in the database's thread, with the tables prepared before.
 
-        Then `read` goes on until the database's own time limits end it, and later ones wait.
+        Raises StoreError after READ_SECONDS too. Then `read` goes on until the database's own time
+        limits end it, and later ones wait.
         """
-        reading = self._database_thread.submit(read)
+
+        def prepared() -> T:
+            for warning in self._store.prepare():
+                logger.warning(f"⚠️ {warning}")
+            return read()
+
+        reading = self._database_thread.submit(prepared)
         try:
             return reading.result(READ_SECONDS)
         except TimeoutError:
@@ -234,12 +231,7 @@ class Worker:
                 f"The database has not answered within {READ_SECONDS:.0f} s."
             ) from None
 
-    def _prepare(self) -> None:
-        for warning in self._store.prepare():
-            logger.warning(f"⚠️ {warning}")
-
     def _heartbeat(self) -> _Heartbeat:
-        self._prepare()
         store = self._store
         counts = store.state.last_counts()
         waiting = store.read_waiting(self._settings.check_rules(), counts)

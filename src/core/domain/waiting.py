@@ -4,7 +4,7 @@ A session's wait is how much longer that is than its cadence promises. For one w
 began when the first of them was due, for one that is not asked about when it was due.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -28,6 +28,12 @@ class Wait(NamedTuple):
 
     sessions: int
     since: datetime
+
+
+def together(waits: Iterable[Wait]) -> Wait:
+    """One or more waits as one."""
+    numbers, times = zip(*waits, strict=True)
+    return Wait(sum(numbers), min(times))
 
 
 class WaitingSession(NamedTuple):
@@ -56,7 +62,7 @@ class Waiting:
     @property
     def all(self) -> Wait:
         """Of all causes together; there is one."""
-        return Wait(self.sessions, min(wait.since for wait in self.causes.values()))
+        return together(self.causes.values())
 
     @property
     def for_billing(self) -> Mapping[str, Wait]:

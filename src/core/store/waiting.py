@@ -5,6 +5,7 @@ which a time lies further ahead than the settings allow, because a clock was ahe
 changed, waits since its last check.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from core.domain.waiting import (
     Wait,
     Waiting,
     WaitingSession,
+    together,
     waits_from,
 )
 from core.store.queue_rows import DUE
@@ -86,17 +88,16 @@ class WaitingReader:
         due, failing, failed = self._ranges(connection)
         causes: dict[str, Wait] = {}
         first: list[WaitingSession] = []
-        if failing.is_outside(before, now + self._waits_from):
-            causes = self._count_failing(connection, now, counted)
-            first = self._first_failing(connection, now)
+        end = now + self._waits_from
+        if failing.is_outside(before, end):
+            causes = self._count_failing(connection, before, end, counted)
+            first = self._first_failing(connection, before, end)
         oldest = [time for time in (due.first, failing.first) if time is not None and time <= now]
         if due.is_outside(before, now + self._max_ahead) and (
             found := self._not_asked(connection, now, before)
         ):
-            held = causes.get(NOT_ASKED, found.wait._replace(sessions=0))
-            causes[NOT_ASKED] = Wait(
-                held.sessions + found.wait.sessions, min(held.since, found.wait.since)
-            )
+            held = [causes[NOT_ASKED]] if NOT_ASKED in causes else []
+            causes[NOT_ASKED] = together([*held, found.wait])
             first += found.first
             oldest.append(found.wait.since)
         # Billing is not to blame for those without a checkout id.
@@ -124,23 +125,19 @@ class WaitingReader:
         return _Range(next(times), next(times)), _Range(next(times), next(times)), as_int(failed)
 
     def _count_failing(
-        self, connection: Connection, now: datetime, counted: Mapping[str, int]
+        self, connection: Connection, before: datetime, end: datetime, counted: Mapping[str, int]
     ) -> dict[str, Wait]:
-        before = now - self._waits_from
         rows = connection.query(
             "SELECT w.last_outcome, COUNT(*), MIN(w.failing_since) FROM (SELECT last_outcome,"
             f" failing_since FROM checkout_session_check WHERE {_FAILING}"
             f" ORDER BY failing_since LIMIT {MAX_COUNTED:d}) AS w GROUP BY w.last_outcome",
-            (before, now + self._waits_from),
+            (before, end),
         )
-        found: dict[str, Wait] = {}
+        by_cause: defaultdict[str, list[Wait]] = defaultdict(list)
         for outcome, number, since in rows:
-            cause, wait = (
-                self._cause(outcome),
-                Wait(as_int(number), min(before, as_datetime(since))),
-            )
-            other = found.get(cause, wait._replace(sessions=0))
-            found[cause] = Wait(wait.sessions + other.sessions, min(wait.since, other.since))
+            wait = Wait(as_int(number), min(before, as_datetime(since)))
+            by_cause[self._cause(outcome)].append(wait)
+        found = {cause: together(waits) for cause, waits in by_cause.items()}
         if sum(wait.sessions for wait in found.values()) < MAX_COUNTED:
             return found
         return {
@@ -148,13 +145,14 @@ class WaitingReader:
             for cause, wait in found.items()
         }
 
-    def _first_failing(self, connection: Connection, now: datetime) -> list[WaitingSession]:
-        before = now - self._waits_from
+    def _first_failing(
+        self, connection: Connection, before: datetime, end: datetime
+    ) -> list[WaitingSession]:
         rows = connection.query(
             "SELECT session_id, failing_since, last_outcome, last_status_code"
             f" FROM checkout_session_check WHERE {_FAILING}"
             f" ORDER BY failing_since LIMIT {MAX_FIRST:d}",
-            (before, now + self._waits_from),
+            (before, end),
         )
         return [
             WaitingSession(
