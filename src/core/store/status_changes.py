@@ -329,6 +329,7 @@ def write_status(
 
 
 def log_changes(transaction: Transaction, records: Sequence[ChangeRecord]) -> None:
+    """Add rows to the change log, with texts cut to what its columns hold."""
     log = [
         record._replace(
             billing_checkout_id=(record.billing_checkout_id or "")[:MAX_LOGGED] or None,
