@@ -317,6 +317,7 @@ def test_every_alarm_of_the_template_has_a_cause() -> None:
     assert {name for name, _, _ in CAUSES.values()} == set(ALARMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 @pytest.mark.parametrize("cause", CAUSES)
 def test_alarm_comes_in_time_however_late_its_metrics_are(cause: str, setup: Setup) -> None:
@@ -332,6 +333,7 @@ def test_alarm_comes_in_time_however_late_its_metrics_are(cause: str, setup: Set
         assert promised <= came <= promised + delay + waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 15])
 @pytest.mark.parametrize("cause", CAUSES)
 def test_one_cause_raises_one_alarm_and_tells_when_it_is_over(cause: str, delay: int) -> None:
@@ -349,6 +351,7 @@ def test_one_cause_raises_one_alarm_and_tells_when_it_is_over(cause: str, delay:
     assert by_mail == [True, told[0].new != INSUFFICIENT_DATA]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 @pytest.mark.parametrize("situation", NO_CAUSE.values(), ids=NO_CAUSE)
 def test_no_alarm_is_raised_if_nothing_is_wrong(situation: Situation, setup: Setup) -> None:

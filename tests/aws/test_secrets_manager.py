@@ -255,6 +255,7 @@ def test_a_deleted_secret_leaves_the_old_key_in_use(
     assert any(m.startswith("❌ APIKEY_SECRET_ARN names the secret") for m in caplog.messages)
 
 
+@pytest.mark.slow
 def test_importing_the_check_handler_does_not_import_boto3() -> None:
     program = "import sys, handlers.check; sys.exit('boto3' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], cwd=SRC, check=False)

@@ -107,6 +107,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.sampled_from(PATHS), JSON.map(json.dumps).map(str.encode) | st.binary())
 def test_whatever_a_body_holds_reading_it_gives_a_reading(path: str, body: bytes) -> None:

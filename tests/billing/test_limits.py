@@ -48,6 +48,7 @@ def test_a_reset_is_seconds_or_a_time_and_capped(
     assert limit_ends_in(httpx.Headers(headers), NOON) == seconds
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from((*RESET_HEADERS, COMBINED_HEADER)), st.text("0123456789.-:;=tr TZ"))
 def test_any_reset_gives_a_bounded_pause(name: str, text: str) -> None:

@@ -137,6 +137,7 @@ def test_a_bug_counts_as_a_failed_pass(
     assert '"PassesFailed":1' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_garbage_collector_is_off_during_the_import_only() -> None:
     program = (
         "import gc, sys; gc.collect(); before = gc.get_stats(); import handlers.check;"

@@ -206,6 +206,7 @@ SHORTER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SHORTER)
 def test_a_shorter_cadence_or_interval_counts_from_the_next_tick(
     monitor: Monitor, change: str

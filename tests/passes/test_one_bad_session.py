@@ -159,6 +159,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("step", ["ask", "decide"])
 async def test_an_error_in_asking_or_deciding_is_its_sessions_outcome(  # noqa: PLR0917 (fixtures)

@@ -189,6 +189,7 @@ async def test_another_workers_pause_is_noticed_by_the_next_claim(
     assert billing.asked.total() == 3
 
 
+@pytest.mark.slow
 async def test_pauses_without_retry_after_double_up_to_a_minute(
     passes: Passes, clock: FakeClock, billing: FakeBilling
 ) -> None:

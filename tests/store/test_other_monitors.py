@@ -96,6 +96,7 @@ def test_a_monitor_whose_every_tick_another_one_leads_says_so(
     assert shop.run("SELECT COUNT(*) FROM checkout_session WHERE status = 'open'") == [(20,)]
 
 
+@pytest.mark.slow
 def test_nothing_is_said_any_more_two_minutes_after_the_other_one_stopped(
     sqlite_shop: Shop, clock: FakeClock
 ) -> None:
@@ -258,6 +259,7 @@ def test_passes_of_the_version_before_say_nothing(shop: Shop, clock: FakeClock) 
     old.close()
 
 
+@pytest.mark.slow
 def test_rows_of_a_clock_that_was_ahead_are_not_compared(shop: Shop, clock: FakeClock) -> None:
     with monitor(shop, clock, "a") as a:
         with monitor(shop, clock, "b", STATUS_UPDATES="true") as b:
