@@ -4,6 +4,7 @@ An alarm is raised for its cause only, in the minutes that docs/operate.md promi
 raises one alarm.
 """
 
+import copy
 import io
 import math
 import re
@@ -311,6 +312,18 @@ class Stack:
             if state == ALARM
             or (state == INSUFFICIENT_DATA and ALARMS[name].get("InsufficientDataActions"))
         }
+
+
+@cache
+def _healthy_stack() -> Stack:
+    return Stack()
+
+
+def alarms_after(minute: Minute, minutes: int = 20) -> set[str]:
+    """The alarms that are on when a healthy stack has emitted this minute so many times."""
+    stack = copy.deepcopy(_healthy_stack())
+    stack.run(lambda _setup, _minute: minute, minutes)
+    return stack.on
 
 
 def test_every_alarm_of_the_template_has_a_cause() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -39,6 +40,12 @@ def test_the_default_parameters_are_accepted_in_every_partition(region: str) -> 
     assert stack.refusals() == []
     assert Settings.from_env(environment(stack)).billing_api_url == REQUIRED["BillingApiUrl"]
     assert stack.properties("Dashboard")["DashboardName"] == f"shop-monitor-{region}"
+
+
+def needs_key(methods: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all methods of a path need the API key; either all or none do."""
+    [security] = {str(operation.get("security")) for operation in methods.values()}
+    return security == "[{'api_key': []}]"
 
 
 class TestTls:
@@ -174,13 +181,13 @@ class TestWhoMayCallTheApi:
             "x-amazon-apigateway-authtype": "awsSigv4",
         }
         [allow] = stack.properties("MonitorApi")["Policy"]["Statement"]
-        public = {
-            f"execute-api:/live/{method.upper()}{path}"
-            for path, methods in body(stack)["paths"].items()
-            for method, operation in methods.items()
-            if operation["security"] != [{"api_key": []}]
+        public = [p for p, methods in body(stack)["paths"].items() if not needs_key(methods)]
+        assert set(allow["Resource"]) == {
+            f"execute-api:/live/{method}{path}"  # the rest needs an identity's own permission
+            for path in public
+            # For the root, * would match every path that ends with a slash.
+            for method in (("GET", "HEAD") if path == "/" else ("*",))
         }
-        assert set(allow["Resource"]) == public  # the rest needs an identity's own permission
 
     def test_only_allowed_networks_may_call(self) -> None:
         [allow] = Stack().properties("MonitorApi")["Policy"]["Statement"]
@@ -230,16 +237,15 @@ class TestUpgrade:
             "CheckLoopEveryMinuteRole",  # what takes their places: ScheduleRole
             "FailedChecksAlarm",  # SessionsWaitingAlarm
             "FailedChecksQueueAlarm",  # WorkerErrorsAlarm
+            # CallApiFunction
+            *(n for n in self.BEFORE["resources"] if n.endswith("Permissionlive")),
         }
         for name, kind in self.BEFORE["resources"].items():
             assert name in gone or kept[name] == kind
         assert set(self.BEFORE["outputs"]) <= set(stack.outputs)
-        found = {
-            path: {method: operation["security"] for method, operation in methods.items()}
-            for path, methods in body(stack)["paths"].items()
-        }
+        found = {path: needs_key(methods) for path, methods in body(stack)["paths"].items()}
         for path, methods in self.BEFORE["api"].items():
-            assert methods.items() <= found[path].items()
+            assert found[path] == (methods != {"get": []})
         # A changed name would replace a log group, and lose its records.
         names = {group["LogGroupName"] for group in stack.of_type("AWS::Logs::LogGroup").values()}
         assert "/aws/lambda/shop-monitor-CheckSessions" in names

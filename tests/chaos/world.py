@@ -13,24 +13,27 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pymysql
 
+from core import metrics
 from core.billing.status_words import WORDS
 from core.domain.model import iso
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.settings import Settings
-from core.store.status_report import HISTORY, read_status
-from core.worker import Worker, open_database
+from core.store.status_report import HISTORY
+from core.worker import Health, Worker
 from testkit.clock import FakeClock
 from testkit.queue import LAST_CHECK, OF_SESSIONS
 from testkit.shops import Shop, settings_for
 from tests.chaos.billing import FaultyBilling
 from tests.chaos.bus import Bus
 from tests.chaos.proxy import Proxy
+from tests.test_alarms import Setup, alarms_after, emitted, failing_passes, started
 
 KEY = "the-key-that-nobody-may-see"
 INTERVAL = 5
@@ -66,6 +69,7 @@ class World:
     heard: dict[str, datetime] = field(default_factory=dict)  # billing's last usable word, or seen
     _output: str = ""
     _settings: Settings | None = None  # of the newest worker
+    _passes: int = 0  # under way
 
     def environment(self, **env: str) -> dict[str, str]:
         """The environment variables of a worker."""
@@ -94,17 +98,32 @@ class World:
         if worker is None:
             worker = self.workers[0] if self.workers else self.worker()
         self.assert_nothing_hides()
+        summary, began = None, self.clock.now
+        self._passes += 1
         try:
-            return worker.check_open_checkout_sessions(at or self.clock.now, seconds=seconds)
+            summary = worker.check_open_checkout_sessions(at or self.clock.now, seconds=seconds)
         except StoreError as error:
             self.errors.append(str(error))
-            return None
+        finally:
+            self._passes -= 1
+        late = self.assert_nothing_hides()
+        if late and self.clock.now == began and (summary is None or summary.led):
+            assert self.alarms(summary), f"no alarm although {late} wait: {summary}"
+        return summary
 
-    def assert_nothing_hides(self) -> None:
+    def alarms(self, summary: Summary | None) -> set[str]:
+        """The alarms that are on if each pass of the next 20 minutes ends like this."""
+        if summary is None:
+            return alarms_after(failing_passes(Setup(), 0))
+        passes = 60 // INTERVAL
+        return alarms_after(emitted(partial(metrics.measure, summary), passes) | started(passes))
+
+    def assert_nothing_hides(self) -> list[str]:
         """Whoever has waited for longer than the promise is named, and the page is not green.
 
         Longer than its cadence, three intervals and a backoff. A tenth of the sessions makes it
-        red. Nobody can be named while the database is away or nothing has run yet.
+        red, and they are returned; all of them make health fail. Nobody can be named while the
+        database is away or nothing has run yet.
         """
         self._listen()
         settings = self._settings or Settings.from_env(self.environment())
@@ -114,15 +133,23 @@ class World:
         late = [
             i for i, at in self.heard.items() if self.clock.now - at > timedelta(seconds=promise)
         ]
-        report = self.report() if late else None
+        if not late:
+            return []
+        report = self.report()
+        health = self.health() if self._passes == 0 else None  # a pass may change it meanwhile
         if report is None or report["last_pass_at"] is None:
-            return
+            assert health is None or not health.ok, f"{late} wait: {health}"
+            return late
         verdict, waiting = report["verdict"], report["waiting"]
         assert verdict["level"] in ("warning", "critical"), f"{late} wait: {verdict}"
         assert re.search("wait|No pass", verdict["text"]), f"{late} wait: {verdict}"
-        without_id = waiting["causes"].get("invalid_session", 0)
-        if len(late) - without_id >= len(self.heard) / 10:
-            assert verdict["level"] == "critical", f"{late} wait: {verdict}"
+        late_for_billing = len(late) - waiting["causes"].get("invalid_session", 0)
+        if late_for_billing < len(self.heard) / 10:
+            return []
+        assert verdict["level"] == "critical", f"{late} wait: {verdict}"
+        if late_for_billing == len(self.heard):
+            assert health is None or not health.ok, f"{late} wait: {health}"
+        return late
 
     def _listen(self) -> None:
         """Note what billing has said about each open session, as the monitor's tables have it."""
@@ -146,17 +173,23 @@ class World:
 
     def report(self) -> Any:  # noqa: ANN401 (JSON)
         """The report of the page, as a monitor like the newest worker makes it; None: it cannot."""
-        settings = replace(
-            self._settings or Settings.from_env(self.environment()),
-            database=settings_for(self.shop).database,
-        )
-        database = open_database(settings, clock=self.clock)
         try:
-            return read_status(database, settings)
+            return self._watch(Worker.status)
         except StoreError:
             return None
+
+    def health(self) -> Health:
+        return self._watch(Worker.health)
+
+    def _watch[T](self, look: Callable[[Worker], T]) -> T:
+        """What a new worker sees that has a connection of its own to the shop's database."""
+        settings = self._settings or Settings.from_env(self.environment())
+        database = settings_for(self.shop).database
+        worker = Worker(replace(settings, database=database), clock=self.clock)
+        try:
+            return look(worker)
         finally:
-            database.close()
+            worker.close()
 
     def advance(self, seconds: float = INTERVAL) -> None:
         self.clock.advance(seconds)
@@ -181,7 +214,7 @@ class World:
         if recheck:
             self._assert_open_sessions_are_rechecked(worker)
             self._assert_paid_sessions_are_closed()
-            self._assert_nobody_waits()
+            self._assert_nobody_waits(worker)
         self._assert_nothing_was_asked_twice()
         self._assert_statuses_came_from_billing()
         self._assert_events_match_changes()
@@ -190,11 +223,20 @@ class World:
         self._assert_output_is_clean()
         assert not [h for h in self.billing.redirected if KEY in h], "the key went to another host"
 
-    def _assert_nobody_waits(self) -> None:
-        """But those that nobody can ask about, and those that the shop's database refuses."""
+    def _assert_nobody_waits(self, worker: Worker | None) -> None:
+        """But those that nobody can ask about, and those that the shop's database refuses.
+
+        So health is good, and no alarm is on after the next tick.
+        """
         waiting = self.report()["waiting"]
         allowed = {"invalid_session", *(["refused"] if self.refused_sessions else [])}
         assert set(waiting["causes"]) <= allowed, waiting
+        health = self.health()
+        assert health.ok or self.refused_sessions, health
+        self.advance()
+        summary = self.tick(worker)
+        assert summary is not None
+        assert self.refused_sessions or not self.alarms(summary), summary
 
     def _assert_paid_sessions_are_closed(self) -> None:
         """A session that billing has closed is closed, unless the shop's database refuses it."""

@@ -3,6 +3,7 @@
 The tests share one stack and run in order. docs/deploy.md lists the limits of the emulator.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -159,6 +160,25 @@ def test_page_is_public_and_its_data_needs_the_key(deployment: Deployment) -> No
     status = curl(f"{page}api/status", api_key=deployment.stack.api_key())
     assert status.status == 200
     assert status.body["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"), [("api/health", "GET, HEAD"), ("api/test/checkout-sessions", "POST")]
+)
+def test_unknown_method_gets_405_with_the_methods_that_there_are(
+    deployment: Deployment, path: str, allow: str
+) -> None:
+    url = f"{deployment.stack.outputs()['PageUrl']}{path}"
+    found = "\n%{http_code} %header{allow}"
+    command = ["curl", "-sS", "-m", "60", "-X", "DELETE", "-w", found, url]
+
+    output = run(
+        [*command, "-H", f"x-api-key: {deployment.stack.api_key()}"],
+        shown=[*command, "-H", "x-api-key: …"],
+    )
+    body, _, line = output.stdout.rpartition("\n")
+    assert line == f"405 {allow}"
+    assert json.loads(body)["success"] is False
 
 
 def test_trigger_is_refused_without_a_key(deployment: Deployment) -> None:
