@@ -25,6 +25,7 @@ from local.mariadb import free_port
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / ".emulator" / "bin"
+METHODS = {"get", "head", "post", "put", "patch", "delete", "options"}
 REGION = "us-east-1"
 STACK = "checkout-session-monitor-dev"  # the name in `--config-env dev`
 START_SECONDS = 60.0
@@ -187,8 +188,9 @@ class Stack:
 def adapt(template: Template, directory: Path) -> list[str]:
     """Adapt a built template, which is in `directory`, to the emulator.
 
-    It supports no alarms on metric math, no definition in YAML, and no Fn::Split in a condition, so
-    the event bus must be one of the account. Returns the names of the alarms that are removed.
+    It supports no alarms on metric math, no definition in YAML, no method that stands for all, and
+    no Fn::Split in a condition, so the event bus must be one of the account. Returns the names of
+    the alarms that are removed.
     """
     resources = template["Resources"]
     names = [
@@ -201,5 +203,8 @@ def adapt(template: Template, directory: Path) -> list[str]:
     loop = resources["CheckLoop"]["Properties"]
     definition = directory / loop.pop("DefinitionUri")
     loop["Definition"] = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    for methods in resources["MonitorApi"]["Properties"]["DefinitionBody"]["paths"].values():
+        every = methods.pop("x-amazon-apigateway-any-method")
+        methods |= dict.fromkeys(METHODS - methods.keys(), every)
     template["Conditions"]["HasForeignBus"] = {"Fn::Equals": ["an ARN", "a name"]}
     return names

@@ -24,17 +24,21 @@ def test_missing_tick_is_named() -> None:
         deploy.check_for_gaps([tick for tick in ONE_MINUTE if tick.second != 35])
 
 
-def test_only_metric_math_alarms_are_removed(tmp_path: Path) -> None:
+def test_what_the_emulator_does_not_support_is_replaced_or_removed(tmp_path: Path) -> None:
     def alarm(**properties: object) -> dict[str, object]:
         return {"Type": "AWS::CloudWatch::Alarm", "Properties": properties}
 
     loop = {"Type": "AWS::Serverless::StateMachine", "Properties": {"DefinitionUri": "loop.yaml"}}
     alarms = {"A": alarm(Metrics=[]), "B": alarm(MetricName="Errors")}
-    template: aws.Template = {"Resources": {"CheckLoop": loop, **alarms}, "Conditions": {}}
+    paths = {"/": {"get": "a", "x-amazon-apigateway-any-method": "b"}}
+    api = {"Properties": {"DefinitionBody": {"paths": paths}}, "Type": "AWS::Serverless::Api"}
+    resources = {"CheckLoop": loop, "MonitorApi": api, **alarms}
+    template: aws.Template = {"Resources": resources, "Conditions": {}}
     (tmp_path / "loop.yaml").write_text("StartAt: Minute")
 
     assert aws.adapt(template, tmp_path) == ["A"]
-    assert set(template["Resources"]) == {"CheckLoop", "B"}
+    assert set(template["Resources"]) == {"CheckLoop", "MonitorApi", "B"}
+    assert paths == {"/": {"get": "a", **dict.fromkeys(aws.METHODS - {"get"}, "b")}}
     assert loop["Properties"] == {"Definition": {"StartAt": "Minute"}}
 
 
