@@ -205,6 +205,6 @@ def adapt(template: Template, directory: Path) -> list[str]:
     loop["Definition"] = yaml.safe_load(definition.read_text(encoding="utf-8"))
     for methods in resources["MonitorApi"]["Properties"]["DefinitionBody"]["paths"].values():
         every = methods.pop("x-amazon-apigateway-any-method")
-        methods |= dict.fromkeys(METHODS - methods.keys(), every)
+        methods.update(dict.fromkeys(METHODS - methods.keys(), every))
     template["Conditions"]["HasForeignBus"] = {"Fn::Equals": ["an ARN", "a name"]}
     return names
