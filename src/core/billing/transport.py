@@ -153,13 +153,15 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             builder = builder.timeout(timedelta(seconds=max(0, left)))
         sending = builder.build_streamed()
         client.requests += 1
+        is_complete = False
         try:
             response = await sending.__aenter__()
             try:
-                # Less than CHUNK_BYTES is the whole body.
                 body = await response.body_reader.read(CHUNK_BYTES)
+                is_complete = body is None or len(body) < CHUNK_BYTES
             finally:
-                await sending.__aexit__(None, None, None)
+                if not is_complete:  # otherwise there is nothing to close, which takes 2 µs
+                    await sending.__aexit__(None, None, None)
         except PyreqwestError as error:
             raise _translated(error, request) from error
         finally:
