@@ -57,6 +57,7 @@ class Writer:
         self._rechecks: list[Recheck] = []
         self._changes = deque[StatusChange]()
         self._alone = deque[StatusChange]()  # changes of which one may be refused
+        self._making = 0  # changes in the transaction that is under way
         self._unwanted: list[Claim] = []
         self.gave_back = False  # since a claim waited for it
         self._all_given_back = asyncio.Event()
@@ -106,7 +107,8 @@ class Writer:
     @property
     def has_room(self) -> bool:
         """Whether fewer than MAX_WAITING_CHANGES are still to be made."""
-        return len(self._changes) + len(self._alone) < MAX_WAITING_CHANGES
+        to_make = len(self._changes) + len(self._alone) + self._making
+        return to_make < MAX_WAITING_CHANGES
 
     async def wait_for_room(self) -> None:
         """Wait until there is room: what comes before would wait long."""
@@ -181,10 +183,12 @@ class Writer:
         """
         rechecks, self._rechecks = self._rechecks, []
         changes = self._next_changes()
+        self._making = len(changes)
         unwanted, self._unwanted = self._unwanted, []
         at = asyncio.get_running_loop().time()
         recorded = await self._database.run(self._record, rechecks, changes, unwanted, at)
         self._alone.extend(recorded.untried)
+        self._making = 0
         self._written.set()
         if self._changes or self._alone:
             self._wake.set()
