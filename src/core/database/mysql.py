@@ -33,9 +33,9 @@ _STANDBY = frozenset((1290, 1792, 1836, 1047))
 _LOCKED = frozenset((ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT, 3101, 1020))
 # A lock timeout is only tried again while this much time has not passed.
 RETRY_SECONDS = 5.0
-# The shop's table is not what it was: no such table or column, another collation, ids that are too
-# long or too large for our copy of them, or no numbers.
-_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1267, 1406, 1264, 1366))
+# The shop's table is not what it was: no such table, column or index, another collation, ids that
+# are too long or too large for our copy of them, or no numbers.
+_SCHEMA_CHANGED = frozenset((ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR, 1176, 1267, 1406, 1264, 1366))
 # Some changes of the shop's table raise no error, so the tables are compared again this often.
 PREPARED_SECONDS = 60.0
 # This user may not read or write a table, or a column.
@@ -132,6 +132,7 @@ class MySQLDatabase:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.is_transactional = True
+        self.by_status = ""
         self._address = address
         self._clock = clock
         self._sleep = sleep
@@ -154,6 +155,8 @@ class MySQLDatabase:
             raise StoreError(self._explained(error, error.args[0])) from error
         self._ids = shop.ids
         self.is_transactional = shop.is_transactional
+        # MariaDB reads all open sessions from the first one otherwise, for each piece of a walk.
+        self.by_status = f"FORCE INDEX (`{shop.open_index}`)" if shop.open_index else ""
         self._prepared_until = self._monotonic() + PREPARED_SECONDS
         return shop.warnings
 

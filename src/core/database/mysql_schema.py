@@ -1,6 +1,7 @@
 """The monitor's tables on MySQL and MariaDB: what they are, how they are made and upgraded."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -193,6 +194,7 @@ class ShopTable(NamedTuple):
 
     ids: IdColumn
     is_transactional: bool
+    open_index: str | None  # the index that has the open sessions in the order of their ids
     warnings: Sequence[str]
 
 
@@ -264,7 +266,7 @@ def _read_shop(connection: Connection) -> tuple[ShopTable, dict[str, IdColumn]]:
         [(schema,)] = connection.query("SELECT DATABASE()")
         raise StoreError(_unsupported_id(ids, str(schema)))
     is_transactional, warnings = _look_at_shop(connection)
-    return ShopTable(ids, is_transactional, warnings), columns
+    return ShopTable(ids, is_transactional, _open_index(connection), warnings), columns
 
 
 def _id_column(column_type: Value, charset: Value, collation: Value, data_type: Value) -> IdColumn:
@@ -332,6 +334,24 @@ def _look_at_shop(connection: Connection) -> tuple[bool, Sequence[str]]:
     if not is_transactional:
         warnings.append(NO_TRANSACTIONS.format(engine=engine))
     return is_transactional, warnings
+
+
+def _open_index(connection: Connection) -> str | None:
+    """The name of an index on status and id; the primary key is part of every other index."""
+    [(version,)] = connection.query("SELECT VERSION()")
+    is_usable = "ignored = 'NO'" if "MariaDB" in str(version) else "is_visible = 'YES'"
+    columns = defaultdict[str, list[str]](list)
+    for index, column in connection.query(
+        "SELECT index_name, LOWER(column_name) FROM information_schema.statistics"
+        " WHERE table_schema = DATABASE() AND table_name = 'checkout_session'"
+        f" AND sub_part IS NULL AND {is_usable} ORDER BY index_name, seq_in_index"
+    ):
+        columns[str(index)].append(str(column))
+    primary = columns["PRIMARY"]
+    for index, of_index in columns.items():
+        if [*of_index, *primary][:2] == ["status", "id"] and re.fullmatch(r"\w+", index):
+            return index
+    return None
 
 
 def _create(database: _Database, statement: str) -> bool:

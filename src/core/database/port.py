@@ -54,6 +54,7 @@ class Database(Protocol):
     by_session: str  # the same, by their session ids
     by_batch: str  # the same, by their batches
     by_wait: str  # the same, by since when they fail
+    by_status: str  # makes a SELECT read the shop's open sessions in the order of their ids
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
     join_in_order: str  # JOIN that reads the table on its left first

@@ -163,7 +163,7 @@ class SQLiteConnection:
 class SQLiteDatabase:
     """One connection to a file. Writers wait for each other; readers wait for nobody (WAL)."""
 
-    in_due_order = by_rowid = by_session = by_batch = by_wait = ""
+    in_due_order = by_rowid = by_session = by_batch = by_wait = by_status = ""
     join_in_order = "JOIN"
     has_index = (
         "SELECT 1 FROM pragma_index_list('checkout_session') AS list,"

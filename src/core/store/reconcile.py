@@ -159,7 +159,8 @@ class Reconciliation:
         """None: the piece has no upper bound, because it is the last one."""
         condition, bounds = self._range("s.id")
         last = connection.query(
-            f"SELECT s.id FROM checkout_session s WHERE s.status = 'open'{condition}"
+            f"SELECT s.id FROM checkout_session s {self._database.by_status}"
+            f" WHERE s.status = 'open'{condition}"
             f" ORDER BY s.id LIMIT 1 OFFSET {PIECE_SESSIONS - 1:d}",
             bounds,
         )
@@ -182,7 +183,8 @@ class Reconciliation:
             f" SUM(CASE WHEN {UNCLAIMED.format('c.')} AND {DUE} > %s THEN 1 ELSE 0 END),"
             " SUM(CASE WHEN c.rowid IS NOT NULL AND b.id IS NULL THEN 1 ELSE 0 END),"
             f" SUM(CASE WHEN {wrong} THEN 1 ELSE 0 END)"
-            " FROM checkout_session s LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+            f" FROM checkout_session s {self._database.by_status}"
+            " LEFT JOIN checkout_session_check c ON c.session_id = s.id"
             " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
             (*young, *valid, *valid, due_by, *valid, due_by, *wrong_parameters, *bounds),
@@ -245,7 +247,7 @@ class Reconciliation:
         # Read without a lock, then inserted by id: INSERT … SELECT may lock the shop's rows.
         condition, bounds = self._range("s.id", up_to)
         ids = connection.query(
-            "SELECT s.id FROM checkout_session s"
+            f"SELECT s.id FROM checkout_session s {self._database.by_status}"
             " LEFT JOIN checkout_session_check c ON c.session_id = s.id"
             f" WHERE s.status = 'open' AND c.session_id IS NULL{condition}",
             bounds,
