@@ -5,6 +5,7 @@ it holds only what somebody reads.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -82,9 +83,10 @@ class PassLog:
         waits: bool = False,
         sent_headers: str = "",
     ) -> None:
-        self._max_active = max_active
+        self._max_lines: dict[Outcome, float] = dict.fromkeys(Outcome, LINES_PER_OUTCOME)
+        self._max_lines[Outcome.ACTIVE] = math.inf if max_active is None else max_active
         self._sent_headers = sent_headers
-        self._lines: Counter[Outcome] = Counter()
+        self._lines = dict.fromkeys(Outcome, 0)
         self._unknown: Counter[str] = Counter()
         self._waiting: list[tuple[Outcome, Callable[[], None]]] | None = [] if waits else None
 
@@ -130,17 +132,13 @@ class PassLog:
     def _count_line(self, outcome: Outcome) -> bool:
         """Count a line; returns whether it is written."""
         self._lines[outcome] = lines = self._lines[outcome] + 1
-        limit = self._limit(outcome)
-        return limit is None or lines <= limit
+        return lines <= self._max_lines[outcome]
 
     def _write(self, outcome: Outcome, write: Callable[[], None]) -> None:
         if self._waiting is None:
             write()
         else:
             self._waiting.append((outcome, write))
-
-    def _limit(self, outcome: Outcome) -> int | None:
-        return self._max_active if outcome is Outcome.ACTIVE else LINES_PER_OUTCOME
 
     @property
     def unknown_words(self) -> list[str]:
@@ -149,9 +147,9 @@ class PassLog:
 
     def end(self, summary: Summary) -> None:
         for outcome, count in self._lines.items():
-            limit = self._limit(outcome)
-            if limit is not None and count > limit:
-                logger.info(f"… and {count - limit} more: {outcome.value}")
+            if count > self._max_lines[outcome]:
+                more = count - int(self._max_lines[outcome])
+                logger.info(f"… and {more} more: {outcome.value}")
         if self._unknown:
             seen = ", ".join(f"{what} ({n})" for what, n in self._unknown.most_common(MAX_WORDS))
             logger.warning(

@@ -8,14 +8,13 @@ from datetime import timedelta
 
 import pytest
 
-from core.database.port import STATEMENT_ROWS
 from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Claim, Outcome, Reason, Recheck
 from core.domain.summary import Summary
 from core.log import PassLog
 from core.passes import writer
 from core.passes.pause import SharedPause
-from core.passes.writer import Writer
+from core.passes.writer import WRITE_AT_ONCE, Writer
 from core.store.store import Store
 from testkit.clock import FakeClock
 from testkit.queue import claimed
@@ -38,18 +37,18 @@ async def test_results_are_recorded_while_requests_are_in_flight(
 
 
 @pytest.mark.usefixtures("recorded_at_once")
-async def test_results_that_fill_a_statement_are_recorded_at_once(
+async def test_many_results_are_recorded_at_once(
     passes: Passes, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 3600)
-    add_sessions(passes.shop, numbered(STATEMENT_ROWS + 1))
+    add_sessions(passes.shop, numbered(WRITE_AT_ONCE + 1))
     hanging = billing.held["checkout_active_0"] = asyncio.Event()
 
     running = asyncio.create_task(passes.run())
     recorded = "SELECT COUNT(last_outcome) FROM checkout_session_check"
-    await until(lambda: passes.shop.run(recorded) == [(STATEMENT_ROWS,)])
+    await until(lambda: passes.shop.run(recorded) == [(WRITE_AT_ONCE,)])
     hanging.set()
-    assert (await running).checked == STATEMENT_ROWS + 1
+    assert (await running).checked == WRITE_AT_ONCE + 1
 
 
 @pytest.mark.usefixtures("recorded_at_once")

@@ -39,7 +39,7 @@ _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECAS
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
 _DOT_SEGMENTS = frozenset((".", ".."))
-_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]+")
+_is_unreserved = re.compile(r"[A-Za-z0-9._~-]+").fullmatch
 
 
 class StatusCodes(NamedTuple):
@@ -125,15 +125,18 @@ class BillingClient:
         try:
             headers = self._headers.current
             if started < self._headers.renew_at:
-                response, body = await self._get(url, headers)
+                response = await self._transport.handle_async_request(Get(url, headers))
             else:
                 async with asyncio.timeout(self._timeout_seconds):
                     headers = await self._headers.ready(started)
-                    response, body = await self._get(url, headers)
+                    response = await self._transport.handle_async_request(Get(url, headers))
             if response.status_code in UNAUTHORIZED and self._headers.can_change:
                 async with asyncio.timeout(started + self._timeout_seconds - self._monotonic()):
                     if await self._headers.changed(headers, self._monotonic()):
-                        response, body = await self._get(url, self._headers.current)
+                        await _read(response)
+                        again = Get(url, self._headers.current)
+                        response = await self._transport.handle_async_request(again)
+            body = await _read(response) if not response.is_closed else _short(response.content)
         except TokenError as error:
             return error.answer
         except (TimeoutError, httpx.TimeoutException):
@@ -160,7 +163,9 @@ class BillingClient:
             return Answer(outcome, code, seconds)
         used_up = self._is_used_up(response)
         if self._status_reader is None:
-            answer = Answer(outcome, code, seconds, used_up=used_up)
+            answer = Answer(outcome, code, seconds)
+            if used_up:
+                answer = answer._replace(used_up=True)
             if is_html(body):  # a maintenance page, or a login
                 answer = answer._replace(outcome=Outcome.UNKNOWN_STATUS, detail="an HTML page")
             return answer
@@ -190,10 +195,6 @@ class BillingClient:
         self._says_remaining = says_remaining(response.headers)
         return self._says_remaining and is_used_up(response.headers)
 
-    async def _get(self, url: str, headers: httpx.Headers) -> tuple[httpx.Response, bytes | None]:
-        response = await self._transport.handle_async_request(Get(url, headers))
-        return response, await _read(response)
-
     async def _fetch_token(self, url: str, credentials: Mapping[str, str]) -> Token:
         try:
             request = token_request(url, credentials)
@@ -217,7 +218,7 @@ def path_segment(billing_checkout_id: str) -> str | None:
     Everything but RFC 3986's unreserved characters is percent-encoded, so an id can neither leave
     its segment nor add a query.
     """
-    if _UNRESERVED.fullmatch(billing_checkout_id):  # nearly every id
+    if _is_unreserved(billing_checkout_id):  # nearly every id
         return None if billing_checkout_id in _DOT_SEGMENTS else billing_checkout_id
     try:
         return quote(billing_checkout_id, safe="")
@@ -242,10 +243,14 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
             return Outcome.UNEXPECTED_STATUS
 
 
+def _short(body: bytes) -> bytes | None:
+    return body if len(body) <= MAX_BODY_BYTES else None
+
+
 async def _read(response: httpx.Response) -> bytes | None:
     """The body, read to its end so that the connection can be reused; None beyond the limit."""
-    if response.is_closed:  # the transport has read it
-        return response.content if len(response.content) <= MAX_BODY_BYTES else None
+    if response.is_closed:
+        return _short(response.content)
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

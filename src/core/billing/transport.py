@@ -1,9 +1,11 @@
 """httpx's transport over pyreqwest (Rust's reqwest): requests leave, bytes or errors come back."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
 
 import httpx
 from pyreqwest.client import Client, ClientBuilder
@@ -64,21 +66,19 @@ class Get(httpx.Request):
     reading the answer.
     """
 
+    method = "GET"
+    stream = httpx.ByteStream(b"")
+    extensions: Mapping[str, Any] = MappingProxyType({})  # type: ignore[assignment]
+
     def __init__(self, address: str, headers: httpx.Headers) -> None:
-        self.method = "GET"
         self.address = address
         self.headers = headers
-        self.stream = _NO_BODY
-        self.extensions = {}
 
     def __getattr__(self, name: str) -> httpx.URL:
         if name != "url":
             raise AttributeError(name)
         self.url = httpx.URL(self.address)
         return self.url
-
-
-_NO_BODY = httpx.ByteStream(b"")
 
 
 class ReqwestTransport(httpx.AsyncBaseTransport):
@@ -310,10 +310,12 @@ class _Received(httpx.Response):
     httpx.Response copies and normalises them, which takes longer than the rest of an answer.
     """
 
+    is_closed = True
+    content = b""
+
     def __init__(self, status: int, headers: HeaderMap, body: bytes) -> None:
         self.status_code = status
-        self.is_closed = True
-        self._content = body
+        self.content = self._content = body
         self._header_map = headers
 
     def __getattr__(self, name: str) -> httpx.Headers:

@@ -131,6 +131,8 @@ def as_text(value: Value) -> str:
 
     Bytes that are not UTF-8 become lone surrogates, which no URL and no event can carry.
     """
+    if isinstance(value, str):  # nearly all
+        return value
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
 

@@ -55,13 +55,11 @@ class Outcome(StrEnum):
 
     __hash__ = str.__hash__  # Enum's is a Python function; each check is counted by its outcome
 
-    @property
-    def is_error(self) -> bool:
-        """Whether the check failed; failures in a row make its session back off."""
-        return self not in _NO_ERRORS
+    is_error: bool
+    """Whether the check failed; failures in a row make its session back off."""
 
-
-_NO_ERRORS = (Outcome.ACTIVE, Outcome.CLOSED, Outcome.NOT_FOUND)
+    def __init__(self, value: str) -> None:
+        self.is_error = value not in {"active", "closed", "not_found"}
 
 
 class Reason(StrEnum):

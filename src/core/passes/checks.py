@@ -171,19 +171,25 @@ class Checks:
         return pending.claims.popleft(), pending
 
     async def _check(self, claim: Claim, requested: float) -> None:
-        answer, decision = await self._ask_and_decide(claim, requested)
+        """Ask billing and decide; an unexpected error is this session's outcome, and logged."""
         limits = 0
-        while limited := self._is_limit_of_all(claim, answer, limits):
+        while True:
+            try:
+                answer = await self._billing.check(claim.billing_checkout_id)
+                decision = self._decide(claim, answer, requested)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the other sessions go on)
+                answer, decision = self._failed(claim, error)
+            if answer.seconds is not None:
+                self._tally.latencies.append(answer.seconds)
+            if not self._is_limit_of_all(claim, answer, limits):
+                self._writer.write(decision)
+                break
             limits += 1
             self._tally.rate_limited += 1
             self._pause.rate_limited(answer)
             if not await self._may_ask_again(requested):
+                self._writer.give_back([claim])
                 break
-            answer, decision = await self._ask_and_decide(claim, requested)
-        if limited:
-            self._writer.give_back([claim])
-        else:
-            self._writer.write(decision)
         self._take_answer(answer)
 
     async def _may_ask_again(self, requested: float) -> bool:
@@ -221,28 +227,25 @@ class Checks:
             return True
         return not was_limited and limits + 1 < OWN_LIMITS
 
-    async def _ask_and_decide(self, claim: Claim, requested: float) -> tuple[Answer, Decision]:
-        """Ask billing and decide; an unexpected error is this session's outcome, and logged."""
-        try:
-            answer = await self._billing.check(claim.billing_checkout_id)
-            self._last_answer_at = now = self._loop.time()
-            decision = decide(
-                claim,
-                answer,
-                tick=self._tick,
-                answered_after=now - requested,
-                rules=self._rules,
-                choose=self._choose,
-            )
-            if isinstance(decision, Recheck):  # a status change is logged when it has been made
-                self._log.check(claim, answer)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the other sessions go on)
-            logger.debug("Unexpected error in a check", exc_info=error)
-            answer = Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
-            with suppress(Exception):
-                self._log.check(claim, answer)
-            backoff = max(self._rules.interval_seconds, self._rules.backoff_max_seconds)
-            decision = Recheck(claim, answer, claim.claimed_at + timedelta(seconds=backoff))
-        if answer.seconds is not None:
-            self._tally.latencies.append(answer.seconds)
-        return answer, decision
+    def _decide(self, claim: Claim, answer: Answer, requested: float) -> Decision:
+        self._last_answer_at = now = self._loop.time()
+        decision = decide(
+            claim,
+            answer,
+            tick=self._tick,
+            answered_after=now - requested,
+            rules=self._rules,
+            choose=self._choose,
+        )
+        if isinstance(decision, Recheck):  # a status change is logged when it has been made
+            self._log.check(claim, answer)
+        return decision
+
+    def _failed(self, claim: Claim, error: Exception) -> tuple[Answer, Decision]:
+        """What becomes of a session whose check ended in an unexpected error."""
+        logger.debug("Unexpected error in a check", exc_info=error)
+        answer = Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+        with suppress(Exception):
+            self._log.check(claim, answer)
+        backoff = max(self._rules.interval_seconds, self._rules.backoff_max_seconds)
+        return answer, Recheck(claim, answer, claim.claimed_at + timedelta(seconds=backoff))

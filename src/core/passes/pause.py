@@ -13,8 +13,9 @@ from core.domain.model import Answer
 from core.domain.rate import ANSWERED_SECONDS, Budget, Seen
 from core.store.monitor_state import MonitorState, StateRow
 
-# A request may leave this long before its time, so that not every one needs a timer.
-TIMER_SECONDS = 0.003
+# A request may leave this long before its time, so that not every one needs a timer: under a
+# budget, and without one, where a hundred answers may come at once.
+TIMER_SECONDS, UNLIMITED_TIMER_SECONDS = 0.003, 0.01
 # Reserved requests leave no sooner than this, because the budget has yet to be written.
 LEAD_SECONDS = 0.02
 # Reserved times that are this close follow each other: the clocks differ by that much.
@@ -131,7 +132,7 @@ class SharedPause:
             return False
         now = self._loop.time()
         at = max(self._turn_at, now) + 1 / self.pace
-        if at > now + TIMER_SECONDS or now >= self.begin_by:
+        if at > now + UNLIMITED_TIMER_SECONDS or now >= self.begin_by:
             return False
         self._turn_at = at
         return True
@@ -146,7 +147,8 @@ class SharedPause:
                 at = self._turn_at = max(self._turn_at, now) + 1 / self.pace
             else:
                 at = self._take_reserved(now)
-            if at <= now + TIMER_SECONDS:
+            timer = UNLIMITED_TIMER_SECONDS if self.rate is None else TIMER_SECONDS
+            if at <= now + timer:
                 return True
             self._delayed = True
             if math.isinf(at):

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from core.database.port import STATEMENT_ROWS
 from core.database.thread import DatabaseThread, wait_to_end
 from core.domain.model import Claim, Decision, Outcome, Recheck, Recorded, StatusChange
 from core.domain.summary import count_errors
@@ -18,10 +17,10 @@ from core.store.queue import Claimed
 from core.store.status_changes import CHANGES_AT_ONCE
 from core.store.store import Store
 
-# Decisions are collected for this long, or until they fill a statement, so that one statement
-# records many of them and claims wait for few. A killed pass loses that much, and those sessions
-# are then checked once more.
-WRITE_EVERY_SECONDS = 0.25
+# Decisions are collected for this long, or until there are so many, so that one statement records
+# many of them and claims wait for few. A killed pass loses that much, and those sessions are then
+# checked once more.
+WRITE_EVERY_SECONDS, WRITE_AT_ONCE = 0.25, 2000
 # Status changes that are not made this long after the pass had to end are given back: a slow event
 # bus must not keep a Lambda from ending in time.
 FINISH_CHANGES_SECONDS = 2.0
@@ -101,7 +100,7 @@ class Writer:
         if decision.answer.outcome is Outcome.RATE_LIMITED:
             self._pause.rate_limited()
             self._wake.set()
-        elif len(self._rechecks) + len(self._changes) >= STATEMENT_ROWS:
+        elif len(self._rechecks) + len(self._changes) >= WRITE_AT_ONCE:
             self._wake.set()
 
     @property

@@ -70,8 +70,8 @@ def read_claims(
         if checkout_id is None:
             yield batch_id, rowid, None
         else:
-            claim = Claim(rowid, as_text(session_id), as_text(checkout_id) or None, *common)
-            yield batch_id, rowid, claim
+            ids = (rowid, as_text(session_id), as_text(checkout_id) or None)
+            yield batch_id, rowid, Claim._make((*ids, *common))
 
 
 def _common(
