@@ -3,6 +3,8 @@
 import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 
 from bench.clients import Job, Report
 from bench.machine import Machine, make_due, pass_job
@@ -22,6 +24,9 @@ from bench.report import Results, cpu_seconds_a_check, peak_mb, progress, rate
 from testkit.shops import Shop, numbered
 
 WARM_UP = 1000
+# A shared machine's rounds differ by a fifth and more. Programs that take turns, in both orders,
+# for this many rounds are compared to some 3 %.
+ROUNDS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +59,12 @@ QUICK_CONDITIONS = (THOUSAND, Condition(1000, 100, "50ms", tls=True))
 
 
 def programs(machine: Machine) -> list[Program]:
-    passes = [MARIADB, *([MYSQL] if machine.mysql else []), SQLITE]
-    ours = [version for program in (HTTP, *passes) for version in machine.versions(program)]
+    ours = [version for program in _ours(machine) for version in machine.versions(program)]
     return [*ours, NODE_ALL, NODE_BOUNDED, AIOHTTP, WRK]
+
+
+def _ours(machine: Machine) -> list[Program]:
+    return [HTTP, MARIADB, *([MYSQL] if machine.mysql else []), SQLITE]
 
 
 def measure(machine: Machine, results: Results) -> None:
@@ -64,6 +72,8 @@ def measure(machine: Machine, results: Results) -> None:
     for condition in conditions:
         results.rounds[condition.label] = _measure(machine, condition)
     _compare(machine, results, conditions)
+    if machine.before:
+        _compare_with(machine.before, machine, results, conditions)
 
 
 def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
@@ -85,8 +95,8 @@ def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
             )
             client.run(job if shop else {**job, "sessions": warm_up, "warm_up": True})
             running.append((client, job, shop))
-        for round_ in range(machine.rounds):
-            for client, job, shop in running:
+        for round_ in range(1 if machine.quick else ROUNDS):
+            for client, job, shop in running[:: 1 if round_ % 2 == 0 else -1]:
                 label = client.program.label
                 if shop:
                     make_due(shop)
@@ -152,3 +162,18 @@ def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ..
         f"{many:.0f} MB, {many - few:+.0f} MB",
         met=many <= 128 and many - few <= 10,
     )
+
+
+def _compare_with(
+    before: Path, machine: Machine, results: Results, conditions: tuple[Condition, ...]
+) -> None:
+    """Compare each program with its earlier version, turn by turn."""
+    for condition in conditions:
+        measured = results.rounds[condition.label]
+        ratios = []
+        for program in _ours(machine):
+            turns = zip(measured[program.label], measured[program.of(before).label], strict=True)
+            ratio = median(rate([ours]) / rate([theirs]) for ours, theirs in turns)
+            ratios.append(f"{program.label.removeprefix('ours, ')} {ratio:.2f}")
+        what = f"checks a second, compared with {before.name}, {condition.label}"
+        results.state(what, ", ".join(ratios))
