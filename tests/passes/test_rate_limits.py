@@ -206,6 +206,18 @@ def test_without_a_limit_the_checks_of_a_tick_are_no_burst() -> None:
     assert len([at for at in times if at <= times[0] + 0.1]) < 300
 
 
+def test_more_checks_than_a_worker_can_make_are_not_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims, "MAX_PACE", 2000.0)
+    monitor = LimitedMonitor(lambda _checkout_id, _at: None, MAX_CONCURRENCY="500")
+    monitor.open(1000)
+    monitor.run(ticks=2)
+    times = sorted(at - 5 for at, _ in monitor.requests if at >= 5)
+    assert len(times) == 1000
+    assert times[-1] < 0.2
+
+
 @pytest.mark.slow
 def test_a_pass_hands_over_to_the_worker_of_the_next_tick() -> None:
     monitor = LimitedMonitor(with_bucket(25, 25))

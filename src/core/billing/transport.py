@@ -106,7 +106,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         self._http2 = _Clients(self._http2_builder, MAX_CONNECTIONS)
         self._unkept = _Client(_client(timeout_seconds, MAX_CONNECTIONS).pool_max_idle_per_host(0))
         self._headers: httpx.Headers | None = None  # of the last request
-        self._items: list[tuple[str, str]] = []
+        self._header_map = HeaderMap()  # the same
         self._speaks_http2 = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -143,9 +143,8 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     ) -> httpx.Response:
         """Send it by that client; a second attempt gets the rest of the first one's time."""
         address = request.address if isinstance(request, Get) else str(request.url)
-        builder = client.client.request(request.method, address).headers(
-            self._items_of(request.headers)
-        )
+        headers = self._header_map_of(request.headers)
+        builder = client.client.request(request.method, address).headers(headers)
         if request.method == "POST":
             builder = builder.body_bytes(request.content)
         if sent_before is not None:
@@ -171,12 +170,12 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             self._speaks_http2 = True
         return _Received(response.status, response.headers, b"" if body is None else bytes(body))
 
-    def _items_of(self, headers: httpx.Headers) -> list[tuple[str, str]]:
+    def _header_map_of(self, headers: httpx.Headers) -> HeaderMap:
         if headers is not self._headers:  # many requests share them
             # HTTP/2 has its own form of it, and services refuse both; reqwest makes either.
-            self._items = [item for item in headers.multi_items() if item[0] != "host"]
-            self._headers = headers
-        return self._items
+            items = [item for item in headers.multi_items() if item[0] != "host"]
+            self._header_map, self._headers = HeaderMap(items), headers
+        return self._header_map
 
     async def aclose(self) -> None:
         await self._either.aclose()

@@ -73,9 +73,13 @@ def _changed(recheck: Recheck, batch_due: datetime | None) -> CheckRecord | None
     """What the row keeps; None if it says so already, or its batch does."""
     claim, answer, next_check_at = recheck
     own_due = None if next_check_at == batch_due else next_check_at
-    same = (claim.last_outcome, claim.last_status_code) == (answer.outcome, answer.status_code)
-    if same and own_due is None and not claim.has_due_time and not claim.consecutive_failures:
-        return None if not answer.outcome.is_error else _record(recheck, own_due)
+    if (
+        own_due is None
+        and claim.last_outcome == answer.outcome
+        and claim.last_status_code == answer.status_code
+        and not (claim.has_due_time or claim.consecutive_failures or answer.outcome.is_error)
+    ):
+        return None
     return _record(recheck, own_due)
 
 

@@ -51,8 +51,9 @@ FORGET_SECONDS = 3600.0
 # Under a budget, what is due is spread over this share of the interval, but in a small shop at no
 # less than this rate: a turn that is lost must not cost the tick.
 SPREAD_SHARE, MIN_BUDGET_PACE = 0.8, 2.0
-# Without one, over this share: no burst, and no check leaves late. Few checks leave at this rate.
-UNLIMITED_SPREAD_SHARE, MIN_PACE = 0.1, 200.0
+# Without one, over this share: no burst, and no check leaves late. Few checks leave at the lowest
+# rate; the processor of a worker is not faster than the highest.
+UNLIMITED_SPREAD_SHARE, MIN_PACE, MAX_PACE = 0.1, 200.0, 20_000.0
 
 
 # What may help a shop whose sessions want more checks than billing allows.

@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from core.database.thread import DatabaseThread
 from core.domain.model import Claim, Reason
-from core.domain.rate import MIN_BUDGET_PACE, MIN_PACE, SPREAD_SHARE, UNLIMITED_SPREAD_SHARE
+from core.domain.rate import (
+    MAX_PACE,
+    MIN_BUDGET_PACE,
+    MIN_PACE,
+    SPREAD_SHARE,
+    UNLIMITED_SPREAD_SHARE,
+)
 from core.passes.pass_times import PassTimes
 from core.passes.pause import SharedPause
 from core.passes.tally import Tally
@@ -123,7 +129,8 @@ class Claims:
             return math.inf
         sessions = max(self._tally.open, self._claimed)
         spread_seconds = UNLIMITED_SPREAD_SHARE * self._settings.interval_seconds
-        return max(MIN_PACE, sessions / spread_seconds)
+        pace = max(MIN_PACE, sessions / spread_seconds)
+        return pace if pace < MAX_PACE else math.inf
 
     def _claim(self, limit: int) -> list[Claim]:
         """Claim sessions on the database's thread, unless billing may not be asked."""

@@ -74,9 +74,11 @@ class HeldClaims:
             if held is None:
                 self._rechecks.append(recheck)
                 continue
+            due = recheck.next_check_at
             if held.first_due is None:
-                held.first_due, held.first_decided = recheck.next_check_at, at
-            held.first_due = min(held.first_due, recheck.next_check_at)
+                held.first_due, held.first_decided = due, at
+            elif due < held.first_due:
+                held.first_due = due
             held.rechecks.append(recheck)
 
     def give_back(self, claims: Iterable[Claim]) -> None:
