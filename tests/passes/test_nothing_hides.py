@@ -240,7 +240,8 @@ def alarms_on(monitor: WatchedMonitor, minutes: int) -> set[str]:
 def assert_nothing_hides(monitor: WatchedMonitor) -> None:
     """At any time, by what billing has really said; see `World.assert_nothing_hides`.
 
-    Nobody can tell how long somebody waited before the database's clock changed.
+    Nobody can tell how long somebody waited before the database's clock changed, nor, if it was set
+    back, before the first tick since then.
     """
     rules = monitor.settings.check_rules()
     every = max(rules.interval_seconds, *(step.every_seconds for step in rules.cadence.steps))
@@ -321,6 +322,15 @@ ENVIRONMENTS: tuple[Mapping[str, str], ...] = (
 @given(st.lists(phases, min_size=1, max_size=6), st.sampled_from(ENVIRONMENTS))
 @example([Phase(9, SILENCE, 3, True, 2, 0), Phase(9, ACTIVE, 0, True, 1, 10_000)], {})
 @example([Phase(9, LIMITED, 20, True, 1, 0), Phase(9, SETTLED, 1, False, 1, 0)], {})
+@example(
+    [
+        Phase(6, UNREACHABLE, 20, True, 1, 0),
+        Phase(3, BROKEN, 20, False, 1, 30),
+        Phase(3, REFUSED, 1, True, 1, 10_000),
+        Phase(9, ACTIVE, 1, True, 2, 0),
+    ],
+    {"BILLING_MAX_PER_SECOND": "3"},
+)
 def test_nobody_waits_unseen_whatever_happens(story: list[Phase], env: Mapping[str, str]) -> None:
     monitor = WatchedMonitor(always(ACTIVE), **{"CHECK_BACKOFF_MAX_SECONDS": "20", **env})
     monitor.open(20)

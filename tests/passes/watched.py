@@ -45,6 +45,7 @@ class WatchedMonitor(VirtualMonitor):
         self.heard: dict[str, float] = {}
         self.clock_offset = 0.0  # of the database's clock
         self._clock_changed_at = 0.0
+        self._clock_was_set_back = False  # since the last tick
         self.has_ticks: Callable[[float], bool] = lambda _at: True
         self.changes: dict[float, Callable[[], None]] = {}  # of the world, by time
         Store(self.database).prepare()
@@ -70,6 +71,7 @@ class WatchedMonitor(VirtualMonitor):
     def set_clock(self, offset: float) -> None:
         """Set the database's clock so many seconds ahead of the loop's."""
         if offset != self.clock_offset:
+            self._clock_was_set_back = offset < self.clock_offset
             self.clock_offset, self._clock_changed_at = offset, self.loop.now
 
     def watch(self, seconds: int, *, every: int = 1) -> None:
@@ -84,10 +86,13 @@ class WatchedMonitor(VirtualMonitor):
             await asyncio.sleep(at - self.loop.now)
             if change := self.changes.get(at):
                 change()
+            if self._clock_was_set_back:  # the next leader corrects the due times
+                self._clock_changed_at = self.loop.now
             if at % every == 0:
                 self.look()
             if at % self.settings.interval_seconds == 0 and self.has_ticks(at):
                 self._start(NOON + timedelta(seconds=at), helps=False)
+                self._clock_was_set_back = False
         for task in self._passes:
             task.cancel()
         await asyncio.gather(*self._passes, return_exceptions=True)

@@ -4,14 +4,14 @@ from datetime import timedelta
 
 import pytest
 
-from core.domain.model import OpenCounts
+from core.domain.model import Answer, OpenCounts, Outcome, Recheck
 from core.store import reconcile as reconcile_module
 from core.store.reconcile import Reconciliation
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.due_sessions import add_due_sessions
-from tests.store.claims import LEASE, claim_all, ids
+from tests.store.claims import LEASE, claim_all, ids, record
 from tests.support import Passes, database_of, reconcile
 
 
@@ -39,6 +39,26 @@ def test_sessions_that_are_no_longer_open_are_dropped(store: Store, shop: Shop) 
     shop.run("DELETE FROM checkout_session WHERE id = 's2'")
     assert reconcile(store, NOON).open == 1
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s0",)]
+
+
+def test_sessions_due_too_late_are_found_although_their_batch_is_claimed(
+    store: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """A clock was ahead. One session of the batch is due, so each tick claims it first."""
+    add_sessions(shop, numbered(3))
+    reconcile(store, NOON)
+    tomorrow = NOON + timedelta(days=1)
+    shop.run("UPDATE checkout_session_batch SET next_check_at = %s", (tomorrow,))
+    due = "UPDATE checkout_session_check SET next_check_at = %s WHERE session_id = %s"
+    shop.run(due, (NOON, "s0"))
+    shop.run(due, (tomorrow, "s1"))
+    claims = claim_all(store, NOON)
+    assert ids(claims) == ["s0"]
+    reconcile(store, NOON)
+    next_slot = NOON + timedelta(seconds=5)
+    record(store, [Recheck(claims[0], Answer(Outcome.ACTIVE, 200), next_slot)])
+    clock.now = next_slot
+    assert ids(claim_all(store, next_slot)) == ["s0", "s1", "s2"]
 
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 100])

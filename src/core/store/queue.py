@@ -12,7 +12,7 @@ level of a key, takes MySQL up to as long as the rest of an UPDATE.
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import batched
@@ -226,24 +226,32 @@ class Queue:
     def make_due(
         self,
         transaction: Transaction,
-        rowids: Iterable[int],
-        batch_ids: Iterable[int],
+        rows: Mapping[int, int],
+        batch_ids: Collection[int],
         now: datetime,
     ) -> None:
-        """Make batches due at once, and sessions with a due time of their own; none in flight."""
-        unclaimed = (now, now + MAX_LEASE)
+        """Make batches due at once, and sessions with a due time of their own.
+
+        `rows` are the numbers of these, with their batches. A claimed batch is due when it is given
+        back; a session that is claimed by itself stays as it is.
+        """
+        for some in batched({*rows.values(), *batch_ids}, STATEMENT_ROWS, strict=False):
+            transaction.query(
+                f"SELECT id FROM checkout_session_batch WHERE id IN {number_list(some)}"
+                f" {self._database.lock_rows_or_wait}"
+            )
         for some in batched(batch_ids, STATEMENT_ROWS, strict=False):
             transaction.execute(
                 "UPDATE checkout_session_batch SET next_check_at = %s, due_at = %s"
-                f" WHERE {UNCLAIMED.format('')} AND id IN {number_list(some)}",
-                (now, now, *unclaimed),
+                f" WHERE id IN {number_list(some)}",
+                (now, now),
             )
-        for some in batched(rowids, STATEMENT_ROWS, strict=False):
+        for some in batched(rows, STATEMENT_ROWS, strict=False):
             transaction.execute(
                 f"UPDATE checkout_session_check {self._database.by_rowid} SET next_check_at = %s"
                 f" WHERE {UNCLAIMED.format('')} AND next_check_at IS NOT NULL"
                 f" AND rowid IN {number_list(some)}",
-                (now, *unclaimed),
+                (now, now, now + MAX_LEASE),
             )
             self.rows.bring_forward(transaction, dict.fromkeys(some, now))
 

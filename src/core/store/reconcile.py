@@ -9,7 +9,7 @@ the same memory for ten sessions as for a million, and holds up a claim or a rec
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -41,7 +41,7 @@ class _Piece:
     # What has to change; not added up.
     new: Sequence[Value] = ()  # ids of sessions that are not in the queue
     without_batch: Sequence[int] = ()  # numbers of rows, as those that follow
-    late: Sequence[int] = ()
+    late: Mapping[int, int] = field(default_factory=dict)  # with the ids of their batches
     late_batches: Collection[int] = ()  # ids
     closed: Sequence[int] = ()
 
@@ -212,7 +212,8 @@ class Reconciliation:
     def _due_at_wrong_time(self, now: datetime) -> tuple[str, Sequence[Value]]:
         """The condition for sessions that are due later than the settings allow at their age.
 
-        Or earlier than their batch: workers of version 0.2.0 do not know of batches.
+        Or earlier than their batch: workers of version 0.2.0 do not know of batches. The batch may
+        be claimed because of other sessions, maybe at each tick.
         """
         steps, parameters = [], list[Value]()
         for wait in self._rules.longest_waits():
@@ -222,10 +223,9 @@ class Reconciliation:
                 step += " AND c.first_seen_at > %s"
                 parameters.append(now - wait.max_age)
             steps.append(f"({step})")
-        unclaimed = f"{UNCLAIMED.format('c.')} AND {UNCLAIMED.format('b.')}"
         return (
-            f"({unclaimed} AND ({DUE} < b.due_at OR {' OR '.join(steps)}))",
-            [*(now, now + MAX_LEASE) * 2, *parameters],
+            f"({UNCLAIMED.format('c.')} AND ({DUE} < b.due_at OR {' OR '.join(steps)}))",
+            [now, now + MAX_LEASE, *parameters],
         )
 
     def _find_due_at_wrong_time(
@@ -239,7 +239,7 @@ class Reconciliation:
             f" WHERE {wrong}{condition}",
             (*parameters, *bounds),
         )
-        piece.late = [as_int(rowid) for rowid, _, due in rows if due is not None]
+        piece.late = {as_int(rowid): as_int(b) for rowid, b, due in rows if due is not None}
         piece.late_batches = {as_int(batch_id) for _, batch_id, due in rows if due is None}
         piece.made_due += len(rows)
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import batched
@@ -13,6 +13,7 @@ from core.database.port import (
     Database,
     Transaction,
     Value,
+    as_datetime,
     as_datetime_or_none,
     as_int,
     number_list,
@@ -80,7 +81,8 @@ class ResultWriter:
 
     def _write(self, transaction: Transaction, results: Results, now: datetime) -> None:
         held = self._lock_batches(transaction, [s.batch for s in results.settlements])
-        batches = [settle(s) for s in results.settlements if s.batch.id in held]
+        valid = [s for s in results.settlements if s.batch.id in held]
+        batches = [settle(_as_it_is(s, held[s.batch.id])) for s in valid]
         self._rows.drop(transaction, [rowid for b in batches for rowid in b.batch.closed])
         records = [record for b in batches for record in b.records]
         self._rows.write(transaction, records, now)
@@ -91,15 +93,17 @@ class ResultWriter:
             self._write_sessions(transaction, results, now)
         self._free(transaction, batches, now)
 
-    def _lock_batches(self, transaction: Transaction, batches: Iterable[BatchClaim]) -> set[int]:
-        """The ids of the batches whose claim is still valid, locked until the commit."""
+    def _lock_batches(
+        self, transaction: Transaction, batches: Iterable[BatchClaim]
+    ) -> dict[int, datetime]:
+        """The ids and due times of the batches whose claim is valid, locked until the commit."""
         tokens = {batch.id: batch.claimed_until for batch in batches}
         return {
-            as_int(batch_id)
+            as_int(batch_id): as_datetime(due)
             for token, ids in numbers_by_value(tokens).items()
             for some in batched(ids, STATEMENT_ROWS, strict=False)
-            for (batch_id,) in transaction.query(
-                "SELECT id FROM checkout_session_batch WHERE claimed_until = %s"
+            for batch_id, due in transaction.query(
+                "SELECT id, next_check_at FROM checkout_session_batch WHERE claimed_until = %s"
                 f" AND id IN {number_list(some)} {self._database.lock_rows_or_wait}",
                 (token,),
             )
@@ -211,6 +215,13 @@ class ResultWriter:
                 f" WHERE batch_id IN {number_list(batch_ids)}",
                 (to,),
             )
+
+
+def _as_it_is(settlement: Settlement, next_check_at: datetime) -> Settlement:
+    """With the due time that its batch has now: a reconciliation may have changed it."""
+    if settlement.batch.next_check_at == next_check_at:
+        return settlement
+    return replace(settlement, batch=settlement.batch._replace(next_check_at=next_check_at))
 
 
 def _free_values(
