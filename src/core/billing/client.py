@@ -136,7 +136,10 @@ class BillingClient:
                         await _read(response)
                         again = Get(url, self._headers.current)
                         response = await self._transport.handle_async_request(again)
-            body = await _read(response) if not response.is_closed else _short(response.content)
+            if response.is_closed:
+                body = _within_limit(response.content)
+            else:
+                body = await _read(response)
         except TokenError as error:
             return error.answer
         except (TimeoutError, httpx.TimeoutException):
@@ -243,14 +246,14 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
             return Outcome.UNEXPECTED_STATUS
 
 
-def _short(body: bytes) -> bytes | None:
+def _within_limit(body: bytes) -> bytes | None:
     return body if len(body) <= MAX_BODY_BYTES else None
 
 
 async def _read(response: httpx.Response) -> bytes | None:
     """The body, read to its end so that the connection can be reused; None beyond the limit."""
     if response.is_closed:
-        return _short(response.content)
+        return _within_limit(response.content)
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.
