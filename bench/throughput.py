@@ -27,6 +27,7 @@ WARM_UP = 1000
 # A shared machine's rounds differ by a fifth and more. Versions of one program that take turns, in
 # both orders, for this many rounds are compared to some 3 %. Other programs differ by more.
 ROUNDS, ROUNDS_OF_OTHERS = 9, 3
+OTHERS = (NODE_ALL, NODE_BOUNDED, AIOHTTP, WRK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ QUICK_CONDITIONS = (THOUSAND, Condition(1000, 100, "50ms", tls=True))
 
 def programs(machine: Machine) -> list[Program]:
     ours = [version for program in _ours(machine) for version in machine.versions(program)]
-    return [*ours, NODE_ALL, NODE_BOUNDED, AIOHTTP, WRK]
+    return [*ours, *OTHERS]
 
 
 def _ours(machine: Machine) -> list[Program]:
@@ -98,8 +99,7 @@ def _measure(machine: Machine, condition: Condition) -> dict[str, list[Report]]:
         for round_ in range(1 if machine.quick else ROUNDS):
             for client, job, shop in running[:: 1 if round_ % 2 == 0 else -1]:
                 label, recorded = client.program.label, 0.0
-                is_other = client.program in {NODE_ALL, NODE_BOUNDED, AIOHTTP, WRK}
-                if is_other and round_ % (ROUNDS // ROUNDS_OF_OTHERS):
+                if client.program in OTHERS and round_ % (ROUNDS // ROUNDS_OF_OTHERS):
                     continue
                 # Reopen connections that were closed during the others' turns.
                 if shop:

@@ -136,10 +136,7 @@ class BillingClient:
                         await _read(response)
                         again = Get(url, self._headers.current)
                         response = await self._transport.handle_async_request(again)
-            if response.is_closed:
-                body = _within_limit(response.content)
-            else:
-                body = await _read(response)
+            body = await _read(response)
         except TokenError as error:
             return error.answer
         except (TimeoutError, httpx.TimeoutException):
@@ -166,9 +163,7 @@ class BillingClient:
             return Answer(outcome, code, seconds)
         used_up = self._is_used_up(response)
         if self._status_reader is None:
-            answer = Answer(outcome, code, seconds)
-            if used_up:
-                answer = answer._replace(used_up=True)
+            answer = Answer(outcome, code, seconds, used_up=used_up)
             if is_html(body):  # a maintenance page, or a login
                 answer = answer._replace(outcome=Outcome.UNKNOWN_STATUS, detail="an HTML page")
             return answer
@@ -246,14 +241,10 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
             return Outcome.UNEXPECTED_STATUS
 
 
-def _within_limit(body: bytes) -> bytes | None:
-    return body if len(body) <= MAX_BODY_BYTES else None
-
-
 async def _read(response: httpx.Response) -> bytes | None:
     """The body, read to its end so that the connection can be reused; None beyond the limit."""
-    if response.is_closed:
-        return _within_limit(response.content)
+    if response.is_closed:  # the transport has read it
+        return response.content if len(response.content) <= MAX_BODY_BYTES else None
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

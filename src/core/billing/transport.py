@@ -1,11 +1,9 @@
 """httpx's transport over pyreqwest (Rust's reqwest): requests leave, bytes or errors come back."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from types import MappingProxyType
-from typing import Any
 
 import httpx
 from pyreqwest.client import Client, ClientBuilder
@@ -68,11 +66,11 @@ class Get(httpx.Request):
 
     method = "GET"
     stream = httpx.ByteStream(b"")
-    extensions: Mapping[str, Any] = MappingProxyType({})  # type: ignore[assignment]
 
     def __init__(self, address: str, headers: httpx.Headers) -> None:
         self.address = address
         self.headers = headers
+        self.extensions = {}
 
     def __getattr__(self, name: str) -> httpx.URL:
         if name != "url":
@@ -310,11 +308,10 @@ class _Received(httpx.Response):
     """
 
     is_closed = True
-    content = b""
 
     def __init__(self, status: int, headers: HeaderMap, body: bytes) -> None:
         self.status_code = status
-        self.content = self._content = body
+        self._content = body
         self._header_map = headers
 
     def __getattr__(self, name: str) -> httpx.Headers:
