@@ -117,9 +117,31 @@ def test_each_piece_of_a_walk_reads_its_own_sessions_only(
     server_shop.run("ANALYZE TABLE checkout_session")
     server_store.prepare()
     reconcile(server_store, server_store.now())
+    server_shop.run("ANALYZE TABLE checkout_session_check, checkout_session_batch")
     before = rows_read(server_store)
     reconcile(server_store, server_store.now())
     assert rows_read(server_store) - before < 6 * 3000
+
+
+def test_a_walk_is_quick_while_the_server_believes_the_queue_to_be_empty(
+    server_store: Store, server_shop: MySQLShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is in the first walk. MySQL would then read all of the queue for each session."""
+    monkeypatch.setattr(reconciliation, "PIECE_SESSIONS", 100)
+    add_sessions(server_shop, numbered(3000))
+    server_shop.run("ANALYZE TABLE checkout_session")
+    server_store.prepare()
+    reconcile(server_store, server_store.now())
+    for table in ("checkout_session_check", "checkout_session_batch"):
+        server_shop.run(
+            "UPDATE mysql.innodb_table_stats SET n_rows = 1"
+            f" WHERE database_name = DATABASE() AND table_name = '{table}'"
+        )
+        server_shop.run(f"FLUSH TABLE {table}")  # so that the server reads these statistics
+    before = rows_read(server_store)
+    reconcile(server_store, server_store.now())
+    # All of the queue is counted once for each piece.
+    assert rows_read(server_store) - before < (6 + 3000 / 100) * 3000
 
 
 STATUS_KEYS = {

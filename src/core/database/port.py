@@ -50,7 +50,7 @@ class Database(Protocol):
     """
 
     in_due_order: str  # makes a SELECT of checkout_session_batch read its index on due_at
-    by_rowid: str  # makes a statement find rows of checkout_session_check by their numbers
+    by_rowid: str  # makes a statement find rows of the queue, or batches, by their numbers
     by_session: str  # the same, by their session ids
     by_batch: str  # the same, by their batches
     by_wait: str  # the same, by since when they fail

@@ -10,7 +10,6 @@ the same memory for ten sessions as for a million, and holds up a claim or a rec
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -29,21 +28,21 @@ _BATCH = "checkout_session_batch o ON o.id = c.batch_id"
 _OPEN_SESSION = "checkout_session o ON o.id = c.session_id AND o.status = 'open'"
 
 
-@dataclass(slots=True)
 class _Piece:
     """What a piece of the walk has found, or all pieces so far."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    ages: Counter[str] = field(default_factory=Counter)
-    made_due: int = 0
-    not_open: int = 0
-    # What has to change; not added up.
-    new: Sequence[Value] = ()  # ids of sessions that are not in the queue
-    without_batch: Sequence[int] = ()  # numbers of rows, as those that follow
-    late: Mapping[int, int] = field(default_factory=dict)  # with the ids of their batches
-    late_batches: Collection[int] = ()  # ids
-    closed: Sequence[int] = ()
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+        self.outcomes = Counter[str]()
+        self.ages = Counter[str]()
+        self.made_due = 0
+        self.not_open = 0
+        # What has to change; not added up.
+        self.new: Sequence[Value] = ()  # ids of sessions that are not in the queue
+        self.without_batch: Sequence[int] = ()  # numbers of rows, as those that follow
+        self.late: Mapping[int, int] = {}  # with the ids of their batches
+        self.late_batches: Collection[int] = ()  # ids
+        self.closed: Sequence[int] = ()
 
     @property
     def has_changes(self) -> bool:
@@ -184,8 +183,9 @@ class Reconciliation:
             " SUM(CASE WHEN c.rowid IS NOT NULL AND b.id IS NULL THEN 1 ELSE 0 END),"
             f" SUM(CASE WHEN {wrong} THEN 1 ELSE 0 END)"
             f" FROM checkout_session s {self._database.by_status}"
-            " LEFT JOIN checkout_session_check c ON c.session_id = s.id"
-            " LEFT JOIN checkout_session_batch b ON b.id = c.batch_id"
+            f" LEFT JOIN checkout_session_check c {self._database.by_session}"
+            " ON c.session_id = s.id"
+            f" LEFT JOIN checkout_session_batch b {self._database.by_rowid} ON b.id = c.batch_id"
             f" WHERE s.status = 'open'{condition} GROUP BY 1, 2",
             (*young, *valid, *valid, due_by, *valid, due_by, *wrong_parameters, *bounds),
         )
@@ -234,8 +234,9 @@ class Reconciliation:
         condition, bounds = self._range("c.session_id", up_to)
         wrong, parameters = self._due_at_wrong_time(now)
         rows = connection.query(
-            "SELECT c.rowid, b.id, c.next_check_at FROM checkout_session_check c"
-            " JOIN checkout_session_batch b ON b.id = c.batch_id"
+            "SELECT c.rowid, b.id, c.next_check_at"
+            f" FROM checkout_session_check c {self._database.by_session}"
+            f" JOIN checkout_session_batch b {self._database.by_rowid} ON b.id = c.batch_id"
             f" WHERE {wrong}{condition}",
             (*parameters, *bounds),
         )
@@ -248,7 +249,8 @@ class Reconciliation:
         condition, bounds = self._range("s.id", up_to)
         ids = connection.query(
             f"SELECT s.id FROM checkout_session s {self._database.by_status}"
-            " LEFT JOIN checkout_session_check c ON c.session_id = s.id"
+            f" LEFT JOIN checkout_session_check c {self._database.by_session}"
+            " ON c.session_id = s.id"
             f" WHERE s.status = 'open' AND c.session_id IS NULL{condition}",
             bounds,
         )
