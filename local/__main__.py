@@ -22,7 +22,6 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 from core import log
-from core.database.address import SQLitePath
 from core.errors import SettingsError
 from core.settings import Settings
 from local import billing, loop, output, sharing, terminal
@@ -133,8 +132,8 @@ def prepare(
     lines = [f"{kind}: {settings.billing_api_url}"]
     if service is not None:
         lines.append(f"Simulating {service.title}; its settings are in docs/billing-services.md")
-    if isinstance(settings.database, SQLitePath):
-        path = settings.database.path
+    if isinstance(settings.database, Path):
+        path = settings.database
         try:
             created = create_samples(path)
         except (OSError, sqlite3.Error) as error:

@@ -12,7 +12,8 @@ from core.domain.summary import Summary
 from core.errors import StartWorkerError, StoreError
 from core.log import logger
 from core.settings import Settings
-from core.worker import Health, Worker
+from core.store.health import Health
+from core.worker import Worker
 
 # The maximum time of a pass; on Lambda it is the function's timeout.
 PASS_SECONDS = 25.0

@@ -11,7 +11,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
-from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from itertools import chain, product
@@ -97,7 +96,8 @@ def passes(
             latencies=[0.1] * 100 if checked else [],
             duration_seconds=0.2,
         )
-        return emitted(lambda: metrics.measure(replace(summary, **given)), count) | started(count)
+        summary = summary._replace(**given)
+        return emitted(lambda: metrics.measure(summary), count) | started(count)
 
     return lambda setup, minute: minute_of(
         60 // setup.interval, minute * growth, checked=minute % setup.cadence_minutes == 0

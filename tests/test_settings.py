@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress, SQLitePath, Tls
+from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress, Tls
 from core.domain.cadence import Cadence
 from core.errors import SettingsError
 from core.settings import Settings
@@ -81,7 +81,7 @@ def refusal(**env: str) -> str:
 
 def test_only_a_database_has_to_be_set() -> None:
     found = read()
-    assert found.database == SQLitePath(Path("shop.db"))
+    assert found.database == Path("shop.db")
     assert (found.credentials, found.api_key_secret_arn) == (None, None)
     assert found.billing_api_url == "http://localhost:4000/billing/api/v1/paysession"
     assert found.cadence == Cadence.parse("5s")
@@ -437,13 +437,13 @@ CA = quote(__file__, safe="")  # an existing file
             f"mysql://u:p@h/d?ssl=true&ssl_ca={CA}",
             MySQLAddress("h", 3306, "u", "p", "d", __file__, Tls.VERIFY),
         ),
-        ("sqlite:///shop.db", SQLitePath(Path("shop.db"))),
-        ("sqlite:///.local/shop.db", SQLitePath(Path(".local/shop.db"))),
-        ("sqlite:////var/lib/shop.db", SQLitePath(Path("/var/lib/shop.db"))),
-        ("sqlite:///my%20shop%23%3F.db", SQLitePath(Path("my shop#?.db"))),
+        ("sqlite:///shop.db", Path("shop.db")),
+        ("sqlite:///.local/shop.db", Path(".local/shop.db")),
+        ("sqlite:////var/lib/shop.db", Path("/var/lib/shop.db")),
+        ("sqlite:///my%20shop%23%3F.db", Path("my shop#?.db")),
     ],
 )
-def test_a_database_url_is_parsed(url: str, address: MySQLAddress | SQLitePath) -> None:
+def test_a_database_url_is_parsed(url: str, address: MySQLAddress | Path) -> None:
     assert read(DATABASE_URL=url).database == address
 
 
@@ -477,7 +477,7 @@ def test_apikey_takes_precedence_over_its_secret() -> None:
 
 def test_database_url_takes_precedence_over_its_secret() -> None:
     found = read(DATABASE_SECRET_ARN="arn:d")
-    assert found.database == SQLitePath(Path("shop.db"))
+    assert found.database == Path("shop.db")
 
 
 def test_a_database_secret_replaces_the_url() -> None:

@@ -161,7 +161,7 @@ class PassLog:
                 f"⏸️ No checks until {iso(summary.paused_until)}: "
                 "the billing service limits the rate (status 429 or 503)"
             )
-        if summary.outcomes[Outcome.UNAUTHORIZED]:
+        if summary.outcomes.get(Outcome.UNAUTHORIZED):
             sent = f", sent with the headers {self._sent_headers}" if self._sent_headers else ""
             logger.error(f"⚠️ The billing service refuses the API key (status 401 or 403){sent}")
         if summary.open:

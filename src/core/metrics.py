@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from core.domain.model import Outcome
 from core.domain.rate import is_too_low
 from core.domain.summary import Summary
-from core.domain.verdict import (
+from core.domain.waiting import (
     CRITICAL_UNKNOWN,
     MIN_UNKNOWN_TO_BILLING,
     MOST,
+    NOT_ASKED,
     OVERDUE_SECONDS,
+    Waiting,
 )
-from core.domain.waiting import NOT_ASKED, Waiting
 
 NAMESPACE = "CheckoutSessionMonitor"
 
@@ -70,7 +71,7 @@ def measure(summary: Summary) -> None:
             gauges["BudgetDemand"] = round(100 * summary.demand / summary.allowed, 1)
     counts = {
         "SessionsChecked": summary.checked,
-        **{name: summary.outcomes[outcome] for outcome, name in CHECKS.items()},
+        **{name: summary.outcomes.get(outcome, 0) for outcome, name in CHECKS.items()},
         "ChecksFailed": summary.errors,
         "StatusChanges": summary.status_changes,
         "EventsFailed": summary.unpublished,

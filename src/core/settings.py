@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 from core.billing.client import StatusCodes
 from core.billing.headers import API_KEY_HEADER, HeaderTemplates
@@ -34,13 +34,12 @@ from core.domain.decision import CheckRules
 from core.errors import SettingsError
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """Every setting; `from_env` reads them, with their defaults, from the environment."""
 
     database: DatabaseAddress
     # By the names that `credential_names` gives; None: they are in the secret, or not set.
-    credentials: Mapping[str, str] | None = field(repr=False)
+    credentials: Mapping[str, str] | None
     api_key_secret_arn: str | None  # None: the secret is not needed
     billing_api_url: str
     allow_http: bool
@@ -61,6 +60,10 @@ class Settings:
     event_bus_name: str | None
     log_lines_active: int | None  # in one pass; None: no limit
     debug: bool
+
+    def __repr__(self) -> str:
+        """Nothing: some are secret."""
+        return "Settings(…)"
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
@@ -151,7 +154,7 @@ def _database(given: Mapping[str, str]) -> DatabaseAddress:
         return parse_database_url(url, tls=tls)
     if auth == Auth.IAM:
         user_arn = given.get("DATABASE_USER_ARN", "")
-        if not USER_ARN.fullmatch(user_arn):
+        if not re.fullmatch(USER_ARN, user_arn):
             raise SettingsError(
                 f"DATABASE_USER_ARN is {user_arn!r}; with DATABASE_AUTH=IAM it must be "
                 f"{USER_ARN_FORM}."

@@ -1,24 +1,23 @@
 """The wiring: settings become a store, a billing client and the event loop they run on."""
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import uvloop
 
-from core.aws import rds_token, secrets_manager
 from core.billing.client import BillingClient
-from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress, SQLitePath
+from core.database.address import DatabaseSecret, IamDatabase, MySQLAddress
 from core.database.mysql import MySQLDatabase
 from core.database.port import Database
-from core.domain.model import JsonObject, Reason, iso
+from core.domain.model import JsonObject, Reason
 from core.domain.summary import Summary
-from core.domain.verdict import FRESH_INTERVALS, starts_late_by
-from core.errors import SettingsError, StoreError
+from core.errors import StoreError
 from core.log import logger
 from core.passes import check_pass
 from core.passes.running_pass import PassOptions
@@ -28,40 +27,13 @@ from core.store.other_monitors import monitor_of
 from core.store.status_changes import Publisher
 from core.store.store import Store
 
+if TYPE_CHECKING:
+    from core.store.health import Health
+
 # Kept free at the end of a Lambda's time, to record what is in flight and to write the pass's row.
 FINISH_SECONDS = 5.0
 # Reading for the API takes no longer. The page says after ten seconds that no answer has come.
 READ_SECONDS = 7.0
-
-
-class Health(NamedTuple):
-    """The monitor's checks of itself, by name; no detail that would help an attacker."""
-
-    checks: dict[str, bool]
-    at: datetime
-    last_pass_at: datetime | None
-
-    @property
-    def ok(self) -> bool:
-        return all(self.checks.values())
-
-    def as_dict(self) -> JsonObject:
-        return {
-            "status": "ok" if self.ok else "degraded",
-            "timestamp": iso(self.at),
-            "checks": {name: "ok" if ok else "failed" for name, ok in self.checks.items()},
-            "last_pass_at": iso(self.last_pass_at) if self.last_pass_at else None,
-        }
-
-
-class _Heartbeat(NamedTuple):
-    """What health is judged by, as the database has it."""
-
-    now: datetime
-    last_pass_at: datetime | None
-    starts_on_time: bool
-    answers: bool  # billing says something usable, about some of the open sessions
-    is_alone: bool  # no monitor with other settings works against this one
 
 
 class Worker:
@@ -139,34 +111,19 @@ class Worker:
             )
         )
 
-    def health(self) -> Health:
-        """Check the database, the passes, the key, billing's answers and other monitors.
+    def health(self) -> "Health":
+        """The answer of `GET /api/health`. A failure of the database is logged."""
+        # Not for a cold worker.
+        from core.store.health import read_health, without_database  # noqa: PLC0415
 
-        A failure of the database is logged.
-        """
-        checks = {
-            "database": False,
-            "last_pass": False,
-            "starts_on_time": True,
-            "api_key": self._billing is not None,
-            "answers": True,
-            "other_monitors": True,
-        }
-        last_pass_at = None
+        has_api_key = self._billing is not None
         try:
-            beat = self._read(self._heartbeat)
+            return self._read(
+                lambda: read_health(self._store, self._settings, has_api_key=has_api_key)
+            )
         except StoreError as error:
             logger.error(f"❌ {error}")
-            now = datetime.now(UTC)
-        else:
-            last_pass_at, now = beat.last_pass_at, beat.now
-            checks["database"] = True
-            checks["starts_on_time"] = beat.starts_on_time
-            checks["answers"] = beat.answers
-            checks["other_monitors"] = beat.is_alone
-            age = (now - last_pass_at).total_seconds() if last_pass_at else float("inf")
-            checks["last_pass"] = age <= FRESH_INTERVALS * self._settings.interval_seconds
-        return Health(checks, now, last_pass_at)
+            return without_database(has_api_key=has_api_key)
 
     def status(self) -> JsonObject:
         """The answer of `GET /api/status`. Raises StoreError."""
@@ -231,31 +188,23 @@ class Worker:
                 f"The database has not answered within {READ_SECONDS:.0f} s."
             ) from None
 
-    def _heartbeat(self) -> _Heartbeat:
-        store = self._store
-        counts = store.state.last_counts()
-        waiting = store.read_waiting(self._settings.check_rules(), counts)
-        return _Heartbeat(
-            now=waiting.now,
-            last_pass_at=store.history.last_start(),
-            starts_on_time=starts_late_by(store.history.start_delays()) is None,
-            answers=not waiting.is_blind(counts.open),
-            is_alone=not store.others.find(),
-        )
-
 
 def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = None) -> Database:
     """The engine that the settings name; it connects when it is first used."""
     match settings.database:
         case MySQLAddress() as address:
             return MySQLDatabase(lambda *, refresh: address, clock=clock)  # noqa: ARG005
-        case SQLitePath(path):
+        case Path() as path:
             from core.database.sqlite import SQLiteDatabase  # noqa: PLC0415 (not for a cold worker)
 
             return SQLiteDatabase(path, clock=clock)
         case DatabaseSecret() as secret:
+            from core.aws import secrets_manager  # noqa: PLC0415 (as above)
+
             return MySQLDatabase(partial(secrets_manager.read_database, secret), clock=clock)
         case IamDatabase() as database:
+            from core.aws import rds_token  # noqa: PLC0415 (as above)
+
             return MySQLDatabase(partial(rds_token.sign_in, database), clock=clock)
 
 
@@ -274,9 +223,11 @@ def _billing(
     credentials, arn = settings.credentials, settings.api_key_secret_arn
     read_again = None
     if credentials is None and arn is not None:
+        from core.aws import secrets_manager  # noqa: PLC0415 (not for a cold worker)
+
         names = settings.credential_names
         credentials = secrets_manager.read_credentials(arn, names)
-        read_again = partial(_read_credentials_again, arn, names)
+        read_again = partial(secrets_manager.read_credentials_again, arn, names)
     if credentials is None:
         return None
     return BillingClient(
@@ -290,12 +241,3 @@ def _billing(
         read_credentials_again=read_again,
         transport=transport,
     )
-
-
-def _read_credentials_again(arn: str, names: Collection[str]) -> Mapping[str, str] | None:
-    """The secret's credentials; None, with the reason in the log, where they cannot be read."""
-    try:
-        return secrets_manager.read_credentials(arn, names, refresh=True)
-    except SettingsError as error:
-        logger.error(f"❌ {error}")
-        return None

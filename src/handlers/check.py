@@ -7,9 +7,7 @@ import functools
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
-
-from aws_lambda_powertools.utilities.typing import LambdaContext
+from typing import TYPE_CHECKING, Any
 
 from core import log, metrics
 from core.aws.lambda_workers import LambdaWorkers
@@ -17,6 +15,9 @@ from core.domain.model import JsonObject
 from core.errors import SettingsError, StoreError
 from core.settings import Settings
 from core.worker import Worker
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
 
 
 class EventError(ValueError):
@@ -49,7 +50,7 @@ def worker() -> Worker:
     return Worker(settings, start_worker=start_worker, name=name, on_lambda=on_lambda)
 
 
-def handler(event: Mapping[str, Any], context: LambdaContext) -> JsonObject:
+def handler(event: Mapping[str, Any], context: "LambdaContext") -> JsonObject:
     """Check what is due. `event` is `{"tick": "2026-01-15T10:30:05.000Z"}`, the tick optional.
 
     A leader adds `"helper": true` for the workers that it starts.

@@ -18,8 +18,8 @@ from core import log
 from core.domain.model import JsonObject, Skip, iso
 from core.domain.summary import Summary
 from core.errors import SettingsError, StoreError
+from core.store.health import Health
 from core.store.session_search import OUTCOMES
-from core.worker import Health
 from handlers.answers import NO_STORE, Routes, answer, failure
 from handlers.page import Page, operators_page
 
@@ -189,7 +189,7 @@ def message(summary: Summary) -> str:
     text = f"Checked {summary.checked} of {summary.open} open checkout sessions"
     if skipped := ", ".join(f"{n} {skip.value}" for skip, n in summary.skipped.items()):
         text += f"; skipped: {skipped}"
-    if summary.allowed is not None and summary.skipped[Skip.RATE_LIMITED]:
+    if summary.allowed is not None and summary.skipped.get(Skip.RATE_LIMITED):
         text += f"; billing allows about {summary.allowed:.2g} checks a second"
     if summary.paused_until is not None:
         text += f"; billing asked for a pause until {iso(summary.paused_until)}"

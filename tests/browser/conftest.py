@@ -24,9 +24,10 @@ from core.domain.model import JsonObject, Outcome, Reason, Skip
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.settings import Settings
+from core.store.health import Health
 from core.store.session_search import find_sessions, sessions_of
 from core.store.status_report import read_status
-from core.worker import Health, open_database
+from core.worker import open_database
 from handlers.routes import OPENAPI, add_routes
 from testkit.clock import FakeClock
 from testkit.history import History

@@ -11,7 +11,7 @@ import sqlite3
 import threading  # noqa: TC003 (no import cycle to avoid)
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -25,8 +25,9 @@ from core.domain.model import iso
 from core.domain.summary import Summary
 from core.errors import StoreError
 from core.settings import Settings
+from core.store.health import Health
 from core.store.status_report import HISTORY
-from core.worker import Health, Worker
+from core.worker import Worker
 from testkit.clock import FakeClock
 from testkit.queue import LAST_CHECK, OF_SESSIONS
 from testkit.shops import Shop, settings_for
@@ -185,7 +186,7 @@ class World:
         """What a new worker sees that has a connection of its own to the shop's database."""
         settings = self._settings or Settings.from_env(self.environment())
         database = settings_for(self.shop).database
-        worker = Worker(replace(settings, database=database), clock=self.clock)
+        worker = Worker(settings._replace(database=database), clock=self.clock)
         try:
             return look(worker)
         finally:

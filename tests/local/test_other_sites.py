@@ -9,7 +9,7 @@ import pytest
 
 from core.domain.model import Reason
 from core.domain.summary import Summary
-from core.worker import Health
+from core.store.health import Health
 from local.api import running_api
 from local.billing import BY_ID, SimulatedBilling, running_billing
 from testkit.clock import NOON

@@ -16,7 +16,7 @@ import pytest
 from core.domain.model import Outcome, Reason, Skip
 from core.domain.summary import Summary
 from core.errors import SettingsError, StoreError
-from core.worker import Health
+from core.store.health import Health
 from local import trigger
 from local.api import running_api
 from testkit.clock import NOON

@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -427,7 +427,7 @@ class OneFault:
 
     async def pass_over(
         self, billing: FakeBilling, bus: Bus | None, late: set[int]
-    ) -> Counter[Outcome]:
+    ) -> Mapping[Outcome, int]:
         """A pass in which some answers come after the first of the others has been written."""
         self.passes.billing, self.passes.publisher = billing, bus
         answered = asyncio.Event()

@@ -14,6 +14,7 @@ from core.billing.headers import API_KEY
 from core.billing.settings import checked_api_key
 from core.database.address import PEM, RDS, DatabaseSecret, MySQLAddress, Tls, is_ca
 from core.errors import SettingsError
+from core.log import logger
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.parameters import SecretsProvider
@@ -57,6 +58,15 @@ def read_credentials(
         field = "" if name == API_KEY else f": {name}"
         checked_api_key(f"APIKEY_SECRET_ARN{field}", value)
     return credentials
+
+
+def read_credentials_again(arn: str, names: Collection[str]) -> Mapping[str, str] | None:
+    """The secret as it is now; None, with the reason in the log, where it cannot be used."""
+    try:
+        return read_credentials(arn, names, refresh=True)
+    except SettingsError as error:
+        logger.error(f"❌ {error}")
+        return None
 
 
 def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddress:

@@ -13,9 +13,8 @@ import httpx
 
 from core.billing.headers import API_KEY_HEADER, USER_AGENT, HeaderTemplates
 from core.billing.limits import is_used_up, limit_ends_in, parse_retry_after, says_remaining
-from core.billing.request_headers import RequestHeaders
+from core.billing.request_headers import RequestHeaders, TokenError
 from core.billing.status_words import StatusReader
-from core.billing.token import Token, TokenError, no_token, read_token, token_request
 from core.billing.transport import Get, ReqwestTransport
 from core.domain.model import Answer, Outcome, SessionStatus
 
@@ -34,7 +33,7 @@ CHECKOUT_ID = "{billing_checkout_id}"
 # How nearly every other body begins, if it has one.
 _NO_HTML = (b"{", b"")
 # How an HTML page begins, maybe with a byte order mark.
-_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b", re.IGNORECASE)
+_HTML = rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+)?html\b"
 
 # Every URL parser resolves these segments, also percent-encoded (RFC 3986 section 5.2.4; WHATWG
 # URL, "double-dot path segment"), so no URL can carry them as ids.
@@ -91,12 +90,17 @@ class BillingClient:
             "accept": "application/json" if status_reader else "*/*",  # the body is read, or not
             "user-agent": USER_AGENT,
         }
+        fetch = None
+        if token_url is not None:
+            from core.billing.token import fetch_token  # noqa: PLC0415 (not for a cold worker)
+
+            fetch = partial(fetch_token, self._send, token_url)
         self._headers = RequestHeaders(
             fixed,
             headers,
             credentials,
             read_again=read_credentials_again,
-            fetch_token=None if token_url is None else partial(self._fetch_token, token_url),
+            fetch_token=fetch,
         )
         self._status_codes = status_codes
         self._status_reader = status_reader
@@ -193,21 +197,14 @@ class BillingClient:
         self._says_remaining = says_remaining(response.headers)
         return self._says_remaining and is_used_up(response.headers)
 
-    async def _fetch_token(self, url: str, credentials: Mapping[str, str]) -> Token:
-        try:
-            request = token_request(url, credentials)
-            response = await self._transport.handle_async_request(request)
-            body = await _read(response)
-        except httpx.TimeoutException:
-            raise no_token("does not answer in time", Answer(Outcome.TIMEOUT)) from None
-        except httpx.TransportError as error:
-            raise no_token(f"cannot be reached: {error}", Answer(Outcome.NETWORK_ERROR)) from None
-        return read_token(response.status_code, body)
+    async def _send(self, request: httpx.Request) -> tuple[int, bytes | None]:
+        response = await self._transport.handle_async_request(request)
+        return response.status_code, await _read(response)
 
 
 def is_html(body: bytes | None) -> bool:
     """Whether a body is a page for people. Other bodies say nothing without a status reader."""
-    return body is not None and body[:1] not in _NO_HTML and _HTML.match(body) is not None
+    return body is not None and body[:1] not in _NO_HTML and bool(re.match(_HTML, body))
 
 
 def path_segment(billing_checkout_id: str) -> str | None:

@@ -4,7 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 USER_AGENT = "csm"  # checkout session monitor
 
@@ -18,8 +18,8 @@ FORM = (
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:base64)?\}")
 # RFC 9110, sections 5.1 and 5.5.
-_NO_NAME = re.compile(r"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
-_VALUE = re.compile(r"[!-~](?:[\t -~]*[!-~])?")
+_NO_NAME = r"[^!#$%&'*+.^_`|~0-9A-Za-z-]"
+_VALUE = r"[!-~](?:[\t -~]*[!-~])?"
 # The URL, the connection and the client determine these. A compressed body would not be read.
 _RESERVED = frozenset(
     (
@@ -29,14 +29,13 @@ _RESERVED = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderTemplates:
+class HeaderTemplates(NamedTuple):
     """Header names in lower case, each with its value, in which placeholders stand.
 
     A value may contain a secret where the operator wrote one, so none is ever shown.
     """
 
-    values: Mapping[str, str] = field(repr=False)
+    values: Mapping[str, str]
 
     @property
     def placeholders(self) -> frozenset[str]:
@@ -56,6 +55,9 @@ class HeaderTemplates:
     def __str__(self) -> str:
         """The names of the headers."""
         return ", ".join(self.values)
+
+    def __repr__(self) -> str:
+        return f"HeaderTemplates({self})"
 
 
 API_KEY_HEADER = HeaderTemplates({"x-api-key": "{APIKEY}"})
@@ -79,7 +81,7 @@ def parse_headers(text: str) -> HeaderTemplates:
         header = name.lower()
         if not name:
             raise ValueError("has a header without a name")
-        if wrong := _NO_NAME.search(name):
+        if wrong := re.search(_NO_NAME, name):
             # The rest is not shown: it may be the header's value.
             raise ValueError(
                 f"has the header name '{ascii(name[: wrong.end()])[1:-1]}…', in which "
@@ -89,7 +91,7 @@ def parse_headers(text: str) -> HeaderTemplates:
             raise ValueError(f"sets {name}, which only the monitor can set")
         if header in values:
             raise ValueError(f"sets {name} twice")
-        if not isinstance(value, str) or not _VALUE.fullmatch(value):
+        if not isinstance(value, str) or not re.fullmatch(_VALUE, value):
             raise ValueError(f"has a value for {name} that is not visible ASCII text")
         if re.search("[{}]", _PLACEHOLDER.sub("", value)):
             raise ValueError(f"has a brace in the value for {name} that is not of a placeholder")

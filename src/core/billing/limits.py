@@ -24,10 +24,10 @@ REMAINING_HEADERS = ("ratelimit-remaining", "x-ratelimit-remaining", "x-rate-lim
 # A later version of the draft has one header for both: `"default";r=0;t=30`, before it
 # `limit=100, remaining=0, reset=30`.
 COMBINED_HEADER = "ratelimit"
-_REMAINING_PART = re.compile(r"\b(?:r|remaining)\s*=\s*(\d{1,20})\b")
-_RESET_PART = re.compile(r"\b(?:t|reset)\s*=\s*(\d{1,20})\b")
+_REMAINING_PART = r"\b(?:r|remaining)\s*=\s*(\d{1,20})\b"
+_RESET_PART = r"\b(?:t|reset)\s*=\s*(\d{1,20})\b"
 
-_NUMBER = re.compile(r"\d{1,20}(?:\.\d{1,20})?")
+_NUMBER = r"\d{1,20}(?:\.\d{1,20})?"
 # A number from here on is a time since 1970, in seconds or milliseconds; a limit of thirty years
 # does not exist.
 _FIRST_TIME, _FIRST_MILLISECONDS = 1e9, 1e11
@@ -63,21 +63,19 @@ def says_remaining(headers: Mapping[str, str]) -> bool:
 def is_used_up(headers: Mapping[str, str]) -> bool:
     """Whether the answer says that no request is left."""
     left = next(_values(headers, REMAINING_HEADERS, _REMAINING_PART), "")
-    return _NUMBER.fullmatch(left) is not None and float(left) == 0
+    return re.fullmatch(_NUMBER, left) is not None and float(left) == 0
 
 
-def _values(
-    headers: Mapping[str, str], names: tuple[str, ...], part: re.Pattern[str]
-) -> Iterator[str]:
+def _values(headers: Mapping[str, str], names: tuple[str, ...], part: str) -> Iterator[str]:
     for name in names:
         if (value := headers.get(name)) is not None:
             yield value.strip()
-    if found := part.search(headers.get(COMBINED_HEADER, "")):
+    if found := re.search(part, headers.get(COMBINED_HEADER, "")):
         yield found[1]
 
 
 def _seconds_until_reset(text: str, now: datetime) -> float | None:
-    if not _NUMBER.fullmatch(text):
+    if not re.fullmatch(_NUMBER, text):
         return _seconds_until(text, now)
     number = float(text)
     if number < _FIRST_TIME:

@@ -3,11 +3,11 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 import httpx
 
 from core.billing.headers import TOKEN, HeaderTemplates
-from core.billing.token import Token, TokenError
 from core.domain.model import Answer, Outcome
 from core.log import logger
 
@@ -18,6 +18,27 @@ type Credentials = Mapping[str, str]
 KEY_READ_AGAIN_SECONDS = 30.0
 # Where no token could be fetched, all checks share that answer for this long.
 NO_TOKEN_SECONDS = 5.0
+# A token is renewed this long before it expires, or when half of its time is over.
+RENEW_BEFORE_SECONDS = 60.0
+
+
+class Token(NamedTuple):
+    """A token, and for how many seconds after it was asked for; infinity: until it is refused."""
+
+    text: str
+    seconds: float
+
+    @property
+    def renew_after_seconds(self) -> float:
+        return max(self.seconds / 2, self.seconds - RENEW_BEFORE_SECONDS)
+
+
+class TokenError(Exception):
+    """There is no token; `answer` is what a check without one comes to, and says why."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.detail)
+        self.answer = answer
 
 
 class RequestHeaders:

@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jmespath
-from jmespath.parser import ParsedResult
 
 from core.domain.model import Amount, Meaning, SessionStatus
 
@@ -45,7 +43,6 @@ class StatusReading(NamedTuple):
     currency: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class StatusReader:
     """Finds billing's word for a session's status in an answer, and what it means to the shop.
 
@@ -56,17 +53,21 @@ class StatusReader:
         JMESPathError: a path is not a JMESPath expression.
     """
 
-    path: str = PATH
-    words: Mapping[str, Meaning] = field(default_factory=lambda: WORDS)  # in lower case
-    id_path: str | None = None
-    amount_path: str | None = None
-    currency_path: str | None = None
-    _compiled: Mapping[str, ParsedResult] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        paths = (self.path, self.id_path, self.amount_path, self.currency_path)
-        compiled = {path: jmespath.compile(path) for path in paths if path is not None}
-        object.__setattr__(self, "_compiled", compiled)
+    def __init__(
+        self,
+        path: str = PATH,
+        words: Mapping[str, Meaning] = WORDS,  # in lower case
+        id_path: str | None = None,
+        amount_path: str | None = None,
+        currency_path: str | None = None,
+    ) -> None:
+        self.path = path
+        self.words = words
+        self.id_path = id_path
+        self.amount_path = amount_path
+        self.currency_path = currency_path
+        paths = (path, id_path, amount_path, currency_path)
+        self._compiled = {path: jmespath.compile(path) for path in paths if path is not None}
 
     def read(self, body: bytes | None, billing_checkout_id: str) -> StatusReading:
         """Read the answer about a checkout; None stands for a body that is too long."""

@@ -3,19 +3,16 @@
 import base64
 import json
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import quote_plus
 
 import httpx
 
 from core.billing.headers import USER_AGENT
+from core.billing.request_headers import Token, TokenError
 from core.domain.model import Answer, Outcome
 
 CLIENT_ID, CLIENT_SECRET = "BILLING_CLIENT_ID", "BILLING_CLIENT_SECRET"
-
-# A token is renewed this long before it expires, or when half of its time is over.
-RENEW_BEFORE_SECONDS = 60.0
 
 OK = 200
 _REFUSED = frozenset((400, 401, 403))
@@ -28,26 +25,26 @@ _ERRORS = frozenset(
 )  # fmt: skip
 
 
-class Token(NamedTuple):
-    """A token, and for how many seconds after it was asked for; infinity: until it is refused."""
-
-    text: str
-    seconds: float
-
-    @property
-    def renew_after_seconds(self) -> float:
-        return max(self.seconds / 2, self.seconds - RENEW_BEFORE_SECONDS)
+type Send = Callable[[httpx.Request], Awaitable[tuple[int, bytes | None]]]
+"""Gives the answer's status code and body; a body that is None is too long."""
 
 
-class TokenError(Exception):
-    """There is no token; `answer` is what a check without one comes to, and says why."""
+async def fetch_token(send: Send, url: str, credentials: Mapping[str, str]) -> Token:
+    """Ask for a token.
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.detail)
-        self.answer = answer
+    Raises:
+        TokenError: there is none.
+    """
+    try:
+        status_code, body = await send(_request(url, credentials))
+    except httpx.TimeoutException:
+        raise _no_token("does not answer in time", Answer(Outcome.TIMEOUT)) from None
+    except httpx.TransportError as error:
+        raise _no_token(f"cannot be reached: {error}", Answer(Outcome.NETWORK_ERROR)) from None
+    return _read_token(status_code, body)
 
 
-def token_request(url: str, credentials: Mapping[str, str]) -> httpx.Request:
+def _request(url: str, credentials: Mapping[str, str]) -> httpx.Request:
     """The request for a token; the client authenticates as RFC 6749 requires (section 2.3.1)."""
     client = f"{quote_plus(credentials[CLIENT_ID])}:{quote_plus(credentials[CLIENT_SECRET])}"
     headers = {
@@ -58,22 +55,17 @@ def token_request(url: str, credentials: Mapping[str, str]) -> httpx.Request:
     return httpx.Request("POST", url, headers=headers, data={"grant_type": "client_credentials"})
 
 
-def read_token(status_code: int, body: bytes | None) -> Token:
-    """The token in an answer; a body that is None is too long.
-
-    Raises:
-        TokenError: the answer does not contain a token.
-    """
+def _read_token(status_code: int, body: bytes | None) -> Token:
     parsed = _parsed(body)
     if status_code != OK:
         error = parsed.get("error")
         known = f" ({error})" if isinstance(error, str) and error in _ERRORS else ""
         outcome = Outcome.UNAUTHORIZED if status_code in _REFUSED else Outcome.UNEXPECTED_STATUS
-        raise no_token(f"answers with status {status_code}{known}", Answer(outcome, status_code))
+        raise _no_token(f"answers with status {status_code}{known}", Answer(outcome, status_code))
     text = parsed.get("access_token")
     if not isinstance(text, str) or not text or not all("!" <= c <= "~" for c in text):
         answer = Answer(Outcome.UNEXPECTED_STATUS, status_code)
-        raise no_token("answers without a usable access_token", answer)
+        raise _no_token("answers without a usable access_token", answer)
     try:
         seconds = float(str(parsed.get("expires_in")))
     except ValueError:  # it may be left out
@@ -81,7 +73,7 @@ def read_token(status_code: int, body: bytes | None) -> Token:
     return Token(text, seconds if seconds > 0 else math.inf)
 
 
-def no_token(why: str, answer: Answer) -> TokenError:
+def _no_token(why: str, answer: Answer) -> TokenError:
     return TokenError(answer._replace(detail=f"BILLING_TOKEN_URL {why}"))
 
 

@@ -1,7 +1,6 @@
 """Where the database is, and how a connection to it is encrypted."""
 
 import re
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Never
@@ -33,23 +32,20 @@ class Auth(StrEnum):
     IAM = "IAM"  # with a token of the function's role
 
 
-@dataclass(frozen=True, slots=True)
-class MySQLAddress:
+class MySQLAddress(NamedTuple):
     """A MySQL or MariaDB server, and the user that connects to it."""
 
     host: str
     port: int
     user: str
-    password: str = field(repr=False)
+    password: str
     database: str
     ssl_ca: str | None = None  # a private CA's file or its PEM, or RDS; None: the system's CAs
     tls: Tls = Tls.PREFER
 
-
-class SQLitePath(NamedTuple):
-    """The file of the embedded database."""
-
-    path: Path
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"MySQLAddress({self.user!r} at {self.host!r}, {self.port}, {self.database!r})"
 
 
 class DatabaseSecret(NamedTuple):
@@ -84,9 +80,9 @@ class IamDatabase(NamedTuple):
 
 
 USER_ARN_FORM = "arn:aws:rds-db:<region>:<account>:dbuser:<resource id>/<user>"
-USER_ARN = re.compile(r"arn:aws[a-z-]*:rds-db:[a-z0-9-]+:\d{12}:dbuser:[\w-]+/[!-~]{1,32}")
+USER_ARN = r"arn:aws[a-z-]*:rds-db:[a-z0-9-]+:\d{12}:dbuser:[\w-]+/[!-~]{1,32}"
 
-type DatabaseAddress = MySQLAddress | SQLitePath | DatabaseSecret | IamDatabase
+type DatabaseAddress = MySQLAddress | Path | DatabaseSecret | IamDatabase  # a path: SQLite's file
 
 
 def is_ca(text: str) -> bool:
@@ -97,7 +93,7 @@ def is_ca(text: str) -> bool:
         return False
 
 
-def parse_database_url(text: str, *, tls: Tls = Tls.PREFER) -> MySQLAddress | SQLitePath:
+def parse_database_url(text: str, *, tls: Tls = Tls.PREFER) -> MySQLAddress | Path:
     """Parse a `DATABASE_URL`. Percent-encoding in user, password and database is decoded.
 
     `ssl=true` and `ssl_ca` raise `tls` to VERIFY.
@@ -119,7 +115,7 @@ def parse_database_url(text: str, *, tls: Tls = Tls.PREFER) -> MySQLAddress | SQ
         path = unquote(url.path.removeprefix("/"))
         if url.netloc or not path or "?" in text:
             _refuse_database_url(text, "does not name a file")
-        return SQLitePath(Path(path))
+        return Path(path)
     if url.scheme != "mysql":
         _refuse_database_url(text, "has an unsupported scheme")
     database = unquote(url.path.removeprefix("/"))

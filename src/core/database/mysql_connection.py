@@ -26,7 +26,7 @@ SERVER_STATEMENT_SECONDS = 8
 # The CAs of Amazon RDS are not public ones, so the system does not have them. A region's CA that is
 # missing here can be given in ssl_ca.
 RDS_CAS = Path(__file__).with_name("rds-ca.pem")
-_RDS_HOST = re.compile(r"[\w.-]+\.rds\.amazonaws\.com(\.cn)?", re.IGNORECASE)
+_RDS_HOST = r"(?i)[\w.-]+\.rds\.amazonaws\.com(\.cn)?"
 
 # For rows, and for tables that an ALTER or a LOCK TABLES holds (the default is a year).
 LOCK_WAIT_SECONDS = 3
@@ -125,7 +125,7 @@ def _context(address: MySQLAddress) -> ssl.SSLContext | None:
             context.verify_mode = ssl.CERT_NONE
             return context
         case Tls.VERIFY:
-            return _verifying(address.ssl_ca, is_rds=bool(_RDS_HOST.fullmatch(address.host)))
+            return _verifying(address.ssl_ca, is_rds=bool(re.fullmatch(_RDS_HOST, address.host)))
 
 
 def _verifying(ca: str | None, *, is_rds: bool) -> ssl.SSLContext:

@@ -5,7 +5,6 @@ written to a session's own row, so that a check that finds nothing new writes no
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
@@ -25,8 +24,7 @@ class CheckRecord(NamedTuple):
     next_check_at: datetime | None  # None: with its batch
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What becomes of a claimed batch and of its sessions."""
 
     batch: BatchClaim
@@ -35,8 +33,7 @@ class Settlement:
     left: Sequence[Claim] = ()  # given back unasked: their due time stays
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
+class BatchRecord(NamedTuple):
     """What a settlement writes."""
 
     batch: BatchClaim
@@ -44,7 +41,7 @@ class BatchRecord:
     next_check_at: datetime | None  # None: no checked session is with the batch
     records: Sequence[CheckRecord] = ()
     waiting: Sequence[Claim] = ()
-    left: Sequence[Claim] = field(default=())  # those that get a due time of their own
+    left: Sequence[Claim] = ()  # those that get a due time of their own
 
 
 def settle(settlement: Settlement) -> BatchRecord:

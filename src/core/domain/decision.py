@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,14 +10,20 @@ from core.domain.cadence import Cadence, next_check, slot_at
 from core.domain.model import Answer, Claim, Decision, Recheck, SessionStatus, StatusChange
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # without eq, its hash is quick
-class CheckRules:
+class CheckRules:  # not a tuple, whose hash is slow
     """The settings that a decision depends on."""
 
-    interval_seconds: int
-    cadence: Cadence
-    backoff_max_seconds: int
-    expires_after_seconds: int | None  # None: a session never expires
+    def __init__(
+        self,
+        interval_seconds: int,
+        cadence: Cadence,
+        backoff_max_seconds: int,
+        expires_after_seconds: int | None,  # None: a session never expires
+    ) -> None:
+        self.interval_seconds = interval_seconds
+        self.cadence = cadence
+        self.backoff_max_seconds = backoff_max_seconds
+        self.expires_after_seconds = expires_after_seconds
 
     def longest_waits(self) -> Iterator["LongestWait"]:
         """How far ahead a session's next check can lie, for each step of the cadence."""
@@ -79,11 +84,6 @@ def decide(
     )
 
 
-class _Due(NamedTuple):
-    at: datetime
-    after: float  # seconds after the claim
-
-
 def _due(  # noqa: PLR0917 (called in two places)
     claimed_at: datetime,
     first_seen_at: datetime,
@@ -91,7 +91,8 @@ def _due(  # noqa: PLR0917 (called in two places)
     rules: CheckRules,
     failures: int,
     choose: Callable[[int, int], int],
-) -> _Due:
+) -> tuple[datetime, float]:
+    """The due time, and how many seconds after the claim that is."""
     interval = rules.interval_seconds
     at = next_check(
         slot_at(max(claimed_at, tick), interval),
@@ -101,13 +102,13 @@ def _due(  # noqa: PLR0917 (called in two places)
         backoff_max_seconds=rules.backoff_max_seconds,
         choose=choose,
     )
-    return _Due(at, (at - claimed_at).total_seconds())
+    return at, (at - claimed_at).total_seconds()
 
 
 @lru_cache(maxsize=1024)  # the sessions of a batch were first seen, and claimed, at the same times
 def _due_if_healthy(
     claimed_at: datetime, first_seen_at: datetime, tick: datetime, rules: CheckRules
-) -> _Due:
+) -> tuple[datetime, float]:
     return _due(claimed_at, first_seen_at, tick, rules, 0, max)
 
 

@@ -1,8 +1,6 @@
 """What the monitor speaks of: a claim goes out, an answer comes back, a decision is written."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple
@@ -108,7 +106,7 @@ class BatchClaim(NamedTuple):
     claimed_until: datetime
     next_check_at: datetime  # of the sessions that have no due time of their own
     is_due: bool  # these sessions are handed out; otherwise only some with a due time of their own
-    claims: Sequence["Claim"]
+    claims: Sequence[Claim]
     closed: Sequence[int]  # the numbers of rows whose session is not open any more
 
 
@@ -175,24 +173,14 @@ class Refusal(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
+class Recorded(NamedTuple):
     """What was written of some decisions."""
 
-    outcomes: Mapping[Outcome, int] = field(default_factory=dict)  # of all of them
+    outcomes: Mapping[Outcome, int] = {}  # of all of them
     changed: Sequence[StatusChange] = ()  # those whose new status was written
     unpublished: int = 0  # of the deferred: their event could not be published
     refusals: Sequence[Refusal] = ()
     untried: Sequence[StatusChange] = ()  # refused together; each is still to be made by itself
-
-    def __add__(self, other: "Recorded") -> "Recorded":
-        return Recorded(
-            Counter(self.outcomes) + Counter(other.outcomes),
-            [*self.changed, *other.changed],
-            self.unpublished + other.unpublished,
-            [*self.refusals, *other.refusals],
-            [*self.untried, *other.untried],
-        )
 
 
 class Pause(NamedTuple):
@@ -202,15 +190,14 @@ class Pause(NamedTuple):
     in_a_row: int
 
 
-@dataclass(frozen=True, slots=True)
-class OpenCounts:
+class OpenCounts(NamedTuple):
     """All open sessions, counted by the leader when it reconciled last."""
 
     open: int = 0
     in_flight: int = 0  # claimed
     not_due: int = 0
-    outcomes: Mapping[str, int] = field(default_factory=dict)  # by last outcome; "": unchecked
-    ages: Mapping[str, int] = field(default_factory=dict)  # by the names of AGES
+    outcomes: Mapping[str, int] = {}  # by last outcome; "": unchecked
+    ages: Mapping[str, int] = {}  # by the names of AGES
 
     @property
     def failing(self) -> int:

@@ -1,9 +1,8 @@
 """One pass, as it is logged, returned, measured and kept as a `checkout_session_run` row."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from core.domain.model import JsonObject, Outcome, Reason, Skip, iso
 from core.domain.waiting import Waiting
@@ -11,8 +10,7 @@ from core.domain.waiting import Waiting
 PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """What a pass did; made once, at its end.
 
     One pass of each tick has `led`. If it has `counted` too, `open` is the number of open sessions
@@ -27,8 +25,8 @@ class Summary:
     open: int = 0
     failing: int = 0  # open sessions whose last check failed, by the count before the pass
     only_not_found: int = 0  # sessions of which billing knows none, by that count
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    skipped: Counter[Skip] = field(default_factory=Counter)
+    outcomes: Mapping[Outcome, int] = {}
+    skipped: Mapping[Skip, int] = {}
     overdue_seconds: float = 0.0
     waiting: Waiting | None = None  # when a pass that has led began its checks
     unknown_words: Sequence[str] = ()  # of `unknown_status`, the most frequent first
@@ -43,7 +41,7 @@ class Summary:
 
     @property
     def checked(self) -> int:
-        return self.outcomes.total()
+        return sum(self.outcomes.values())
 
     @property
     def errors(self) -> int:

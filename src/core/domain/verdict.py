@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
@@ -12,28 +11,31 @@ from core.domain.model import JsonObject, Outcome
 from core.domain.next_step import Step
 from core.domain.other_monitors import OTHER_MONITOR, OtherMonitor
 from core.domain.rate import is_too_low
-from core.domain.waiting import MAX_COUNTED, NOT_ASKED, Wait, Waiting
+from core.domain.waiting import (
+    CRITICAL_UNKNOWN,
+    MAX_COUNTED,
+    MIN_UNKNOWN_TO_BILLING,
+    MOST,
+    NOT_ASKED,
+    OVERDUE_SECONDS,
+    Wait,
+    Waiting,
+)
 
 # A monitor whose newest pass began longer ago than this many intervals does not work.
 FRESH_INTERVALS = 6
 # The schedule starts the loop for the first time within two minutes of the deployment.
 FIRST_PASS_SECONDS = 120
-# From this share of the open sessions on that wait, or from so many with an unknown word on, it is
-# critical; so is a session that nobody has asked about for this long.
+# It is critical if this share of the open sessions waits.
 CRITICAL_SHARE = 0.1
-CRITICAL_UNKNOWN = 3
-OVERDUE_SECONDS = 60
-# Billing refuses the key if it refuses at least this share of all open sessions; fewer are theirs.
-MOST = 0.5
 # Passes start late if at least so many did, and most of them by this much. A cold start takes less.
 MIN_LATE_STARTS = 3
 LATE_START_SECONDS = 10
 # Lambda drops the event of a tick after a minute. A start that is later is of a wrong clock.
 MAX_START_SECONDS = 75
 # Billing knows fewer sessions than usual if the share that it does not know has grown by this much,
-# and to twice the usual one. It is critical if billing knows none of at least so many.
+# and to twice the usual one.
 UNUSUAL_SHARE, UNUSUAL_FACTOR = 0.2, 2
-MIN_UNKNOWN_TO_BILLING = 10
 MAX_NAMED = 3  # checkouts that several sessions have, and sessions of one
 
 # What is wrong, by cause.
@@ -65,8 +67,7 @@ class Level(StrEnum):
 _ORDER = list(Level)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the person on call reads first, and what they read next."""
 
     level: Level
@@ -85,8 +86,7 @@ class Quiet(NamedTuple):
     usual_seconds: float  # from one change to the next
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the verdict depends on."""
 
     waiting: Waiting
@@ -105,7 +105,7 @@ class Facts:
     has_api_key: bool = True
     other_monitors: Sequence[OtherMonitor] = ()
     # Among the newest sessions: checkouts that several open ones have, with the ids of those.
-    shared_checkouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    shared_checkouts: Mapping[str, Sequence[str]] = {}
     paid_late: Sequence[str] = ()  # sessions that were paid after they had become `timeout`
     expected_ticks: int = 0  # in the last hour, or since the interval was changed
     missed_ticks: int = 0

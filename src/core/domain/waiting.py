@@ -5,7 +5,6 @@ began when the first of them was due, for one that is not asked about when it wa
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -15,6 +14,13 @@ from core.domain.model import JsonObject, Outcome, iso
 LATE_INTERVALS = 2
 # The monitor is blind if more than this share of the open sessions waits; new ones cannot yet.
 BLIND_SHARE = 0.9
+# From here on it is critical, for the verdict and for the alarms: so many sessions wait with an
+# unknown word, or nobody has asked about one for this long, or billing knows none of so many.
+CRITICAL_UNKNOWN = 3
+OVERDUE_SECONDS = 60
+MIN_UNKNOWN_TO_BILLING = 10
+# Billing refuses the key if it refuses at least this share of all open sessions; fewer are theirs.
+MOST = 0.5
 MAX_FIRST = 10  # sessions that are named
 # Those that fail are counted up to this number; of more, the last counts of all sessions say how
 # many there are.
@@ -45,13 +51,12 @@ class WaitingSession(NamedTuple):
     status_code: int | None  # of billing's last answer that failed; None: there was none
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(NamedTuple):
     """All sessions that wait, by cause: the most frequent first, those without an id last."""
 
     now: datetime
     longest_seconds: float = 0.0  # of any open session, also of one that does not count as waiting
-    causes: Mapping[str, Wait] = field(default_factory=dict)
+    causes: Mapping[str, Wait] = {}
     first: Sequence[WaitingSession] = ()  # the longest first
     failing: int = 0  # those that fail, waiting or not, counted up to a bound
 

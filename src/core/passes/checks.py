@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from core.database.thread import DatabaseThread
 from core.domain.decision import CheckRules, decide
@@ -29,13 +29,6 @@ class Billing(Protocol):
     """What a pass needs of the billing service; see `core.billing.client.BillingClient`."""
 
     async def check(self, billing_checkout_id: str | None) -> Answer: ...
-
-
-class _Beginning(NamedTuple):
-    """The claims whose checks are being begun, until so many remain."""
-
-    pending: PendingClaims
-    remaining: int
 
 
 class Checks:
@@ -76,7 +69,8 @@ class Checks:
         self._choose = choose
         self._loop = asyncio.get_running_loop()
         self._permits = asyncio.Semaphore(max_in_flight)
-        self._beginning: _Beginning | None = None
+        self._pending: PendingClaims | None = None  # whose checks are being begun
+        self._remaining = 0  # until so many of them remain
         self._last_answer_at = times.began
         self._others = deque[bool](maxlen=OTHERS)  # whether other sessions' checks were limited
         self._sharing_limit = asyncio.Lock()
@@ -93,7 +87,7 @@ class Checks:
     async def begin(self, pending: PendingClaims, *, remaining: int) -> None:
         """Begin checks until `remaining` claims are left or time is up."""
         self._pause.begin_by = pending.begin_by
-        self._beginning = _Beginning(pending, remaining)
+        self._pending, self._remaining = pending, remaining
         try:
             async with asyncio.timeout_at(pending.begin_by):
                 while len(pending.claims) > remaining:
@@ -108,7 +102,7 @@ class Checks:
         except TimeoutError:
             pass
         finally:
-            self._beginning = None
+            self._pending = None
 
     async def end_within(self, seconds: float) -> bool:
         """Wait until no check is in flight; returns false if that takes longer."""
@@ -160,10 +154,10 @@ class Checks:
 
     def _following(self) -> tuple[Claim, PendingClaims] | None:
         """A claim whose check may begin now. The last one is left to `begin`, which then ends."""
-        if self._beginning is None:
+        pending = self._pending
+        if pending is None or len(pending.claims) <= self._remaining + 1:
             return None
-        pending, remaining = self._beginning
-        if len(pending.claims) <= remaining + 1 or not self._writer.has_room:
+        if not self._writer.has_room:
             return None
         if not self._pause.takes_turn():
             return None

@@ -1,7 +1,6 @@
 """The claims of a pass: each is held until its session is decided or given back."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from core.domain.batch import Settlement
@@ -19,14 +18,14 @@ SETTLE_BEFORE = timedelta(seconds=0.5)
 _ANY_TIME = datetime.min.replace(tzinfo=UTC)  # nothing is undecided
 
 
-@dataclass(slots=True)
 class _HeldBatch:
-    claim: BatchClaim
-    undecided: dict[int, Claim]
-    rechecks: list[Recheck] = field(default_factory=list)
-    left: list[Claim] = field(default_factory=list)
-    first_due: datetime | None = None  # of the rechecks
-    first_decided: float = 0.0  # when, by the event loop's clock
+    def __init__(self, claim: BatchClaim) -> None:
+        self.claim = claim
+        self.undecided = {claim.rowid: claim for claim in claim.claims}
+        self.rechecks: list[Recheck] = []
+        self.left: list[Claim] = []
+        self.first_due: datetime | None = None  # of the rechecks
+        self.first_decided = 0.0  # when, by the event loop's clock
 
     def is_ready(self, now: datetime, at: float) -> bool:
         """Whether it can be given back, or has to be."""
@@ -64,8 +63,7 @@ class HeldClaims:
 
     def hold(self, claimed: Claimed) -> None:
         for batch in claimed.batches:
-            undecided = {claim.rowid: claim for claim in batch.claims}
-            self._batches[batch.id] = _HeldBatch(batch, undecided)
+            self._batches[batch.id] = _HeldBatch(batch)
         self._sessions |= {claim.rowid: claim for claim in claimed.sessions}
 
     def decide(self, rechecks: Iterable[Recheck], at: float) -> None:

@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from typing import NamedTuple
 
@@ -327,8 +326,7 @@ class RunningPass:
 
     def _summary(self) -> Summary:
         tally, writer = self._tally, self._writer
-        return replace(
-            self._at_start,
+        return self._at_start._replace(
             counted=tally.counted,
             open=tally.open,
             waiting=tally.waiting,

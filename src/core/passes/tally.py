@@ -1,26 +1,28 @@
 """What a pass has done so far, and what it left."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from core.domain.model import Reason, Skip
-from core.domain.waiting import Waiting
 from core.passes.pause import SharedPause
 
+if TYPE_CHECKING:
+    from core.domain.waiting import Waiting
 
-@dataclass(slots=True)
+
 class Tally:
     """Only the pass changes it."""
 
-    open: int
-    counted: bool = False
-    waiting: Waiting | None = None  # None: not read
-    elsewhere: Counter[Skip] = field(default_factory=Counter)  # not for this pass to check
-    latencies: list[float] = field(default_factory=list)  # seconds, one for each request
-    rate_limited: int = 0  # requests that billing limited, and not because of their sessions
-    not_open: int = 0  # of those asked for by id
-    workers_started: int = 0
-    out_of_time: bool = False
+    def __init__(self, open_sessions: int) -> None:
+        self.open = open_sessions
+        self.counted = False
+        self.waiting: Waiting | None = None  # None: not read
+        self.elsewhere = Counter[Skip]()  # not for this pass to check
+        self.latencies: list[float] = []  # seconds, one for each request
+        self.rate_limited = 0  # requests that billing limited, and not because of their sessions
+        self.not_open = 0  # of those asked for by id
+        self.workers_started = 0
+        self.out_of_time = False
 
     def skipped(
         self, reason: Reason, pause: SharedPause, *, checked: int, has_api_key: bool

@@ -1,8 +1,7 @@
 """What a claim reads about its sessions: the columns, and the claims that are made of them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
 
 from core.database.port import Database, Row, as_datetime, as_text
 from core.domain.model import Claim
@@ -34,21 +33,6 @@ def session_columns(database: Database, last_check: str) -> str:
     return f"c.session_id, {_CHECKOUT_ID}, {text}"
 
 
-class _Common(NamedTuple):
-    """The values of a claim that sessions of a batch have in common, in the order of `Claim`."""
-
-    first_seen_at: datetime
-    consecutive_failures: int
-    claimed_at: datetime
-    claimed_until: datetime
-    batch_id: int | None
-    last_outcome: str | None
-    last_status_code: int | None
-    has_due_time: bool
-    last_checked_at: datetime | None
-    due_at: datetime | None
-
-
 def read_claims(
     rows: Iterable[Row],
     claimed_at: datetime,
@@ -60,7 +44,7 @@ def read_claims(
     `of_batch` are the due time and the last check of the claimed batches; None, if the claims are
     on the sessions' own rows.
     """
-    read: dict[str, tuple[int, _Common]] = {}
+    read: dict[str, tuple[int, Sequence[object]]] = {}
     for session_id, checkout_id, text in rows:
         number, _, common_text = as_text(text).partition("|")
         rowid = int(number)
@@ -79,12 +63,16 @@ def _common(
     claimed_at: datetime,
     claimed_until: datetime,
     of_batch: Mapping[int, tuple[datetime, datetime | None]] | None,
-) -> tuple[int, _Common]:
+) -> tuple[int, Sequence[object]]:
+    """The batch, and the fields of a claim after its three ids, which its sessions share."""
     number, first_seen, failures, outcome, code, next_check, last_check = text.split("|")
     batch_id = int(number)
     due_at, checked_at = of_batch[batch_id] if of_batch else (None, None)
     next_check_at = as_datetime(next_check) if next_check else None
-    return batch_id, _Common(
+    claim = Claim(
+        rowid=0,
+        session_id="",
+        billing_checkout_id=None,
         first_seen_at=as_datetime(first_seen),
         consecutive_failures=int(failures),
         claimed_at=claimed_at,
@@ -96,3 +84,4 @@ def _common(
         last_checked_at=as_datetime(last_check) if last_check else checked_at,
         due_at=next_check_at or due_at,
     )
+    return batch_id, claim[3:]

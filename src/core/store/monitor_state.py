@@ -6,7 +6,6 @@ the newest tick that has a leader, and the result of the last complete reconcili
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import NamedTuple
@@ -144,7 +143,7 @@ class MonitorState:
             connection.execute(
                 "UPDATE checkout_session_pause SET counts = %s, counted_at = %s,"
                 " count_again_at = %s WHERE id = 1",
-                (json.dumps(asdict(counts)), now, now + min(REST_FACTOR * took, MAX_REST)),
+                (json.dumps(counts._asdict()), now, now + min(REST_FACTOR * took, MAX_REST)),
             )
 
         self._database.run(keep)

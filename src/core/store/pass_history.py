@@ -5,8 +5,7 @@ The newest row is the monitor's heartbeat, and rows without an end show which pa
 
 import json
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from core.database.port import Connection, Database, Row, Value, as_datetime, as_int, placeholders
@@ -218,5 +217,5 @@ def _words(words: Sequence[str]) -> str | None:
     return json.dumps(shown) if shown else None
 
 
-def _json(counts: Counter[Outcome] | Counter[Skip]) -> str:
+def _json(counts: Mapping[Outcome, int] | Mapping[Skip, int]) -> str:
     return json.dumps({name.value: count for name, count in counts.items()})

@@ -13,7 +13,6 @@ level of a key, takes MySQL up to as long as the rest of an UPDATE.
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import batched
 from typing import NamedTuple
@@ -52,8 +51,7 @@ _MAX_CLOCK_ERROR = timedelta(seconds=5)
 _BATCH = "id, next_check_at, checked_at"
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """What one claim hands out."""
 
     batches: Sequence[BatchClaim] = ()

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import batched
-from typing import NamedTuple
 
 from core.database.port import (
     STATEMENT_ROWS,
@@ -16,7 +15,7 @@ from core.database.port import (
     numbers_by_value,
 )
 from core.domain.batch import CheckRecord
-from core.domain.model import Claim, Outcome
+from core.domain.model import Claim
 
 # A claim that is valid for longer came from a clock that was ahead. The settings allow requests of
 # up to 30 s, and a lease lasts ten more.
@@ -79,39 +78,34 @@ class QueueRows:
     ) -> None:
         """Write records with one statement for all rows that get the same values."""
         by_row = {
-            claim.rowid: _RecordValues(
+            claim.rowid: (
                 outcome,
-                status_code,
+                code,
                 next_check_at,
                 claim.claimed_at,
                 _asked_since(claim) if outcome.is_error else None,
             )
-            for claim, outcome, status_code, next_check_at in records
+            for claim, outcome, code, next_check_at in records
         }
-        for values, rowids in numbers_by_value(by_row).items():
-            at = checked_at(now, values.claimed_at)
+        groups = numbers_by_value(by_row)
+        for (outcome, code, next_check_at, claimed_at, since), rowids in groups.items():
+            at = checked_at(now, claimed_at)
             failing = "consecutive_failures = 0, failing_since = NULL"
             parameters: tuple[Value, ...] = ()
-            if values.outcome.is_error:
+            if since is not None:
                 failing = (
                     # A later time is of a clock that was ahead.
                     "consecutive_failures = consecutive_failures + 1, failing_since ="
                     " CASE WHEN failing_since <= %s THEN failing_since ELSE %s END"
                 )
-                parameters = (values.failing_since,) * 2
+                parameters = (since,) * 2
             for some in batched(rowids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     f"UPDATE checkout_session_check {self._database.by_rowid}"
                     " SET last_checked_at = %s, last_outcome = %s, last_status_code = %s,"
                     f" next_check_at = %s, {failing}, claimed_until = NULL"
                     f" WHERE rowid IN {number_list(some)}",
-                    (
-                        at,
-                        values.outcome.value,
-                        values.status_code,
-                        values.next_check_at,
-                        *parameters,
-                    ),
+                    (at, outcome.value, code, next_check_at, *parameters),
                 )
 
     def claim(self, transaction: Transaction, claims: Iterable[Claim]) -> None:
@@ -182,14 +176,6 @@ def checked_at(now: datetime, claimed_at: datetime) -> datetime:
 def _asked_since(claim: Claim) -> datetime:
     """When the check under this claim was due."""
     return min(claim.due_at or claim.claimed_at, claim.claimed_at)
-
-
-class _RecordValues(NamedTuple):
-    outcome: Outcome
-    status_code: int | None
-    next_check_at: datetime | None
-    claimed_at: datetime
-    failing_since: datetime | None  # if this is its first failure; None: it did not fail
 
 
 def by_token(claims: Iterable[Claim]) -> dict[datetime, list[int]]:

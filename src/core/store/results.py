@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import batched
@@ -24,8 +23,7 @@ from core.domain.model import BatchClaim, Claim, Recheck
 from core.store.queue_rows import CLAIMED, MAX_LEASE, QueueRows, by_token, checked_at
 
 
-@dataclass(frozen=True, slots=True)
-class Results:
+class Results(NamedTuple):
     """What is written of some claims."""
 
     settlements: Sequence[Settlement] = ()
@@ -48,18 +46,14 @@ class _Contents(NamedTuple):
     first_due: datetime | None  # of the others
 
 
-class _BatchValues(NamedTuple):
-    next_check_at: datetime
-    due_at: datetime
-    checked_at: datetime | None  # None: stays
-
-
 class _Free(NamedTuple):
     """A batch that is given back."""
 
     id: int
     sessions: int
-    values: _BatchValues
+    next_check_at: datetime
+    due_at: datetime
+    checked_at: datetime | None  # None: stays
 
 
 class ResultWriter:
@@ -141,14 +135,14 @@ class ResultWriter:
         contents = self._contents(transaction, [b.batch.id for b in batches], now)
         frees = [free for b in batches if (free := _free_values(b, contents, now))]
         frees = self._merge(transaction, frees)
-        for values, ids in numbers_by_value({free.id: free.values for free in frees}).items():
-            checked = "" if values.checked_at is None else ", checked_at = %s"
-            parameters = () if values.checked_at is None else (values.checked_at,)
+        values = {free.id: (free.next_check_at, free.due_at, free.checked_at) for free in frees}
+        for (next_check_at, due_at, at), ids in numbers_by_value(values).items():
+            checked, parameters = ("", ()) if at is None else (", checked_at = %s", (at,))
             for some in batched(ids, STATEMENT_ROWS, strict=False):
                 transaction.execute(
                     "UPDATE checkout_session_batch SET claimed_until = NULL, next_check_at = %s,"
                     f" due_at = %s{checked} WHERE id IN {number_list(some)}",
-                    (values.next_check_at, values.due_at, *parameters),
+                    (next_check_at, due_at, *parameters),
                 )
         kept = {free.id for free in frees}
         for some in batched(
@@ -185,8 +179,8 @@ class ResultWriter:
         kept: list[_Free] = []
         for free in frees:
             small = free.sessions <= self._batch_size // 2
-            if small and free.values.checked_at is not None:
-                groups[free.values.next_check_at, free.values.checked_at].append(free)
+            if small and free.checked_at is not None:
+                groups[free.next_check_at, free.checked_at].append(free)
             else:
                 kept.append(free)
         for group in groups.values():
@@ -199,10 +193,9 @@ class ResultWriter:
                     target, moved = free, []
                     continue
                 moved.append(free.id)
-                due_at = min(target.values.due_at, free.values.due_at)
                 target = target._replace(
                     sessions=target.sessions + free.sessions,
-                    values=target.values._replace(due_at=due_at),
+                    due_at=min(target.due_at, free.due_at),
                 )
             self._move(transaction, moved, target.id)
             kept.append(target)
@@ -221,7 +214,7 @@ def _as_it_is(settlement: Settlement, next_check_at: datetime) -> Settlement:
     """With the due time that its batch has now: a reconciliation may have changed it."""
     if settlement.batch.next_check_at == next_check_at:
         return settlement
-    return replace(settlement, batch=settlement.batch._replace(next_check_at=next_check_at))
+    return settlement._replace(batch=settlement.batch._replace(next_check_at=next_check_at))
 
 
 def _free_values(
@@ -239,4 +232,4 @@ def _free_values(
     due = [found.first_due] if found.first_due else []
     if found.with_batch:
         due.append(next_check_at)
-    return _Free(batch.id, found.sessions, _BatchValues(next_check_at, min(due), checked))
+    return _Free(batch.id, found.sessions, next_check_at, min(due), checked)

@@ -1,5 +1,7 @@
 """The settings in force, as `GET /api/status` returns them."""
 
+from pathlib import Path
+
 from core.billing.settings import CREDENTIALS, listed
 from core.database.address import (
     Auth,
@@ -7,7 +9,6 @@ from core.database.address import (
     DatabaseSecret,
     IamDatabase,
     MySQLAddress,
-    SQLitePath,
     Tls,
 )
 from core.domain.model import JsonObject
@@ -67,7 +68,7 @@ def _database_settings(address: DatabaseAddress) -> JsonObject:
         case MySQLAddress():
             found["DATABASE_URL"] = f"mysql://{address.host}:{address.port}/{address.database}"
             found["DATABASE_TLS"] = address.tls
-        case SQLitePath(path):
+        case Path() as path:
             found["DATABASE_URL"] = f"sqlite:///{path}"
         case DatabaseSecret(arn, tls, host, port, name):
             found |= {"DATABASE_SECRET_ARN": arn, "DATABASE_TLS": tls}

@@ -7,9 +7,8 @@ number of open sessions comes from the leader's last complete reconciliation.
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.database.port import (
     Connection,
@@ -63,8 +62,7 @@ def read_status(database: Database, settings: Settings, *, on_lambda: bool = Fal
     return database.run(read)
 
 
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
+class _UnderWay(NamedTuple):
     """A pass that has begun and not ended."""
 
     tick: datetime | None

@@ -169,7 +169,8 @@ class Store:
         """Write what was decided: results of checks, and up to CHANGES_AT_ONCE status changes."""
         self.queue.write(results, now)
         outcomes = Counter(recheck.answer.outcome for recheck in results.all_rechecks)
-        return Recorded(outcomes=outcomes) + self.status_changes.make(changes)
+        made = self.status_changes.make(changes)
+        return made._replace(outcomes=outcomes + Counter(made.outcomes))
 
     def close(self) -> None:
         self._database.close()

@@ -6,9 +6,8 @@ changed, waits since its last check.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
 
 from core.database.port import (
     Connection,
@@ -45,23 +44,8 @@ _FAILED = tuple(outcome.value for outcome in Outcome if outcome.is_error)
 _FAILING = "(failing_since <= %s OR failing_since > %s)"
 
 
-class _Range(NamedTuple):
-    """The first and the last of some times; None: there are none."""
-
-    first: datetime | None
-    last: datetime | None
-
-    def is_outside(self, begin: datetime, end: datetime) -> bool:
-        """Whether a time lies outside of these, or at the begin."""
-        is_early = self.first is not None and self.first <= begin
-        return is_early or (self.last is not None and self.last > end)
-
-
-class _NotAsked(NamedTuple):
-    """Sessions that are due, and not asked about."""
-
-    wait: Wait
-    first: list[WaitingSession]
+# The first and the last of some times; None: there are none.
+type _Range = tuple[datetime | None, datetime | None]
 
 
 class WaitingReader:
@@ -89,17 +73,18 @@ class WaitingReader:
         causes: dict[str, Wait] = {}
         first: list[WaitingSession] = []
         end = now + self._waits_from
-        if failing.is_outside(before, end):
+        if _is_outside(failing, before, end):
             causes = self._count_failing(connection, before, end, counted)
             first = self._first_failing(connection, before, end)
-        oldest = [time for time in (due.first, failing.first) if time is not None and time <= now]
-        if due.is_outside(before, now + self._max_ahead) and (
-            found := self._not_asked(connection, now, before)
+        oldest = [time for time in (due[0], failing[0]) if time is not None and time <= now]
+        if _is_outside(due, before, now + self._max_ahead) and (
+            late := self._not_asked(connection, now, before)
         ):
+            wait, sessions = late
             held = [causes[NOT_ASKED]] if NOT_ASKED in causes else []
-            causes[NOT_ASKED] = together([*held, found.wait])
-            first += found.first
-            oldest.append(found.wait.since)
+            causes[NOT_ASKED] = together([*held, wait])
+            first += sessions
+            oldest.append(wait.since)
         # Billing is not to blame for those without a checkout id.
         no_id = Outcome.INVALID_SESSION.value
         by_number = sorted(causes.items(), key=lambda c: (c[0] == no_id, -c[1].sessions, c[0]))
@@ -121,8 +106,9 @@ class WaitingReader:
             " (SELECT COUNT(*) FROM (SELECT 1 FROM checkout_session_check"
             f" WHERE failing_since IS NOT NULL LIMIT {MAX_COUNTED:d}) AS failing)"
         )
-        times = map(as_datetime_or_none, (due, last_due, failing, last_failing))
-        return _Range(next(times), next(times)), _Range(next(times), next(times)), as_int(failed)
+        of_batches = as_datetime_or_none(due), as_datetime_or_none(last_due)
+        of_failing = as_datetime_or_none(failing), as_datetime_or_none(last_failing)
+        return of_batches, of_failing, as_int(failed)
 
     def _count_failing(
         self, connection: Connection, before: datetime, end: datetime, counted: Mapping[str, int]
@@ -166,7 +152,7 @@ class WaitingReader:
 
     def _not_asked(
         self, connection: Connection, now: datetime, before: datetime
-    ) -> _NotAsked | None:
+    ) -> tuple[Wait, Sequence[WaitingSession]] | None:
         """Those of the batches that are due, claimed or not: a claim may end without a check."""
         late, parameters = "(due_at <= %s OR due_at > %s)", (before, now + self._max_ahead)
         batches = connection.query(
@@ -190,7 +176,7 @@ class WaitingReader:
             key=lambda wait: wait[0],
         )
         first = [WaitingSession(i, since, NOT_ASKED, None) for since, i in waits[:MAX_FIRST]]
-        return _NotAsked(Wait(sessions, waits[0][0]), first)
+        return Wait(sessions, waits[0][0]), first
 
     def _sessions_of(
         self, connection: Connection, batch_ids: Iterable[int], before: datetime, far: datetime
@@ -205,6 +191,12 @@ class WaitingReader:
                 (before, far),
             )
         )
+
+
+def _is_outside(times: _Range, begin: datetime, end: datetime) -> bool:
+    """Whether one of the times is not after the begin, or is after the end."""
+    first, last = times
+    return (first is not None and first <= begin) or (last is not None and last > end)
 
 
 def _since(row: Row, now: datetime, before: datetime) -> datetime:
