@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from core.billing.client import StatusCodes
 from core.billing.headers import API_KEY_HEADER, HeaderTemplates
@@ -16,7 +16,6 @@ from core.billing.settings import (
     read_status_reader,
     read_token_url,
 )
-from core.billing.status_words import StatusReader
 from core.database.address import (
     DATABASE_URL_FORM,
     USER_ARN,
@@ -32,6 +31,9 @@ from core.domain import cadence
 from core.domain.cadence import Cadence, parse_duration
 from core.domain.decision import CheckRules
 from core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from core.billing.status_words import StatusReader
 
 
 class Settings(NamedTuple):
@@ -53,7 +55,7 @@ class Settings(NamedTuple):
     max_concurrency: int
     max_workers: int
     billing_max_per_second: int | None  # None: no limit is known
-    status_reader: StatusReader | None  # None: no status is written
+    status_reader: "StatusReader | None"  # None: no status is written
     expires_after_seconds: int | None
     late_payments_for: timedelta | None  # None: expired sessions are not looked at again
     late_status_updates: bool

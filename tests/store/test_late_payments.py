@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from core.domain.model import Answer, Outcome, SessionStatus
-from core.store.late_payments import ExpiredSession
+from core.store.late_payments import ExpiredSession, LatePayments
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import MySQLShop, Shop, add_sessions, connect
@@ -15,6 +15,11 @@ from tests.support import database_of
 PAID = Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS, billing_status="paid")
 WEEK = timedelta(days=7)
 KEPT = "SELECT session_id, late_check_at IS NULL, paid_late_at IS NULL FROM checkout_session_change"
+
+
+def looks(store: Store) -> LatePayments:
+    assert store.late_payments is not None
+    return store.late_payments
 
 
 def expired(shop: Shop, sessions: dict[str, str | None]) -> None:
@@ -36,12 +41,12 @@ def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeCl
     expired(shop, {f"s{n}": f"c{n}" for n in range(5)})
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's4'")
     shop.run("DELETE FROM checkout_session WHERE id = 's3'")
-    first = stores[0].late_payments.claim_due(2)
-    second = stores[1].late_payments.claim_due(9)
-    assert stores[0].late_payments.claim_due(9) == []
+    first = looks(stores[0]).claim_due(2)
+    second = looks(stores[1]).claim_due(9)
+    assert looks(stores[0]).claim_due(9) == []
     claimed = sorted((one.session_id, one.billing_checkout_id) for one in [*first, *second])
     assert claimed == [("s0", "c0"), ("s1", "c1"), ("s2", "c2")]
-    assert stores[0].late_payments.record_paid(first[0], PAID) is SessionStatus.TIMEOUT
+    assert looks(stores[0]).record_paid(first[0], PAID) is SessionStatus.TIMEOUT
     assert len(bus.published) == 1
     kept = sorted(tuple(map(str, row)) for row in shop.run(KEPT))
     paid = first[0].session_id
@@ -64,7 +69,7 @@ def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSessi
     store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)
     store.prepare()
     expired(shop, {"s": "c"})
-    [session] = store.late_payments.claim_due(9)
+    [session] = looks(store).claim_due(9)
     return store, session
 
 
@@ -76,7 +81,7 @@ def test_a_late_payment_changes_no_session_that_the_shop_has_changed(
     store, session = claimed(shop, clock, bus)
     shop.run(f"UPDATE checkout_session SET {change}")
     before = statuses(shop)
-    assert store.late_payments.record_paid(session, PAID) is None
+    assert looks(store).record_paid(session, PAID) is None
     store.close()
     assert (statuses(shop), bus.published) == (before, [])
     assert [tuple(map(str, row)) for row in shop.run(KEPT)] == [("s", "1", "1")]
@@ -90,12 +95,12 @@ def test_a_late_payment_waits_for_a_row_that_the_shop_has_locked(
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute("SELECT * FROM checkout_session FOR UPDATE")
-        assert store.late_payments.record_paid(session, PAID) is None
+        assert looks(store).record_paid(session, PAID) is None
         cursor.execute("COMMIT")
     assert (statuses(mariadb_shop), bus.published) == ({"s": "timeout"}, [])
     clock.advance(60)
-    assert store.late_payments.claim_due(9) == [session]
-    assert store.late_payments.record_paid(session, PAID) is SessionStatus.SUCCESS
+    assert looks(store).claim_due(9) == [session]
+    assert looks(store).record_paid(session, PAID) is SessionStatus.SUCCESS
     store.close()
     assert statuses(mariadb_shop) == {"s": "success"}
 
@@ -109,7 +114,7 @@ def test_a_late_payment_whose_status_is_refused_is_published_as_timeout(
     bus = Bus()
     store, session = claimed(sqlite_shop, clock, bus)
     sqlite_shop.run(f"CREATE TRIGGER audit AFTER UPDATE ON checkout_session BEGIN {body}; END")
-    assert store.late_payments.record_paid(session, PAID) is SessionStatus.TIMEOUT
+    assert looks(store).record_paid(session, PAID) is SessionStatus.TIMEOUT
     store.close()
     assert statuses(sqlite_shop) == {"s": "timeout"}
     assert [event.new_status for event in bus.published] == ["timeout"]

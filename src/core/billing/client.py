@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 from urllib.parse import quote
 
 import httpx
@@ -14,9 +14,11 @@ import httpx
 from core.billing.headers import API_KEY_HEADER, USER_AGENT, HeaderTemplates
 from core.billing.limits import is_used_up, limit_ends_in, parse_retry_after, says_remaining
 from core.billing.request_headers import RequestHeaders, TokenError
-from core.billing.status_words import StatusReader
 from core.billing.transport import Get, ReqwestTransport
 from core.domain.model import Answer, Outcome, SessionStatus
+
+if TYPE_CHECKING:
+    from core.billing.status_words import StatusReader
 
 # More than any session's answer needs; a longer body is not read.
 MAX_BODY_BYTES = 64 * 1024
@@ -73,7 +75,7 @@ class BillingClient:
         headers: HeaderTemplates = API_KEY_HEADER,
         token_url: str | None = None,
         status_codes: StatusCodes = STATUS_CODES,
-        status_reader: StatusReader | None = None,
+        status_reader: "StatusReader | None" = None,
         read_credentials_again: Callable[[], Mapping[str, str] | None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.perf_counter,

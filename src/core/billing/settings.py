@@ -5,6 +5,7 @@ Each function raises SettingsError for a variable that cannot be used.
 
 import re
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,11 +13,13 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 from pyreqwest.http import Url
 
-from core.billing import headers, status_words
+from core.billing import headers
 from core.billing.client import CHECKOUT_ID, STATUS_CODES, StatusCodes
 from core.billing.headers import TOKEN, HeaderTemplates
-from core.billing.status_words import StatusReader
 from core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from core.billing.status_words import StatusReader
 
 # Status codes whose meaning is fixed: a refused key, a limited rate.
 RESERVED = (401, 403, 429, 503)
@@ -179,7 +182,9 @@ def _encrypted(url: str, *, allow_http: bool) -> str:
     return url
 
 
-def read_status_reader(given: Mapping[str, str]) -> StatusReader:
+def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
+    from core.billing import status_words  # noqa: PLC0415 (not without STATUS_UPDATES)
+
     words = given.get("BILLING_STATUS_MAP")
     try:
         meanings = status_words.parse_words(words) if words else status_words.WORDS
@@ -187,7 +192,7 @@ def read_status_reader(given: Mapping[str, str]) -> StatusReader:
         raise SettingsError(
             f"BILLING_STATUS_MAP is {words!r}: {error}; it must be {status_words.WORDS_FORM}."
         ) from None
-    return StatusReader(
+    return status_words.StatusReader(
         _path(given, "BILLING_STATUS_PATH", "status or data.payment.state") or status_words.PATH,
         meanings,
         _path(given, "BILLING_ID_PATH", "id or data.id"),

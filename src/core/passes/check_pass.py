@@ -126,10 +126,11 @@ async def check_open_checkout_sessions(
     summary = await running.complete()
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
-        if billing is not None and may_check and summary.paused_until is None:
+        late_payments = store.late_payments if summary.paused_until is None else None
+        if late_payments is not None and billing is not None and may_check:
             known_limit = settings.billing_max_per_second
             await look_for_late_payments(
-                store.late_payments,
+                late_payments,
                 in_turn(billing.check, store.state, database, known_limit=known_limit),
                 database,
                 at_once=settings.max_concurrency,

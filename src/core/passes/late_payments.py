@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Outcome, SessionStatus
@@ -10,8 +11,10 @@ from core.domain.rate import MAX_RESERVED_SECONDS
 from core.errors import StoreError
 from core.log import log_paid_late, logger
 from core.passes.pause import SharedPause
-from core.store.late_payments import ExpiredSession, LatePayments
 from core.store.monitor_state import MonitorState
+
+if TYPE_CHECKING:
+    from core.store.late_payments import ExpiredSession, LatePayments
 
 type Ask = Callable[[str | None], Awaitable[Answer]]
 
@@ -53,7 +56,7 @@ def in_turn(
 
 
 async def look_for_late_payments(
-    late_payments: LatePayments,
+    late_payments: "LatePayments",
     ask: Ask,
     database: DatabaseThread,
     *,
@@ -82,7 +85,7 @@ async def look_for_late_payments(
             return
 
 
-async def _asked(ask: Ask, session: ExpiredSession) -> Answer:
+async def _asked(ask: Ask, session: "ExpiredSession") -> Answer:
     try:
         return await ask(session.billing_checkout_id)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is looked at again)
@@ -90,7 +93,10 @@ async def _asked(ask: Ask, session: ExpiredSession) -> Answer:
 
 
 async def _record(
-    late_payments: LatePayments, database: DatabaseThread, session: ExpiredSession, answer: Answer
+    late_payments: "LatePayments",
+    database: DatabaseThread,
+    session: "ExpiredSession",
+    answer: Answer,
 ) -> None:
     try:
         status = await database.run(late_payments.record_paid, session, answer)

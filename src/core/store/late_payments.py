@@ -60,7 +60,7 @@ class LatePayments:
         self,
         database: Database,
         publisher: Publisher | None,
-        looks_for: timedelta | None,
+        looks_for: timedelta,
         *,
         updates_status: bool = False,
     ) -> None:
@@ -75,8 +75,6 @@ class LatePayments:
         So no two workers look at one, and one that dies costs a look. A session that the shop has
         changed meanwhile is not looked at any more.
         """
-        if self._looks_for is None:
-            return []
         return self._database.transaction(lambda t: self._claim(t, limit))
 
     def _claim(self, transaction: Transaction, limit: int) -> list[ExpiredSession]:
@@ -213,12 +211,12 @@ class LatePayments:
         )
 
 
-def next_look(expired_at: datetime, now: datetime, looks_for: timedelta | None) -> datetime | None:
+def next_look(expired_at: datetime, now: datetime, looks_for: timedelta) -> datetime | None:
     """When an expired session is looked at again; None: no more."""
     age = now - expired_at
     # A database's clock that was ahead makes an age negative.
     distance = next((d for since, d in DISTANCES if age >= since), LATE_CHECK_FIRST)
-    return now + distance if looks_for and age + distance <= looks_for else None
+    return now + distance if age + distance <= looks_for else None
 
 
 def _event(

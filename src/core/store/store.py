@@ -7,7 +7,7 @@ The SQL is written once, in statements that every engine understands. Of the sho
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from core.database.port import Connection, Database, as_datetime_or_none, as_text_or_none
 from core.domain.batch import MAX_BATCH
@@ -16,7 +16,6 @@ from core.domain.decision import CheckRules
 from core.domain.model import OpenCounts, Pause, Recorded, StatusChange
 from core.domain.other_monitors import Monitor
 from core.domain.waiting import Waiting
-from core.store.late_payments import LatePayments
 from core.store.monitor_state import MonitorState, StateRow
 from core.store.other_monitors import OtherMonitors, newest_settings
 from core.store.pass_history import PassHistory
@@ -25,6 +24,9 @@ from core.store.reconcile import Reconciliation
 from core.store.results import Results
 from core.store.status_changes import Publisher, StatusChanges
 from core.store.waiting import WaitingReader
+
+if TYPE_CHECKING:
+    from core.store import late_payments
 
 
 class View(NamedTuple):
@@ -100,9 +102,13 @@ class Store:
         self._database = database
         self.queue = Queue(database, batch_size)
         self.status_changes = StatusChanges(database, self.queue.rows, publisher, late_payments_for)
-        self.late_payments = LatePayments(
-            database, publisher, late_payments_for, updates_status=late_status_updates
-        )
+        self.late_payments: late_payments.LatePayments | None = None
+        if late_payments_for is not None:
+            from core.store.late_payments import LatePayments  # noqa: PLC0415 (not without them)
+
+            self.late_payments = LatePayments(
+                database, publisher, late_payments_for, updates_status=late_status_updates
+            )
         self.state = MonitorState(database)
         self.history = PassHistory(database, monitor.as_text() if monitor else None)
         self.others = OtherMonitors(database, self.history, monitor)
