@@ -183,7 +183,7 @@ def _encrypted(url: str, *, allow_http: bool) -> str:
 
 
 def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
-    from core.billing import status_words  # noqa: PLC0415 (not without STATUS_UPDATES)
+    from core.billing import status_words  # noqa: PLC0415 (only with STATUS_UPDATES)
 
     words = given.get("BILLING_STATUS_MAP")
     try:

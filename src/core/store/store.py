@@ -104,7 +104,7 @@ class Store:
         self.status_changes = StatusChanges(database, self.queue.rows, publisher, late_payments_for)
         self.late_payments: late_payments.LatePayments | None = None
         if late_payments_for is not None:
-            from core.store.late_payments import LatePayments  # noqa: PLC0415 (not without them)
+            from core.store.late_payments import LatePayments  # noqa: PLC0415 (only if set)
 
             self.late_payments = LatePayments(
                 database, publisher, late_payments_for, updates_status=late_status_updates
