@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.database import mysql_schema
+from core.database import mysql_tables
 from core.database.port import NO_STATUS_INDEX
 from core.domain.model import Answer, OpenCounts, Outcome, Recheck
 from core.errors import StoreError
@@ -296,7 +296,7 @@ def test_without_the_right_to_upgrade_tables_the_error_lists_the_sql(
     with pytest.raises(StoreError, match="older than this version") as refused:
         store.prepare()
     statements = str(refused.value).partition("Run: ")[2].split(";")[:-1]
-    assert [s.strip() for s in statements] == list(mysql_schema.UPGRADES.values())
+    assert [s.strip() for s in statements] == list(mysql_tables.UPGRADES.values())
     for statement in statements:
         mariadb_shop.run(statement)
     assert store.prepare() == []

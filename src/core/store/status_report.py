@@ -55,11 +55,9 @@ def read_status(database: Database, settings: Settings, *, on_lambda: bool = Fal
     Raises:
         StoreError: the database cannot be used.
     """
-
-    def read(connection: Connection) -> JsonObject:
-        return _StatusReport(connection, database, settings, on_lambda=on_lambda).read()
-
-    return database.run(read)
+    return database.run(
+        lambda connection: _StatusReport(connection, database, settings, on_lambda=on_lambda).read()
+    )
 
 
 class _UnderWay(NamedTuple):
