@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from core.domain.cadence import slot_at
@@ -52,6 +52,7 @@ class Worker:
     def begin(self) -> None:
         self.held = HeldClaims()
         self.asking: dict[str, Claim] = {}
+        self.outdated: set[str] = set()  # of these: closed since, and opened again
         self.at = 0.0  # by its event loop's clock
 
 
@@ -69,6 +70,7 @@ class Model:
         self.clock.advance(3600)
         add_sessions(self.shop, numbered(SESSIONS))
         self.checked: dict[str, datetime] = {}
+        self.closed: set[str] = set()
         self.led: list[datetime] = []
         for worker in self.workers.values():
             worker.begin()
@@ -98,8 +100,9 @@ class Model:
                 worker.store.record(worker.held.take_all(), (), self.clock.now)
             case ("shop closes", numbers):
                 self.set_status(numbers, "success")
+                self.closed |= {f"s{number}" for number in numbers}
             case ("shop opens", numbers):
-                self.set_status(numbers, "open")
+                self.open(numbers)
             case ("wait", seconds):
                 self.clock.advance(seconds)
         self.assert_nothing_is_hidden()
@@ -109,6 +112,16 @@ class Model:
             self.shop.run(
                 "UPDATE checkout_session SET status = %s WHERE id = %s", (status, f"s{number}")
             )
+
+    def open(self, numbers: Sequence[int]) -> None:
+        """One that was closed is a new session then: it may be asked about at once."""
+        self.set_status(numbers, "open")
+        for session_id in self.closed & {f"s{number}" for number in numbers}:
+            self.closed.remove(session_id)
+            self.checked.pop(session_id, None)
+            for worker in self.workers.values():
+                if session_id in worker.asking:
+                    worker.outdated.add(session_id)
 
     def tick(self, name: str, tick: datetime) -> None:
         store = self.workers[name].store
@@ -133,8 +146,10 @@ class Model:
         for claim in claimed.claims:
             for worker in self.workers.values():
                 other = worker.asking.get(claim.session_id)
-                assert other is None or other.claimed_until <= self.clock.now, "claimed twice"
+                if other is not None and claim.session_id not in worker.outdated:
+                    assert other.claimed_until <= self.clock.now, "claimed twice"
             self.workers[name].asking[claim.session_id] = claim
+            self.workers[name].outdated.discard(claim.session_id)
         self.workers[name].held.hold(claimed)
         return claimed.claims
 
@@ -146,8 +161,9 @@ class Model:
         worker, now = self.workers[name], self.clock.now
         claims = self.take(worker, numbers)
         for claim in claims:
-            if claim.claimed_until > now:
+            if claim.claimed_until > now and claim.session_id not in worker.outdated:
                 self.checked[claim.session_id] = now
+            worker.outdated.discard(claim.session_id)
         due = slot_at(now, 5) + INTERVAL
         worker.held.decide([Recheck(c, Answer(outcome, 200), due) for c in claims], worker.at)
         self.write(name)
@@ -175,6 +191,15 @@ def model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
 
 
 @given(STEPS)
+@example(
+    [
+        ("manual", "A", None),
+        ("shop closes", {0}),
+        ("tick", "A", 0),
+        ("shop opens", {0}),
+        ("manual", "A", None),
+    ]
+)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
