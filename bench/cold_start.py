@@ -17,7 +17,7 @@ from bench.programs import ROOT
 from bench.report import Results
 from local.package import add_bytecode
 
-ROUNDS = 10  # of each round of the other benchmarks
+TURNS = 10  # for each of the machine's rounds
 SCRIPT = (
     "import sys, time; began = time.perf_counter(); import {module}; "
     "print(time.perf_counter() - began, 'boto3' in sys.modules)"
@@ -62,7 +62,7 @@ def _build(checkout: Path, package: Path) -> None:
 def _seconds(machine: Machine, packages: Sequence[Path | None]) -> list[list[float]]:
     """How long fresh interpreters take to import each package, in turns; None stands for boto3."""
     took: list[list[float]] = [[] for _ in packages]
-    for _ in range(ROUNDS * machine.rounds):
+    for _ in range(TURNS * machine.rounds):
         for package, seconds in zip(packages, took, strict=True):
             seconds.append(_import(machine, package))
     return took

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
     debug: bool
 
     def __repr__(self) -> str:
-        """Nothing: some are secret."""
+        """Shows no setting: some are secret."""
         return "Settings(…)"
 
     @classmethod

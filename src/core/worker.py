@@ -199,11 +199,11 @@ def open_database(settings: Settings, *, clock: Callable[[], datetime] | None = 
 
             return SQLiteDatabase(path, clock=clock)
         case DatabaseSecret() as secret:
-            from core.aws import secrets_manager  # noqa: PLC0415 (as above)
+            from core.aws import secrets_manager  # noqa: PLC0415 (only if set)
 
             return MySQLDatabase(partial(secrets_manager.read_database, secret), clock=clock)
         case IamDatabase() as database:
-            from core.aws import rds_token  # noqa: PLC0415 (as above)
+            from core.aws import rds_token  # noqa: PLC0415 (only if set)
 
             return MySQLDatabase(partial(rds_token.sign_in, database), clock=clock)
 
@@ -223,7 +223,7 @@ def _billing(
     credentials, arn = settings.credentials, settings.api_key_secret_arn
     read_again = None
     if credentials is None and arn is not None:
-        from core.aws import secrets_manager  # noqa: PLC0415 (not for a cold worker)
+        from core.aws import secrets_manager  # noqa: PLC0415 (only if set)
 
         names = settings.credential_names
         credentials = secrets_manager.read_credentials(arn, names)

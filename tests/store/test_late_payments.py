@@ -17,7 +17,7 @@ WEEK = timedelta(days=7)
 KEPT = "SELECT session_id, late_check_at IS NULL, paid_late_at IS NULL FROM checkout_session_change"
 
 
-def looks(store: Store) -> LatePayments:
+def late_payments_of(store: Store) -> LatePayments:
     assert store.late_payments is not None
     return store.late_payments
 
@@ -41,12 +41,12 @@ def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeCl
     expired(shop, {f"s{n}": f"c{n}" for n in range(5)})
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's4'")
     shop.run("DELETE FROM checkout_session WHERE id = 's3'")
-    first = looks(stores[0]).claim_due(2)
-    second = looks(stores[1]).claim_due(9)
-    assert looks(stores[0]).claim_due(9) == []
+    first = late_payments_of(stores[0]).claim_due(2)
+    second = late_payments_of(stores[1]).claim_due(9)
+    assert late_payments_of(stores[0]).claim_due(9) == []
     claimed = sorted((one.session_id, one.billing_checkout_id) for one in [*first, *second])
     assert claimed == [("s0", "c0"), ("s1", "c1"), ("s2", "c2")]
-    assert looks(stores[0]).record_paid(first[0], PAID) is SessionStatus.TIMEOUT
+    assert late_payments_of(stores[0]).record_paid(first[0], PAID) is SessionStatus.TIMEOUT
     assert len(bus.published) == 1
     kept = sorted(tuple(map(str, row)) for row in shop.run(KEPT))
     paid = first[0].session_id
@@ -69,7 +69,7 @@ def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSessi
     store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)
     store.prepare()
     expired(shop, {"s": "c"})
-    [session] = looks(store).claim_due(9)
+    [session] = late_payments_of(store).claim_due(9)
     return store, session
 
 
@@ -81,7 +81,7 @@ def test_a_late_payment_changes_no_session_that_the_shop_has_changed(
     store, session = claimed(shop, clock, bus)
     shop.run(f"UPDATE checkout_session SET {change}")
     before = statuses(shop)
-    assert looks(store).record_paid(session, PAID) is None
+    assert late_payments_of(store).record_paid(session, PAID) is None
     store.close()
     assert (statuses(shop), bus.published) == (before, [])
     assert [tuple(map(str, row)) for row in shop.run(KEPT)] == [("s", "1", "1")]
@@ -95,12 +95,12 @@ def test_a_late_payment_waits_for_a_row_that_the_shop_has_locked(
     with connect(mariadb_shop.server, mariadb_shop.database) as other, other.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute("SELECT * FROM checkout_session FOR UPDATE")
-        assert looks(store).record_paid(session, PAID) is None
+        assert late_payments_of(store).record_paid(session, PAID) is None
         cursor.execute("COMMIT")
     assert (statuses(mariadb_shop), bus.published) == ({"s": "timeout"}, [])
     clock.advance(60)
-    assert looks(store).claim_due(9) == [session]
-    assert looks(store).record_paid(session, PAID) is SessionStatus.SUCCESS
+    assert late_payments_of(store).claim_due(9) == [session]
+    assert late_payments_of(store).record_paid(session, PAID) is SessionStatus.SUCCESS
     store.close()
     assert statuses(mariadb_shop) == {"s": "success"}
 
@@ -114,7 +114,7 @@ def test_a_late_payment_whose_status_is_refused_is_published_as_timeout(
     bus = Bus()
     store, session = claimed(sqlite_shop, clock, bus)
     sqlite_shop.run(f"CREATE TRIGGER audit AFTER UPDATE ON checkout_session BEGIN {body}; END")
-    assert looks(store).record_paid(session, PAID) is SessionStatus.TIMEOUT
+    assert late_payments_of(store).record_paid(session, PAID) is SessionStatus.TIMEOUT
     store.close()
     assert statuses(sqlite_shop) == {"s": "timeout"}
     assert [event.new_status for event in bus.published] == ["timeout"]

@@ -94,7 +94,7 @@ class BillingClient:
         }
         fetch = None
         if token_url is not None:
-            from core.billing.token import fetch_token  # noqa: PLC0415 (not for a cold worker)
+            from core.billing.token import fetch_token  # noqa: PLC0415 (only if set)
 
             fetch = partial(fetch_token, self._send, token_url)
         self._headers = RequestHeaders(

@@ -21,7 +21,7 @@ _ANY_TIME = datetime.min.replace(tzinfo=UTC)  # nothing is undecided
 class _HeldBatch:
     def __init__(self, claim: BatchClaim) -> None:
         self.claim = claim
-        self.undecided = {claim.rowid: claim for claim in claim.claims}
+        self.undecided = {one.rowid: one for one in claim.claims}
         self.rechecks: list[Recheck] = []
         self.left: list[Claim] = []
         self.first_due: datetime | None = None  # of the rechecks

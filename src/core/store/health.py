@@ -35,11 +35,10 @@ def read_health(store: Store, settings: Settings, *, has_api_key: bool) -> Healt
     waiting = store.read_waiting(settings.check_rules(), counts)
     last_pass_at = store.history.last_start()
     age = (waiting.now - last_pass_at).total_seconds() if last_pass_at else float("inf")
-    checks = {
+    checks = without_database(has_api_key=has_api_key).checks | {
         "database": True,
         "last_pass": age <= FRESH_INTERVALS * settings.interval_seconds,
         "starts_on_time": starts_late_by(store.history.start_delays()) is None,
-        "api_key": has_api_key,
         # Billing says something usable, about some of the open sessions.
         "answers": not waiting.is_blind(counts.open),
         # No monitor with other settings works against this one.
