@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.machine import Machine
+from bench.machine import Machine, install_dependencies
 from bench.programs import ROOT
 from bench.report import Results
 from local.package import add_bytecode
@@ -52,11 +52,7 @@ def measure(machine: Machine, results: Results) -> None:
 def _build(checkout: Path, package: Path) -> None:
     """Make the Lambda package: src and its requirements, without bytecode."""
     shutil.copytree(checkout / "src", package, ignore=shutil.ignore_patterns("__pycache__"))
-    uv = shutil.which("uv") or ROOT / ".uv/bin/uv"
-    requirements = checkout / "src/requirements.txt"
-    subprocess.run(
-        [uv, "pip", "install", "--quiet", "--target", package, "-r", requirements], check=True
-    )
+    install_dependencies(checkout, package)
 
 
 def _seconds(machine: Machine, packages: Sequence[Path | None]) -> list[list[float]]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import pairwise
 from statistics import median
 
-from bench.clients import Job
+from bench.jobs import Job
 from bench.machine import Machine, wait
 from bench.nginx import Request
 from bench.programs import MARIADB, Client, Program

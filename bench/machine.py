@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pymysql
 
-from bench.clients import Job
+from bench.jobs import Job
 from bench.nginx import NGINX_MODULE, Billing, billing_stub
-from bench.programs import Client, Program
+from bench.programs import ROOT, Client, Program
 from bench.report import progress
 from local.mariadb import mariadb_server
 from testkit import queue
@@ -60,9 +60,17 @@ class Machine:
     @contextlib.contextmanager
     def client(self, program: Program, *cores: int) -> Iterator[Client]:
         """Start the program, on the clients' core by default."""
-        client = Client(program, cores or self.cores[1:], self.billing.authority)
+        path = self._path(program.checkout) if program.checkout else [ROOT]
+        client = Client(program, cores or self.cores[1:], self.billing.authority, path)
         with contextlib.closing(client):
             yield client
+
+    def _path(self, checkout: Path) -> list[Path]:
+        """Where that checkout of the monitor and its dependencies are, and this bench."""
+        dependencies = self.directory / f"dependencies of {checkout}".replace("/", "_")
+        if not dependencies.exists():
+            install_dependencies(checkout, dependencies)
+        return [checkout / "src", dependencies, ROOT]
 
     @contextlib.contextmanager
     def shop(self, engine: str, sessions: Mapping[str, str | None]) -> Iterator[Shop]:
@@ -85,6 +93,15 @@ class Machine:
         stat = Path(f"/proc/{self.mariadb_pid}/stat").read_text(encoding="ascii")
         fields = stat.rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def install_dependencies(checkout: Path, target: Path) -> None:
+    """Install what the monitor of that checkout ships with, without bytecode."""
+    uv = shutil.which("uv") or ROOT / ".uv/bin/uv"
+    requirements = checkout / "src/requirements.txt"
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--target", target, "-r", requirements], check=True
+    )
 
 
 def pass_job(url: str, shop: Shop | None, sessions: int, in_flight: int = 100) -> Job:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.clients import Job, Report
+from bench.jobs import Job, Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,36 +20,41 @@ class Program:
     label: str
     command: tuple[str, ...]
     engine: str = ""
-    source: Path = ROOT / "src"  # where its `core` is
+    checkout: Path | None = None  # of the monitor; None: it is another program
 
     def of(self, checkout: Path) -> "Program":
         """The same program in another checkout of the monitor."""
         label = self.label.replace("ours", "before")
-        return Program(label, self.command, self.engine, checkout / "src")
+        return Program(label, self.command, self.engine, checkout)
 
 
-def _python(name: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "bench.clients", name)
+def _ours(label: str, name: str, engine: str = "") -> Program:
+    # -S leaves out the packages of the development environment.
+    command = (sys.executable, "-S", "-m", "bench.clients", name)
+    return Program(f"ours, {label}", command, engine, ROOT)
 
 
 _NODE = ("node", str(Path(__file__).with_name("clients.mjs")))
-HTTP = Program("ours, HTTP part", _python("http"))
-MARIADB = Program("ours, full pass on MariaDB", _python("pass"), "mariadb")
-MYSQL = Program("ours, full pass on MySQL", _python("pass"), "mysql")
-SQLITE = Program("ours, full pass on SQLite", _python("pass"), "sqlite")
+_OTHERS = (sys.executable, "-m", "bench.alternatives")
+HTTP = _ours("HTTP part", "http")
+MARIADB = _ours("full pass on MariaDB", "pass", "mariadb")
+MYSQL = _ours("full pass on MySQL", "pass", "mysql")
+SQLITE = _ours("full pass on SQLite", "pass", "sqlite")
 NODE_ALL = Program("Node, fetch, Promise.allSettled", (*_NODE, "all"))
 NODE_BOUNDED = Program("Node, fetch, bounded", (*_NODE, "bounded"))
-AIOHTTP = Program("aiohttp", _python("aiohttp"))
-WRK = Program("wrk, the limit", _python("wrk"))
+AIOHTTP = Program("aiohttp", (*_OTHERS, "aiohttp"))
+WRK = Program("wrk, the limit", (*_OTHERS, "wrk"))
 
 
 class Client:
-    """A running program."""
+    """A running program; the modules of its Python are in `path`."""
 
-    def __init__(self, program: Program, cores: Sequence[int], authority: Path) -> None:
+    def __init__(
+        self, program: Program, cores: Sequence[int], authority: Path, path: Sequence[Path]
+    ) -> None:
         self.program = program
         environment = os.environ | {
-            "PYTHONPATH": f"{program.source}:{ROOT}",
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
             "SSL_CERT_FILE": str(authority),
             "NODE_EXTRA_CA_CERTS": str(authority),
         }

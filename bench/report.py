@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from bench.clients import Report
+from bench.jobs import Report
 
 type Rounds = dict[str, dict[str, list[Report]]]  # by condition, by program
 

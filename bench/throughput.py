@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.clients import Job, Report
+from bench.jobs import Job, Report
 from bench.machine import Machine, make_due, pass_job
 from bench.programs import (
     AIOHTTP,
