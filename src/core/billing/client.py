@@ -139,10 +139,11 @@ class BillingClient:
             if response.status_code in UNAUTHORIZED and self._headers.can_change:
                 async with asyncio.timeout(started + self._timeout_seconds - self._monotonic()):
                     if await self._headers.changed(headers, self._monotonic()):
-                        await _read(response)
+                        if not response.is_closed:
+                            await _read(response)
                         again = Get(url, self._headers.current)
                         response = await self._transport.handle_async_request(again)
-            body = await _read(response)
+            body = response.content if response.is_closed else await _read(response)
         except TokenError as error:
             return error.answer
         except (TimeoutError, httpx.TimeoutException):
@@ -153,9 +154,7 @@ class BillingClient:
             )
         return self._answer(billing_checkout_id, response, body, self._monotonic() - started)
 
-    def _answer(
-        self, asked: str, response: httpx.Response, body: bytes | None, seconds: float
-    ) -> Answer:
+    def _answer(self, asked: str, response: httpx.Response, body: bytes, seconds: float) -> Answer:
         code = response.status_code
         retry_after = None
         if code in RATE_LIMITING:
@@ -173,7 +172,7 @@ class BillingClient:
             if is_html(body):  # a maintenance page, or a login
                 answer = answer._replace(outcome=Outcome.UNKNOWN_STATUS, detail="an HTML page")
             return answer
-        reading = self._status_reader.read(body, asked)
+        reading = self._status_reader.read(_usable(body), asked)
         if reading.status is None:
             unusable = Outcome.MISMATCH if reading.mismatch else Outcome.UNKNOWN_STATUS
             return Answer(unusable, code, seconds, detail=reading.seen, used_up=used_up)
@@ -201,12 +200,13 @@ class BillingClient:
 
     async def _send(self, request: httpx.Request) -> tuple[int, bytes | None]:
         response = await self._transport.handle_async_request(request)
-        return response.status_code, await _read(response)
+        body = response.content if response.is_closed else await _read(response)
+        return response.status_code, _usable(body)
 
 
-def is_html(body: bytes | None) -> bool:
+def is_html(body: bytes) -> bool:
     """Whether a body is a page for people. Other bodies say nothing without a status reader."""
-    return body is not None and body[:1] not in _NO_HTML and bool(re.match(_HTML, body))
+    return body[:1] not in _NO_HTML and bool(re.match(_HTML, body))
 
 
 def path_segment(billing_checkout_id: str) -> str | None:
@@ -240,17 +240,19 @@ def classify(status_code: int, codes: StatusCodes, *, asks_to_retry: bool) -> Ou
             return Outcome.UNEXPECTED_STATUS
 
 
-async def _read(response: httpx.Response) -> bytes | None:
-    """The body, read to its end so that the connection can be reused; None beyond the limit."""
-    if response.is_closed:  # the transport has read it
-        return response.content if len(response.content) <= MAX_BODY_BYTES else None
+def _usable(body: bytes) -> bytes | None:
+    return body if len(body) <= MAX_BODY_BYTES else None
+
+
+async def _read(response: httpx.Response) -> bytes:
+    """The body, read to its end so that the connection can be reused, or until it is too long."""
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
             body += chunk
             if len(body) > MAX_BODY_BYTES:
-                return None
+                break
         return body
     finally:
         await response.aclose()

@@ -15,6 +15,7 @@ from pyreqwest.exceptions import (
     RequestTimeoutError,
 )
 from pyreqwest.http import HeaderMap
+from pyreqwest.response import Response
 
 # Read at once: more than any session's answer needs, so that one read returns a whole body.
 CHUNK_BYTES = 64 * 1024 + 1
@@ -166,7 +167,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             client.request_ended()
         if response.version == "HTTP/2.0":
             self._speaks_http2 = True
-        return _Received(response.status, response.headers, b"" if body is None else bytes(body))
+        return _Received(response, b"" if body is None else bytes(body))
 
     def _header_map_of(self, headers: httpx.Headers) -> HeaderMap:
         if headers is not self._headers:  # many requests share them
@@ -309,15 +310,15 @@ class _Received(httpx.Response):
 
     is_closed = True
 
-    def __init__(self, status: int, headers: HeaderMap, body: bytes) -> None:
-        self.status_code = status
+    def __init__(self, response: Response, body: bytes) -> None:
+        self.status_code = response.status
         self._content = body
-        self._header_map = headers
+        self._response = response
 
     def __getattr__(self, name: str) -> httpx.Headers:
         if name != "headers":
             raise AttributeError(name)
-        self.headers = httpx.Headers(_readable(self._header_map))
+        self.headers = httpx.Headers(_readable(self._response.headers))
         return self.headers
 
 
