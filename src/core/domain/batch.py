@@ -52,13 +52,17 @@ def settle(settlement: Settlement) -> BatchRecord:
     """
     batch, rechecks = settlement.batch, settlement.rechecks
     left = [claim for claim in settlement.left if not claim.has_due_time]
-    asked = sum(not recheck.claim.has_due_time for recheck in rechecks)
-    if batch.is_due and (not left or len(left) < asked):
+    if batch.is_due and (not left or len(left) < _asked(rechecks)):
         due = _earliest(rechecks)
         records = [record for recheck in rechecks if (record := _changed(recheck, due))]
         return BatchRecord(batch, True, due, records, settlement.waiting, left)  # noqa: FBT003
     records = [_record(recheck, _own_due(recheck, batch)) for recheck in rechecks]
     return BatchRecord(batch, False, None, records, settlement.waiting)  # noqa: FBT003
+
+
+def _asked(rechecks: Iterable[Recheck]) -> int:
+    """How many of the sessions that were due with their batch were asked about."""
+    return sum(not recheck.claim.has_due_time for recheck in rechecks)
 
 
 def _earliest(rechecks: Iterable[Recheck]) -> datetime | None:
