@@ -154,14 +154,16 @@ class Writer:
     async def _write_until_closed(self, pass_id: int, began: float, ends: float) -> None:
         loop = asyncio.get_running_loop()
         progress_at = loop.time()
-        while not self._closing or self._changes or self._alone:
-            if loop.time() > ends + FINISH_CHANGES_SECONDS:
-                break
+        ended = False
+        while not ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WRITE_EVERY_SECONDS):
                     await self._wake.wait()
             self._wake.clear()
+            closing = self._closing
             await self._write_collected()
+            late = loop.time() > ends + FINISH_CHANGES_SECONDS
+            ended = closing and (late or not (self._changes or self._alone))
             if loop.time() - progress_at >= PROGRESS_EVERY_SECONDS:
                 progress_at = loop.time()
                 await self._database.run(
@@ -171,7 +173,6 @@ class Writer:
                     checked=self.outcomes.total(),
                     errors=count_errors(self.outcomes),
                 )
-        await self._write_collected()
         await self._database.run(self._give_back_rest)
 
     async def _write_collected(self) -> None:
