@@ -125,6 +125,7 @@ async def test_one_request_is_sent_and_its_status_decides_the_outcome(
         (b"<session status='open'/>", Outcome.ACTIVE),
         (b"<html><title>Maintenance</title>", Outcome.UNKNOWN_STATUS),
         (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>", Outcome.UNKNOWN_STATUS),
+        (b"<html>" + b" " * MAX_BODY_BYTES, Outcome.UNKNOWN_STATUS),
     ],
 )
 async def test_a_page_for_people_is_no_success(body: bytes, outcome: Outcome) -> None:

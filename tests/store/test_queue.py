@@ -29,6 +29,25 @@ def test_a_session_closed_before_it_is_claimed_is_not_checked(store: Store, shop
     assert shop.run("SELECT session_id FROM checkout_session_check") == [("s1",)]
 
 
+def test_an_id_may_contain_what_separates_the_columns_of_a_claim(store: Store, shop: Shop) -> None:
+    add_sessions(shop, {";": "checkout_1", "a;1;|": "checkout;|2"})
+    reconcile(store, NOON)
+    asked = {claim.session_id: claim.billing_checkout_id for claim in claim_all(store, NOON)}
+    assert asked == {";": "checkout_1", "a;1;|": "checkout;|2"}
+
+
+def test_an_sqlite_id_that_is_no_text_keeps_no_other_from_being_claimed(
+    sqlite_shop: Shop, clock: FakeClock
+) -> None:
+    add_sessions(sqlite_shop, numbered(1))
+    sqlite_shop.run("INSERT INTO checkout_session (id, status) VALUES (X'FF', 'open')")
+    one = Store(database_of(sqlite_shop, clock))
+    one.prepare()
+    reconcile(one, NOON)
+    assert sorted(ids(claim_all(one, NOON))) == ["s0", "\udcff"]
+    one.close()
+
+
 def test_a_late_result_does_not_restore_a_dropped_session(
     store: Store, shop: Shop, clock: FakeClock
 ) -> None:
