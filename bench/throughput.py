@@ -141,11 +141,11 @@ def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ..
             met=times >= min_times,
         )
 
-    ratio(MARIADB, NODE_ALL, 6)
-    ratio(MARIADB, NODE_BOUNDED, 3.5)
+    ratio(MARIADB, NODE_ALL, 8)
+    ratio(MARIADB, NODE_BOUNDED, 5)
     ratio(HTTP, AIOHTTP, 1.8)
     if machine.mysql:
-        ratio(MYSQL, MARIADB, 0.9)
+        ratio(MYSQL, MARIADB, 0.95)
     per_pass, per_request = (
         cpu_seconds_a_check(measured[program.label]) for program in (MARIADB, HTTP)
     )
@@ -163,9 +163,9 @@ def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ..
     few, many = peak_mb(results.rounds[THOUSAND.label][MARIADB.label]), peak_mb(passes)
     results.target(
         f"peak memory of a pass over {n:,} sessions",
-        "≤ 128 MB, ≤ 10 MB more than over 1,000",
+        "≤ 75 MB, ≤ 10 MB more than over 1,000",
         f"{many:.0f} MB, {many - few:+.0f} MB",
-        met=many <= 128 and many - few <= 10,
+        met=many <= 75 and many - few <= 10,
     )
 
 
