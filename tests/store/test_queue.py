@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 
 from core.domain.model import Outcome, Reason
-from core.errors import StoreError
-from core.store.claim_rows import sessions_in
 from core.store.store import Store, View
 from testkit.clock import NOON, FakeClock
 from testkit.queue import claimed
@@ -43,18 +41,12 @@ UNUSUAL_IDS = [
 
 
 def test_ids_are_claimed_as_the_shop_has_them(store: Store, shop: Shop) -> None:
-    """A claim reads all sessions of a batch as one value."""
+    """A claim reads several columns as one text."""
     sessions = {id_: f"checkout {id_}" for id_ in UNUSUAL_IDS}
     add_sessions(shop, sessions)
     reconcile(store, NOON)
     claims = claim_all(store, NOON)
     assert {claim.session_id: claim.billing_checkout_id for claim in claims} == sessions
-
-
-@pytest.mark.parametrize("array", [None, '[["2026-01-01 00:00:00.000|0|||'])
-def test_a_batch_that_is_too_large_for_the_server_is_a_clear_error(array: str | None) -> None:
-    with pytest.raises(StoreError, match="longer than max_allowed_packet together"):
-        sessions_in(array)
 
 
 def test_an_sqlite_id_that_is_no_text_keeps_no_other_from_being_claimed(

@@ -116,11 +116,6 @@ class MySQLDatabase:
     by_wait = "FORCE INDEX (checkout_session_check_waiting)"
     lock_rows = "FOR UPDATE SKIP LOCKED"
     lock_rows_or_wait = "FOR UPDATE"
-    # Ids are texts or numbers. These are without the zeros of ZEROFILL.
-    session_id = (
-        "IF(CHARSET(c.session_id) = 'binary', c.session_id + 0, CAST(c.session_id AS CHAR))"
-    )
-    array_of_all = "JSON_ARRAYAGG"
     join_in_order = "STRAIGHT_JOIN"
     has_index = (
         "SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE()"
@@ -188,12 +183,6 @@ class MySQLDatabase:
 
     def joined(self, expressions: Iterable[str]) -> str:
         return f"CONCAT_WS('|', {', '.join(expressions)})"
-
-    def exact(self, expression: str) -> str:
-        return (
-            f"IF(CHARSET({expression}) = 'binary', CONCAT('x', HEX({expression})),"
-            f" CONCAT('t', CONVERT({expression} USING utf8mb4)))"
-        )
 
     def comparable(self, session_id: str) -> bool:
         if self._ids is None:

@@ -109,7 +109,6 @@ def _set_session(connection: Connection, *, time_limit: bool) -> None:
         "sql_select_limit": str(2**64 - 1),
         "sql_safe_updates": "0",
         "sql_big_selects": "1",  # whatever max_join_size is
-        "group_concat_max_len": str(2**30),  # MariaDB cuts JSON_ARRAYAGG there, too
     }
     settings = ", ".join(f"SESSION {name} = {value}" for name, value in variables.items())
     with connection.cursor() as cursor:

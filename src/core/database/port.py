@@ -57,8 +57,6 @@ class Database(Protocol):
     by_status: str  # makes a SELECT read the shop's open sessions in the order of their ids
     lock_rows: str  # after a SELECT: lock its rows, and skip those that others have locked
     lock_rows_or_wait: str  # the same, but wait for the others
-    session_id: str  # an expression: c.session_id as text, or bytes where ids are bytes
-    array_of_all: str  # an aggregate function: a JSON array of the values of all rows
     join_in_order: str  # JOIN that reads the table on its left first
     has_index: (
         str  # a SELECT that finds a row if an index of the shop's table begins with column %s
@@ -75,12 +73,6 @@ class Database(Protocol):
 
     def joined(self, expressions: Iterable[str]) -> str:
         """An expression: the values of others, none NULL, as one text with | between them."""
-
-    def exact(self, expression: str) -> str:
-        """An expression: another one's text after a 't', or its bytes as hexadecimal after an 'x'.
-
-        Those bytes need not be text, so JSON cannot have them as they are.
-        """
 
     def prepare(self) -> Sequence[str]:
         """Make the monitor's tables fit the shop's: create, upgrade and change them if need be.

@@ -170,8 +170,6 @@ class SQLiteDatabase:
         " pragma_index_info(list.name) AS info WHERE info.seqno = 0 AND info.name = %s"
     )
     is_transactional = True
-    session_id = "c.session_id"
-    array_of_all = "JSON_GROUP_ARRAY"
     lock_rows = lock_rows_or_wait = ""  # a transaction holds the only write lock from its beginning
     skip_duplicates = "ON CONFLICT DO NOTHING"
 
@@ -194,12 +192,6 @@ class SQLiteDatabase:
 
     def joined(self, expressions: Iterable[str]) -> str:
         return " || '|' || ".join(expressions)
-
-    def exact(self, expression: str) -> str:
-        return (
-            f"CASE typeof({expression}) WHEN 'blob' THEN 'x' || hex({expression})"
-            f" ELSE 't' || {expression} END"
-        )
 
     def comparable(self, session_id: str) -> bool:
         try:

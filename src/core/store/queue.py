@@ -10,8 +10,8 @@ Claims and decisions name rows by their number. To compare ids by the shop's col
 level of a key, takes MySQL up to as long as the rest of an UPDATE.
 """
 
-import json
 import random
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import batched
@@ -27,13 +27,12 @@ from core.database.port import (
     as_datetime,
     as_datetime_or_none,
     as_int,
-    as_text,
     number_list,
     placeholders,
 )
 from core.domain.batch import MAX_BATCH, Settlement
 from core.domain.model import BatchClaim, Claim
-from core.store.claim_rows import ClaimedBatch, read_claims, session_array, sessions_in
+from core.store.claim_rows import read_claims, session_columns
 from core.store.queue_rows import (
     CLAIMED,
     DUE,
@@ -309,21 +308,28 @@ class Queue:
         due = {as_int(row[0]): is_due(row) for row in rows}
         full = [batch_id for batch_id, covers in due.items() if covers]
         with_batch = f" OR (c.next_check_at IS NULL AND c.batch_id IN {number_list(full)})"
-        arrays = connection.query(
-            "SELECT c.batch_id,"
-            f" {self._database.array_of_all}({session_array(self._database, 'NULL')})"
+        sessions = connection.query(
+            f"SELECT {session_columns(self._database, 'NULL')}"
             f" FROM checkout_session_check c {self._database.by_batch}"
             f" WHERE c.batch_id IN {number_list(due)} AND {UNCLAIMED.format('c.')}"
-            f" AND ({wanted.sessions}{with_batch if full else ''}) GROUP BY c.batch_id",
+            f" AND ({wanted.sessions}{with_batch if full else ''})",
             (now, now + MAX_LEASE, *wanted.session_parameters),
         )
-        sessions = {as_int(batch_id): sessions_in(array) for batch_id, array in arrays}
-        claimed = []
-        for id_, due_at, checked_at in rows:
-            batch = ClaimedBatch(as_int(id_), as_datetime(due_at), as_datetime_or_none(checked_at))
-            found = read_claims(sessions.get(batch.id, ()), now, until, batch)
-            claimed.append(BatchClaim(batch.id, now, until, batch.due_at, due[batch.id], *found))
-        return claimed
+        of_batch = {
+            as_int(batch_id): (as_datetime(due_at), as_datetime_or_none(checked_at))
+            for batch_id, due_at, checked_at in rows
+        }
+        claims: defaultdict[int, list[Claim]] = defaultdict(list)
+        closed: defaultdict[int, list[int]] = defaultdict(list)
+        for batch_id, rowid, claim in read_claims(sessions, now, until, of_batch):
+            if claim is None:
+                closed[batch_id].append(rowid)
+            else:
+                claims[batch_id].append(claim)
+        return [
+            BatchClaim(i, now, until, due_at, due[i], claims[i], closed[i])
+            for i, (due_at, _) in of_batch.items()
+        ]
 
     def _claim_sessions(  # noqa: PLR0917 (called in one place)
         self,
@@ -342,7 +348,7 @@ class Queue:
 
         def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
             rows = transaction.query(
-                f"SELECT {session_array(self._database, LAST_CHECK)}"
+                f"SELECT {session_columns(self._database, LAST_CHECK)}"
                 " FROM checkout_session_check c"
                 " JOIN checkout_session_batch b ON b.id = c.batch_id"
                 f" WHERE c.session_id IN {placeholders(session_ids)} AND {last_check}"
@@ -350,9 +356,9 @@ class Queue:
                 f" LIMIT {limit:d} {self._database.lock_rows}",
                 (*session_ids, *parameters, *(now, now + MAX_LEASE) * 2),
             )
-            sessions = (json.loads(as_text(array)) for (array,) in rows)
-            claims, closed = read_claims(sessions, now, until)
-            self.rows.drop(transaction, closed)
+            found = list(read_claims(rows, now, until))
+            self.rows.drop(transaction, (rowid for _, rowid, claim in found if claim is None))
+            claims = [claim for _, _, claim in found if claim is not None]
             self.rows.claim(transaction, claims)
             self.rows.bring_forward(transaction, {claim.rowid: until for claim in claims})
             return len(rows), claims
