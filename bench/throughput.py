@@ -56,7 +56,7 @@ CONDITIONS = (
     Condition(10_000, tls=True),
     Condition(10_000, 500, "50ms", tls=True),
 )
-QUICK_CONDITIONS = (THOUSAND, Condition(1000, 100, "50ms", tls=True))
+QUICK_CONDITIONS = (THOUSAND, AT_ONCE, Condition(1000, 100, "50ms", tls=True))
 
 
 def programs(machine: Machine) -> list[Program]:
@@ -129,7 +129,7 @@ def _recorded(shop: Shop) -> float:
 
 def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ...]) -> None:
     """Compare the programs' throughput."""
-    at = AT_ONCE if AT_ONCE in conditions else THOUSAND
+    at = AT_ONCE  # a pass over 1,000 is spread over half a second
     measured = results.rounds[at.label]
 
     def ratio(program: Program, other: Program, min_times: float) -> None:
@@ -154,7 +154,7 @@ def _compare(machine: Machine, results: Results, conditions: tuple[Condition, ..
         f"{(per_pass - per_request) * 1e6:.0f} µs, to {per_request * 1e6:.0f} µs for the request",
     )
 
-    largest = LARGEST if LARGEST in conditions else THOUSAND
+    largest = LARGEST if LARGEST in conditions else AT_ONCE
     passes = results.rounds[largest.label][MARIADB.label]
     n = largest.sessions
     lost = sum(abs(n - r["requests"]) + abs(r["recorded"]) + n - r["checked"] for r in passes)
