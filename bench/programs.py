@@ -35,15 +35,15 @@ def _ours(label: str, name: str, engine: str = "") -> Program:
 
 
 _NODE = ("node", str(Path(__file__).with_name("clients.mjs")))
-_OTHERS = (sys.executable, "-m", "bench.alternatives")
+_ALTERNATIVES = (sys.executable, "-m", "bench.alternatives")
 HTTP = _ours("HTTP part", "http")
 MARIADB = _ours("full pass on MariaDB", "pass", "mariadb")
 MYSQL = _ours("full pass on MySQL", "pass", "mysql")
 SQLITE = _ours("full pass on SQLite", "pass", "sqlite")
 NODE_ALL = Program("Node, fetch, Promise.allSettled", (*_NODE, "all"))
 NODE_BOUNDED = Program("Node, fetch, bounded", (*_NODE, "bounded"))
-AIOHTTP = Program("aiohttp", (*_OTHERS, "aiohttp"))
-WRK = Program("wrk, the limit", (*_OTHERS, "wrk"))
+AIOHTTP = Program("aiohttp", (*_ALTERNATIVES, "aiohttp"))
+WRK = Program("wrk, the limit", (*_ALTERNATIVES, "wrk"))
 
 
 class Client:

@@ -139,11 +139,10 @@ class BillingClient:
             if response.status_code in UNAUTHORIZED and self._headers.can_change:
                 async with asyncio.timeout(started + self._timeout_seconds - self._monotonic()):
                     if await self._headers.changed(headers, self._monotonic()):
-                        if not response.is_closed:
-                            await _read(response)
+                        await _read(response)
                         again = Get(url, self._headers.current)
                         response = await self._transport.handle_async_request(again)
-            body = response.content if response.is_closed else await _read(response)
+            body = await _read(response)
         except TokenError as error:
             return error.answer
         except (TimeoutError, httpx.TimeoutException):
@@ -200,8 +199,7 @@ class BillingClient:
 
     async def _send(self, request: httpx.Request) -> tuple[int, bytes | None]:
         response = await self._transport.handle_async_request(request)
-        body = response.content if response.is_closed else await _read(response)
-        return response.status_code, _usable(body)
+        return response.status_code, _usable(await _read(response))
 
 
 def is_html(body: bytes) -> bool:
@@ -246,6 +244,8 @@ def _usable(body: bytes) -> bytes | None:
 
 async def _read(response: httpx.Response) -> bytes:
     """The body, read to its end so that the connection can be reused, or until it is too long."""
+    if response.is_closed:  # the transport has read it
+        return response.content
     body = b""
     try:
         # Not response.aiter_raw(): that refuses a response which a mock transport has read before.

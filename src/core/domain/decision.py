@@ -64,13 +64,12 @@ def decide(
     with no payment in progress, becomes `timeout` if the rules say so. `choose(low, high)` draws
     the backoff's jitter.
     """
-    claimed_at, first_seen_at = claim.claimed_at, claim.first_seen_at
-    new_status = None if answer.status is None else _new_status(claim, answer, rules)
+    new_status = _new_status(claim, answer, rules)
+    times = claim.claimed_at, claim.first_seen_at, tick
     if new_status is None and not answer.outcome.is_error:
-        next_check_at, due_after = _due_if_healthy(claimed_at, first_seen_at, tick, rules)
+        next_check_at, due_after = _due_if_healthy(*times, rules)
     else:
-        failures = claim.consecutive_failures + 1
-        next_check_at, due_after = _due(claimed_at, first_seen_at, tick, rules, failures, choose)
+        next_check_at, due_after = _due(*times, rules, claim.consecutive_failures + 1, choose)
     if new_status is None and due_after > answered_after:
         return Recheck(claim, answer, next_check_at)
     interval = rules.interval_seconds

@@ -154,8 +154,7 @@ class Writer:
     async def _write_until_closed(self, pass_id: int, began: float, ends: float) -> None:
         loop = asyncio.get_running_loop()
         progress_at = loop.time()
-        ended = False
-        while not ended:
+        while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WRITE_EVERY_SECONDS):
                     await self._wake.wait()
@@ -163,7 +162,8 @@ class Writer:
             closing = self._closing
             await self._write_collected()
             late = loop.time() > ends + FINISH_CHANGES_SECONDS
-            ended = closing and (late or not (self._changes or self._alone))
+            if closing and (late or not (self._changes or self._alone)):
+                break
             if loop.time() - progress_at >= PROGRESS_EVERY_SECONDS:
                 progress_at = loop.time()
                 await self._database.run(
