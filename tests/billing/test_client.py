@@ -372,7 +372,9 @@ async def test_an_answer_carries_the_pause_that_billing_asks_for(
         ("", None),
         ("soon", None),
         ("-5", None),
-        ("1.5", None),
+        ("1.5", 1.5),
+        ("30, 20.0", 30),  # from the service, and from a proxy
+        ("30, soon", None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date_and_capped(text: str, seconds: float | None) -> None:

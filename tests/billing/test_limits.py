@@ -33,6 +33,9 @@ AT_NOON = NOON.timestamp()
         ({"X-RateLimit-Retry-After": "8"}, 8),
         ({"RateLimit": '"default";r=0;t=9'}, 9),
         ({"RateLimit": "limit=100, remaining=0, reset=9"}, 9),
+        ({"RateLimit": '"burst, short";r=10;t=1, "daily";r=0;t=120, "hourly";r=0;t=60'}, 120),
+        ({"RateLimit": '"burst";r=1;t=2, "daily";r=100;t=80000'}, 2),
+        ({"RateLimit-Reset": "30, 30"}, 30),
         ({"RateLimit-Reset": "soon", "X-RateLimit-Reset": "4"}, 4),
         ({"RateLimit-Reset": "86400"}, MAX_RETRY_AFTER_SECONDS),
         ({"X-RateLimit-Reset": f"{AT_NOON - 20:.0f}"}, None),
@@ -64,7 +67,13 @@ def test_any_reset_gives_a_bounded_pause(name: str, text: str) -> None:
         ({"X-Rate-Limit-Remaining": "none"}, True, False),
         ({"RateLimit": '"default";r=0;t=9'}, True, True),
         ({"RateLimit": "limit=100, remaining=12, reset=9"}, True, False),
+        ({"RateLimit": '"burst";r=10;t=1, "daily";r=0;t=120'}, True, True),
+        ({"RateLimit": '"burst";r=10;t=1, "daily";r=1;t=120'}, True, False),
+        ({"X-RateLimit-Remaining": "5, 0"}, True, True),
+        ({"X-RateLimit-Limit": "100, 100;w=60", "X-RateLimit-Remaining": "0"}, True, True),
         ({"RateLimit-Limit": "100"}, False, False),
+        # A gateway's way to say that there is no limit.
+        ({"X-RateLimit-Limit": "0", "X-RateLimit-Remaining": "0"}, True, False),
     ],
 )
 def test_an_answer_says_how_many_requests_are_left(
