@@ -57,6 +57,7 @@ class TestTls:
         log = stack.properties("MonitorApiliveStage")["AccessLogSetting"]["Format"]
         assert '"tlsVersion": "$context.tlsVersion"' in log
 
+    @pytest.mark.parametrize("variable", ["BILLING_API_URL", "BILLING_TOKEN_URL"])
     @pytest.mark.parametrize(
         ("url", "allow", "accepted"),
         [
@@ -69,17 +70,22 @@ class TestTls:
         ],
     )
     def test_http_for_billing_fails_the_deployment_as_it_fails_a_pass(
-        self, url: str, allow: str, accepted: bool
+        self, url: str, allow: str, variable: str, *, accepted: bool
     ) -> None:
-        stack = Stack({"BillingApiUrl": url, "AllowHttp": allow})
+        parameters = {"AllowHttp": allow}
+        if variable == "BILLING_API_URL":
+            parameters["BillingApiUrl"] = url
+        else:
+            parameters |= {"BillingApiUrl": "https://billing/a", "BillingTokenUrl": url}
+        stack = Stack(parameters)
         guard = stack.properties("HttpNeedsAllowHttp")
         assert bool(re.fullmatch(guard["AllowedPattern"], guard["Value"])) == accepted
         for function in ("CheckSessionsFunction", "ApiFunction"):
             assert "HttpNeedsAllowHttp" in stack.resources[function]["DependsOn"]
         if accepted:
-            assert Settings.from_env(environment(stack)).billing_api_url == url
+            Settings.from_env(environment(stack))
         else:
-            with pytest.raises(SettingsError, match="BILLING_API_URL"):
+            with pytest.raises(SettingsError, match=variable):
                 Settings.from_env(environment(stack))
 
 

@@ -290,6 +290,14 @@ def test_the_variables_of_status_updates_are_refused_the_same_way(
             ),
         ),
         (
+            {"BILLING_TOKEN_URL": "http://auth.internal/x"},
+            (
+                "BILLING_TOKEN_URL is 'http://auth.internal/x', which would send "
+                "BILLING_CLIENT_SECRET unencrypted; it must be an https:// URL, or ALLOW_HTTP must "
+                "be true."
+            ),
+        ),
+        (
             {"BILLING_OK": "200,404", "BILLING_NOT_FOUND": "404"},
             "BILLING_NOT_FOUND and BILLING_OK both have 404; leave it out of one of them.",
         ),

@@ -87,7 +87,7 @@ class Settings(NamedTuple):
         debug = _boolean(given, "DEBUG")
         log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, min_value=0, max_value=10_000)
         templates = read_headers(given)
-        token_url = read_token_url(given, templates)
+        token_url = read_token_url(given, templates, allow_http=allow_http)
         credentials = read_credentials(given, credential_names(templates, token_url))
         interval = _number(given, "CHECK_INTERVAL_SECONDS", int, 5, min_value=1, max_value=60)
         return cls(

@@ -61,7 +61,9 @@ def read_headers(given: Mapping[str, str]) -> HeaderTemplates:
         ) from None
 
 
-def read_token_url(given: Mapping[str, str], templates: HeaderTemplates) -> str | None:
+def read_token_url(
+    given: Mapping[str, str], templates: HeaderTemplates, *, allow_http: bool
+) -> str | None:
     url = given.get("BILLING_TOKEN_URL")
     uses_token = TOKEN in templates.placeholders
     if url is None:
@@ -78,6 +80,7 @@ def read_token_url(given: Mapping[str, str], templates: HeaderTemplates) -> str 
         )
     allowed = "an http:// or https:// URL without user and fragment"
     _check_url("BILLING_TOKEN_URL", url, allowed, forbidden="#{}")
+    _check_encrypted("BILLING_TOKEN_URL", url, "BILLING_CLIENT_SECRET", allow_http=allow_http)
     return url
 
 
@@ -132,12 +135,14 @@ def read_api_url(given: Mapping[str, str], *, allow_http: bool) -> str:
     before, *after = text.split(CHECKOUT_ID)
     if not after:
         _check_url("BILLING_API_URL", text, allowed, forbidden="?#{}")
-        return _encrypted(text.rstrip("/"), allow_http=allow_http)
-    # With the id in its place it has to be a URL, and so does the part before it.
-    _check_url("BILLING_API_URL", text.replace(CHECKOUT_ID, "id"), allowed, "#{}", shown=text)
-    if len(after) > 1 or not re.match("https?://[^/?]+[/?]", before):
-        raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
-    return _encrypted(text, allow_http=allow_http)
+        text = text.rstrip("/")
+    else:
+        # With the id in its place it has to be a URL, and so does the part before it.
+        _check_url("BILLING_API_URL", text.replace(CHECKOUT_ID, "id"), allowed, "#{}", shown=text)
+        if len(after) > 1 or not re.match("(?i)https?://[^/?]+[/?]", before):
+            raise SettingsError(f"BILLING_API_URL is {text!r}; it must be {allowed}.")
+    _check_encrypted("BILLING_API_URL", text, "the API key", allow_http=allow_http)
+    return text
 
 
 def _check_url(
@@ -171,15 +176,14 @@ def _check_url(
         raise SettingsError(f"{name} is {shown or text!r}; it must be {allowed}.")
 
 
-def _encrypted(url: str, *, allow_http: bool) -> str:
-    """Return billing's URL, if the API key does not leave this machine unencrypted."""
+def _check_encrypted(name: str, url: str, secret: str, *, allow_http: bool) -> None:
+    """Refuse a URL with which the secret leaves this machine unencrypted. Raises SettingsError."""
     scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
     if scheme == "http" and not allow_http and host not in ("localhost", "127.0.0.1", "::1"):
         raise SettingsError(
-            f"BILLING_API_URL is {url!r}, which would send the API key unencrypted; it must be an "
-            "https:// URL, or ALLOW_HTTP must be true."
+            f"{name} is {url!r}, which would send {secret} unencrypted; it must be an https:// "
+            "URL, or ALLOW_HTTP must be true."
         )
-    return url
 
 
 def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
