@@ -58,6 +58,10 @@ def test_a_path_that_cannot_be_applied_gives_no_status() -> None:
         ({"status": "success", "data": {"status": "pending"}}, "'pending' at 'data.status'"),
         ({"status": "success", "data": {"status": "new"}}, "'new' at 'data.status'"),
         ({"status": "paid", "p": [{}, {"q": {"status": "failed"}}]}, "'failed' at 'p[1].q.status'"),
+        ({"status": "success", "data": {"status": 0}}, "0 at 'data.status'"),
+        ({"status": "success", "data": {"status": None}}, "null at 'data.status'"),
+        ({"status": "success", "data": {"status": {"code": "new"}}}, "no text at 'data.status'"),
+        ({"status": "success", "d" * 99: {"status": "new"}}, f"'new' at '{'d' * 60}…'"),
     ],
 )
 def test_a_closing_status_with_another_one_inside_is_a_mismatch(

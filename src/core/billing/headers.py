@@ -71,13 +71,13 @@ def parse_headers(text: str) -> HeaderTemplates:
         ValueError: the text has another form; the message says what is wrong, without any value.
     """
     try:
-        given = json.loads(text)
+        given = json.loads(text, object_pairs_hook=tuple)  # which keeps a name that comes twice
     except (ValueError, RecursionError):
         raise ValueError("is not valid JSON") from None
-    if not isinstance(given, dict):
+    if not isinstance(given, tuple):
         raise ValueError("is not a JSON object")  # noqa: TRY004 (of a text)
     values: dict[str, str] = {}
-    for name, value in given.items():
+    for name, value in given:
         header = name.lower()
         if not name:
             raise ValueError("has a header without a name")

@@ -26,6 +26,8 @@ WORDS_FORM = (
     '{"paid": "success", "unpaid": "open"}'
 )
 
+# A nested `status` with such a number is about a request, e.g. in `"error": {"status": 402}`.
+_STATUS_CODES = range(100, 600)
 _MAX_WORD_LENGTH = 60  # an unknown word is shown up to this length
 
 
@@ -117,10 +119,18 @@ class StatusReader:
 
     def _contradiction(self, parsed: object, meaning: Meaning) -> str | None:
         """A nested `status` that says otherwise, e.g. in an envelope; None if there is none."""
-        for path, word in _nested_statuses(parsed):
-            if self.words.get(word.lower()) is not meaning:
+        for path, found in _nested_statuses(parsed):
+            match found:
+                case str():
+                    agrees = self.words.get(found.lower()) is meaning
+                    shown = repr(_shortened(found))
+                case dict() | list():
+                    agrees, shown = False, "no text"
+                case _:
+                    agrees, shown = found in _STATUS_CODES, json.dumps(found)
+            if not agrees:
                 return (
-                    f"{_shortened(word)!r} at {path!r}; set BILLING_STATUS_PATH to the one that "
+                    f"{shown} at {_shortened(path)!r}; set BILLING_STATUS_PATH to the one that "
                     "counts (@.status is the first)"
                 )
         return None
@@ -136,18 +146,18 @@ class StatusReader:
             return None
 
 
-def _nested_statuses(parsed: object) -> Iterator[tuple[str, str]]:
-    """Every text named `status` below the outermost object, with its path."""
+def _nested_statuses(parsed: object) -> Iterator[tuple[str, object]]:
+    """Everything named `status` below the outermost object, with its path."""
     inside = [("", parsed)]
     while inside:
         path, value = inside.pop()
+        if path.endswith(".status"):
+            yield path, value
         match value:
             case dict():
                 inside += [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
             case list():
                 inside += [(f"{path}[{n}]", v) for n, v in enumerate(value)]
-            case str() if path.endswith(".status"):
-                yield path, value
 
 
 def _mismatch(why: str) -> StatusReading:
@@ -165,13 +175,13 @@ def parse_words(text: str) -> Mapping[str, Meaning]:
         ValueError: the text has another form; the message says what is wrong.
     """
     try:
-        given = json.loads(text)
+        given = json.loads(text, object_pairs_hook=tuple)  # which keeps a word that comes twice
     except (ValueError, RecursionError):
         raise ValueError("it is not valid JSON") from None
-    if not isinstance(given, dict) or not given:
+    if not isinstance(given, tuple) or not given:
         raise ValueError("it is not a JSON object with at least one word")
     words: dict[str, Meaning] = {}
-    for word, status in given.items():
+    for word, status in given:
         if status not in list(Meaning):
             raise ValueError(f"{word!r} is mapped to {status!r}, which is not a status")
         if word.lower() in words:
