@@ -73,7 +73,7 @@ async def test_a_late_payment_is_published_once_and_shown_for_a_day(
     assert passes.shop.run("SELECT COUNT(*) FROM checkout_session_change") == [(0,)]
 
 
-@pytest.mark.parametrize("answer", [FAILED, Answer(Outcome.RATE_LIMITED, 429)])
+@pytest.mark.parametrize("answer", [FAILED, Answer(Outcome.NOT_FOUND, 404)])
 async def test_an_unpaid_session_is_looked_at_ever_less_often(
     passes: Passes, billing: FakeBilling, answer: Answer
 ) -> None:
@@ -85,6 +85,30 @@ async def test_an_unpaid_session_is_looked_at_ever_less_often(
     assert billing.asked == {CHECKOUT: 8}
     assert not bus.published
     assert passes.shop.run("SELECT COUNT(*) FROM checkout_session_change") == [(0,)]
+
+
+@pytest.mark.parametrize("answer", [Answer(Outcome.RATE_LIMITED, 429), Answer(Outcome.TIMEOUT)])
+async def test_a_session_about_which_billing_says_nothing_is_looked_at_again_soon(
+    passes: Passes, billing: FakeBilling, answer: Answer
+) -> None:
+    bus = await expire(passes, billing)
+    billing.answers = {CHECKOUT: answer}
+    await later(passes, 2 * DAY)
+    billing.answers = {CHECKOUT: PAID}
+    await later(passes, 19 * MINUTE)
+    assert billing.asked == {CHECKOUT: 1}
+    await later(passes, MINUTE)
+    assert [event.session_id for event in bus.published] == ["s"]
+
+
+async def test_a_session_is_not_looked_at_again_when_late_payments_for_is_over(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    await expire(passes, billing)
+    billing.answers = {CHECKOUT: Answer(Outcome.TIMEOUT)}
+    await later(passes, 7 * DAY - MINUTE)
+    await later(passes, DAY)
+    assert billing.asked == {CHECKOUT: 1}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 
 type Ask = Callable[[str | None], Awaitable[Answer]]
 
+# With these billing has said nothing about the session. It may not even have been asked.
+SAYS_NOTHING = frozenset(
+    (
+        Outcome.RATE_LIMITED,
+        Outcome.TIMEOUT,
+        Outcome.NETWORK_ERROR,
+        Outcome.UNAUTHORIZED,
+        Outcome.UNEXPECTED_STATUS,
+        Outcome.INTERNAL_ERROR,
+    )
+)
 # In one minute. 50,000 sessions that expire in a day are looked at 400 times a minute.
 MAX_LOOKS = 600
 
@@ -66,7 +77,7 @@ async def look_for_late_payments(
     """Ask billing about the expired sessions that are due, `at_once` in parallel.
 
     No request begins after `until`, by the event loop's clock, nor after billing has limited one.
-    What fails about one session waits for its next look.
+    A session about which billing has said nothing is looked at again soon.
 
     Raises:
         StoreError: the database cannot be used.
@@ -78,9 +89,14 @@ async def look_for_late_payments(
             return
         looks += len(sessions)
         answers = await asyncio.gather(*(_asked(ask, session) for session in sessions))
+        again = []
         for session, answer in zip(sessions, answers, strict=True):
             if answer.status is SessionStatus.SUCCESS:
                 await _record(late_payments, database, session, answer)
+            elif answer.outcome in SAYS_NOTHING:
+                again.append(session)
+        if again:
+            await database.run(late_payments.look_again, again)
         if any(answer.outcome is Outcome.RATE_LIMITED for answer in answers):
             return
 

@@ -4,6 +4,7 @@
 found. The shop's status stays `timeout`, unless LATE_STATUS_UPDATES asks for `success`.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -116,6 +117,21 @@ class LatePayments:
                 (at,),
             )
         return sessions
+
+    def look_again(self, sessions: Sequence[ExpiredSession]) -> None:
+        """Make sessions due again in LATE_CHECK_FIRST, if they are still looked for then."""
+
+        def update(transaction: Transaction) -> None:
+            at = transaction.now() + LATE_CHECK_FIRST
+            ids = [s.change_id for s in sessions if at <= s.expired_at + self._looks_for]
+            if ids:
+                transaction.execute(
+                    "UPDATE checkout_session_change SET late_check_at = %s"
+                    f" WHERE id IN {number_list(ids)}",
+                    (at,),
+                )
+
+        self._database.transaction(update)
 
     def record_paid(self, session: ExpiredSession, answer: Answer) -> SessionStatus | None:
         """Publish that it was paid, and keep that; with `updates_status` it becomes `success`.
