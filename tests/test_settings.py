@@ -223,7 +223,24 @@ def test_an_invalid_variable_is_refused_with_what_is_allowed(
         ("BILLING_ID_PATH", "[", "it must be a JMESPath expression, e.g. id or data.id."),
         ("BILLING_AMOUNT_PATH", "[", "it must be a JMESPath expression"),
         ("BILLING_CURRENCY_PATH", "[", "it must be a JMESPath expression"),
-        ("LATE_PAYMENTS_FOR", "a week", "it must be a number with s, m, h or d, e.g. 7d, or 0."),
+        (
+            "BILLING_STATUS_PATH",
+            "a || lower(status)",
+            ", in which lower is not a function of JMESPath; it must be a JMESPath expression",
+        ),
+        (
+            "BILLING_ID_PATH",
+            "items[].length(@, id)",
+            "in which the function length has 2 arguments",
+        ),
+        ("BILLING_ID_PATH", "not_null()", "in which the function not_null has 0 arguments"),
+        ("BILLING_ID_PATH", f"a[{'9' * 5000}]", "it must be a JMESPath expression, e.g. id or"),
+        (
+            "LATE_PAYMENTS_FOR",
+            "a week",
+            "it must be a number with s, m, h or d, e.g. 7d, up to 3650d, or 0.",
+        ),
+        ("LATE_PAYMENTS_FOR", "999999d", "e.g. 7d, up to 3650d, or 0."),
         ("EVENT_BUS_NAME", "my bus", "it must be the name or the ARN of an EventBridge bus."),
     ],
 )
@@ -233,6 +250,15 @@ def test_the_variables_of_status_updates_are_refused_the_same_way(
     sentence = refusal(**{name: text, "STATUS_UPDATES": "true"})
     assert sentence.startswith(f"{name} is {text!r}")
     assert allowed in sentence
+    if name not in ("SESSION_EXPIRES_AFTER", "EVENT_BUS_NAME"):  # these need it
+        assert refusal(**{name: text}) == sentence
+
+
+def test_functions_of_jmespath_may_be_used() -> None:
+    path = "not_null(a, b, join('/', items[?contains(id, 'x')].status), sort_by(c[-1:], &d)[0])"
+    reader = read(STATUS_UPDATES="true", BILLING_STATUS_PATH=path).status_reader
+    assert reader is not None
+    assert reader.path == path
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ class Settings(NamedTuple):
                     f"{name} is {given[name]!r}, but no status is ever written without "
                     "STATUS_UPDATES; set STATUS_UPDATES=true, or leave it out."
                 )
-        late_payments_for = _late_payments_for(given) if status_updates else None
+        # Read in any case, so that a trial without STATUS_UPDATES finds what cannot be used.
+        status_reader, looks_for = read_status_reader(given), _late_payments_for(given)
+        late_payments_for = looks_for if status_updates else None
         allow_http = _boolean(given, "ALLOW_HTTP")
         debug = _boolean(given, "DEBUG")
         log_lines = _number(given, "LOG_LINES_ACTIVE", int, 5, min_value=0, max_value=10_000)
@@ -115,7 +117,7 @@ class Settings(NamedTuple):
                 given, "BILLING_MAX_PER_SECOND", int, 0, min_value=1, max_value=100_000
             )
             or None,
-            status_reader=read_status_reader(given) if status_updates else None,
+            status_reader=status_reader if status_updates else None,
             expires_after_seconds=_expires_after(given.get("SESSION_EXPIRES_AFTER")),
             late_payments_for=late_payments_for,
             late_status_updates=_late_status_updates(given, late_payments_for),
@@ -200,11 +202,15 @@ def _expires_after(text: str | None) -> int | None:
 def _late_payments_for(given: Mapping[str, str]) -> timedelta | None:
     text = given.get("LATE_PAYMENTS_FOR", "7d")
     try:
-        return timedelta(seconds=parse_duration(text)) if text != "0" else None
+        looked_for = timedelta(seconds=parse_duration(text) if text != "0" else 0)
     except ValueError:
+        looked_for = None
+    if looked_for is None or looked_for > timedelta(days=cadence.MAX_DAYS):
         raise SettingsError(
-            f"LATE_PAYMENTS_FOR is {text!r}; it must be a number with s, m, h or d, e.g. 7d, or 0."
-        ) from None
+            f"LATE_PAYMENTS_FOR is {text!r}; it must be a number with s, m, h or d, e.g. 7d, up to "
+            f"{cadence.MAX_DAYS}d, or 0."
+        )
+    return looked_for or None
 
 
 def _late_status_updates(given: Mapping[str, str], late_payments_for: timedelta | None) -> bool:

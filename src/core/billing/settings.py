@@ -5,21 +5,20 @@ Each function raises SettingsError for a variable that cannot be used.
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import jmespath
 from jmespath.exceptions import JMESPathError
+from jmespath.functions import Functions
 from pyreqwest.http import Url
 
-from core.billing import headers
+from core.billing import headers, status_words
 from core.billing.client import CHECKOUT_ID, STATUS_CODES, StatusCodes
 from core.billing.headers import TOKEN, HeaderTemplates
+from core.billing.status_words import StatusReader
 from core.errors import SettingsError
-
-if TYPE_CHECKING:
-    from core.billing.status_words import StatusReader
 
 # Status codes whose meaning is fixed: a refused key, a limited rate.
 RESERVED = (401, 403, 429, 503)
@@ -186,9 +185,7 @@ def _check_encrypted(name: str, url: str, secret: str, *, allow_http: bool) -> N
         )
 
 
-def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
-    from core.billing import status_words  # noqa: PLC0415 (only with STATUS_UPDATES)
-
+def read_status_reader(given: Mapping[str, str]) -> StatusReader:
     words = given.get("BILLING_STATUS_MAP")
     try:
         meanings = status_words.parse_words(words) if words else status_words.WORDS
@@ -196,7 +193,7 @@ def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
         raise SettingsError(
             f"BILLING_STATUS_MAP is {words!r}: {error}; it must be {status_words.WORDS_FORM}."
         ) from None
-    return status_words.StatusReader(
+    return StatusReader(
         _path(given, "BILLING_STATUS_PATH", "status or data.payment.state") or status_words.PATH,
         meanings,
         _path(given, "BILLING_ID_PATH", "id or data.id"),
@@ -207,11 +204,35 @@ def read_status_reader(given: Mapping[str, str]) -> "StatusReader":
 
 def _path(given: Mapping[str, str], name: str, examples: str) -> str | None:
     path = given.get(name)
+    if path is None:
+        return None
+    must = f"it must be a JMESPath expression, e.g. {examples}."
     try:
-        if path is not None:
-            jmespath.compile(path)
-    except JMESPathError:
-        raise SettingsError(
-            f"{name} is {path!r}; it must be a JMESPath expression, e.g. {examples}."
-        ) from None
+        parsed = jmespath.compile(path).parsed
+    # ValueError, for example for an index of 5,000 digits, which Python does not convert.
+    except (JMESPathError, ValueError, RecursionError):
+        raise SettingsError(f"{name} is {path!r}; {must}") from None
+    # JMESPath itself finds these when an answer comes.
+    if wrong := _wrong_call(parsed):
+        raise SettingsError(f"{name} is {path!r}, in which {wrong}; {must}")
     return path
+
+
+def _wrong_call(parsed: Any) -> str | None:  # noqa: ANN401 (JMESPath has no type for its tree)
+    """What is wrong with a function call in a JMESPath expression; None if nothing is."""
+    inside = [parsed]
+    while inside:
+        node = inside.pop()
+        if node["type"] == "slice":  # of three numbers
+            continue
+        inside += node["children"]
+        if node["type"] != "function_expression":
+            continue
+        function = Functions.FUNCTION_TABLE.get(node["value"])
+        if function is None:
+            return f"{node['value']} is not a function of JMESPath"
+        signature, given = function["signature"], len(node["children"])
+        variadic = any(argument.get("variadic") for argument in signature)
+        if given < len(signature) or (given > len(signature) and not variadic):
+            return f"the function {node['value']} has {given} arguments"
+    return None
