@@ -113,6 +113,8 @@ def test_an_answer_without_the_id_that_was_asked_is_a_mismatch(body: object, see
         (1000, "eur", (1000, "eur")),
         (True, None, (None, None)),
         ({"value": 1}, ["EUR"], (None, None)),
+        (float("nan"), "\ud800", (None, None)),
+        (float("inf"), "EUR", (None, "EUR")),
     ],
 )
 def test_a_closing_answer_gives_its_amount(

@@ -174,6 +174,13 @@ async def test_a_proxy_from_the_environment_is_used(monkeypatch: pytest.MonkeyPa
     assert targets == [b"http://nowhere.invalid/api/checkout_1"]
 
 
+async def test_no_proxy_gets_what_is_for_this_machine(
+    simulated: SimulatedBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://nowhere.invalid")
+    assert (await check_once(simulated.url)).outcome is Outcome.ACTIVE
+
+
 async def test_one_connection_is_kept_for_every_kind_of_answer() -> None:
     async with SimulatedBilling() as billing, billing_client(billing.url) as client:
         for word in ("active", "404", "500", "429", "401", "text", "redirect", "204"):

@@ -15,7 +15,7 @@ from jmespath.functions import Functions
 from pyreqwest.http import Url
 
 from core.billing import headers, status_words
-from core.billing.client import CHECKOUT_ID, STATUS_CODES, StatusCodes
+from core.billing.client import CHECKOUT_ID, LOCAL_HOSTS, STATUS_CODES, StatusCodes
 from core.billing.headers import TOKEN, HeaderTemplates
 from core.billing.status_words import StatusReader
 from core.errors import SettingsError
@@ -178,7 +178,7 @@ def _check_url(
 def _check_encrypted(name: str, url: str, secret: str, *, allow_http: bool) -> None:
     """Refuse a URL with which the secret leaves this machine unencrypted. Raises SettingsError."""
     scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
-    if scheme == "http" and not allow_http and host not in ("localhost", "127.0.0.1", "::1"):
+    if scheme == "http" and not allow_http and host not in LOCAL_HOSTS:
         raise SettingsError(
             f"{name} is {url!r}, which would send {secret} unencrypted; it must be an https:// "
             "URL, or ALLOW_HTTP must be true."

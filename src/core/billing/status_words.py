@@ -109,12 +109,13 @@ class StatusReader:
         if self.path == PATH and (other := self._contradiction(parsed, meaning)):
             return _mismatch(f"billing's answer says {_shortened(word)!r} at 'status', but {other}")
         amount = self._value_at(self.amount_path, parsed)
+        currency = self._text_at(self.currency_path, parsed)
         is_amount = isinstance(amount, str | int | float) and not isinstance(amount, bool)
         return StatusReading(
             meaning.status,
             word,
-            amount=amount if is_amount else None,
-            currency=self._text_at(self.currency_path, parsed),
+            amount=amount if is_amount and _is_json(amount) else None,
+            currency=currency if _is_json(currency) else None,
         )
 
     def _contradiction(self, parsed: object, meaning: Meaning) -> str | None:
@@ -158,6 +159,14 @@ def _nested_statuses(parsed: object) -> Iterator[tuple[str, object]]:
                 inside += [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
             case list():
                 inside += [(f"{path}[{n}]", v) for n, v in enumerate(value)]
+
+
+def _is_json(value: object) -> bool:
+    """Whether an event can have it: not NaN, infinity or half of a character, as Python's JSON."""
+    try:
+        return bool(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except ValueError:
+        return False
 
 
 def _mismatch(why: str) -> StatusReading:

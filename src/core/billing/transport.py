@@ -84,7 +84,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     """httpx over pyreqwest (Rust's reqwest), because httpx's own pool slows down with concurrency.
 
     Redirects are not followed, because the API key would travel with them. TLS certificates are
-    verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected.
+    verified. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are respected if it `uses_proxy`.
 
     HTTP/2 is used if the service offers it: a check then sends less than half of the bytes.
 
@@ -94,16 +94,21 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(
-        self, timeout_seconds: float, *, monotonic: Callable[[], float] | None = None
+        self,
+        timeout_seconds: float,
+        *,
+        uses_proxy: bool = True,
+        monotonic: Callable[[], float] | None = None,
     ) -> None:
         self._timeout_seconds = timeout_seconds
+        self._uses_proxy = uses_proxy
         self._monotonic = monotonic or _monotonic
         # They offer both versions in each TLS handshake, and use HTTP/1.1 without TLS.
         self._either = _Clients(self._either_builder, MAX_CONNECTIONS // MAX_STREAMS)
         # When a connection of `_either` ends, each waiting request opens another one: a hundred
         # handshakes instead of one. Clients that know the version in advance open one.
         self._http2 = _Clients(self._http2_builder, MAX_CONNECTIONS)
-        self._unkept = _Client(_client(timeout_seconds, MAX_CONNECTIONS).pool_max_idle_per_host(0))
+        self._unkept = _Client(self._builder(MAX_CONNECTIONS).pool_max_idle_per_host(0))
         self._headers: httpx.Headers | None = None  # of the last request
         self._header_map = HeaderMap()  # the same
         self._speaks_http2 = False
@@ -125,17 +130,30 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         return await self._send(self._unkept, request, began)
 
     def _either_builder(self) -> ClientBuilder:
-        return _client(self._timeout_seconds).http2(enable=True).pool_idle_timeout(KEEP_IDLE)
+        return self._builder().http2(enable=True).pool_idle_timeout(KEEP_IDLE)
 
     def _http2_builder(self) -> ClientBuilder:
         ping, pong = ping_and_pong_seconds(self._timeout_seconds)
         return (
-            _client(self._timeout_seconds)
+            self._builder()
             .http2_prior_knowledge()
             .http2_keep_alive_interval(timedelta(seconds=ping))
             .http2_keep_alive_timeout(timedelta(seconds=pong))
             .pool_idle_timeout(KEEP_IDLE)
         )
+
+    def _builder(self, max_connections: int = MAX_STREAMS) -> ClientBuilder:
+        builder = (
+            ClientBuilder()
+            .timeout(timedelta(seconds=self._timeout_seconds))
+            .max_connections(max_connections)
+            .follow_redirects(enable=False)
+            .gzip(enable=False)
+            .brotli(enable=False)
+            .zstd(enable=False)
+            .deflate(enable=False)
+        )
+        return builder if self._uses_proxy else builder.no_proxy()
 
     async def _send(
         self, client: "_Client", request: httpx.Request, sent_before: float | None = None
@@ -287,19 +305,6 @@ def ping_and_pong_seconds(timeout_seconds: float) -> tuple[float, float]:
 
 def _monotonic() -> float:
     return time.monotonic()
-
-
-def _client(timeout_seconds: float, max_connections: int = MAX_STREAMS) -> ClientBuilder:
-    return (
-        ClientBuilder()
-        .timeout(timedelta(seconds=timeout_seconds))
-        .max_connections(max_connections)
-        .follow_redirects(enable=False)
-        .gzip(enable=False)
-        .brotli(enable=False)
-        .zstd(enable=False)
-        .deflate(enable=False)
-    )
 
 
 class _Received(httpx.Response):
