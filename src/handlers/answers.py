@@ -46,7 +46,7 @@ class Routes:
 
     def _refused(self) -> Response[str]:
         event = self._app.current_event
-        methods = self._methods.get(event.path.rstrip("/") or "/")
+        methods = self._methods.get(event.path)
         if methods is None:
             answer = failure(HTTPStatus.NOT_FOUND, f"There is no {event.path!r}.")
         else:

@@ -82,14 +82,14 @@ def parse_tick(event: Mapping[str, Any]) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(tick)
-    except (TypeError, ValueError):
-        time = None
-    if time is None or time.tzinfo is None:
-        raise TickError(
-            f"The event's tick is {tick!r}; it must be an ISO 8601 time with an offset, "
-            "e.g. 2026-01-15T10:30:05.000Z, or be left out."
-        )
-    return time.astimezone(UTC)
+        if time.tzinfo is not None:
+            return time.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):  # the last one before the year 1
+        pass
+    raise TickError(
+        f"The event's tick is {tick!r}; it must be an ISO 8601 time with an offset, "
+        "e.g. 2026-01-15T10:30:05.000Z, or be left out."
+    )
 
 
 def parse_helper(event: Mapping[str, Any]) -> bool:

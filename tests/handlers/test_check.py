@@ -54,7 +54,7 @@ def test_each_pass_emits_its_metrics_once(
 
 
 @pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize("tick", ["soon", 5, "2026-01-15T10:30:05"])
+@pytest.mark.parametrize("tick", ["soon", 5, "2026-01-15T10:30:05", "0001-01-01T00:00:00+01:00"])
 def test_an_invalid_tick_is_refused_with_the_reason(context: LambdaContext, tick: object) -> None:
     with pytest.raises(check.TickError, match=r"tick is .*; it must be an ISO 8601 time"):
         check.handler({"tick": tick}, context)

@@ -31,6 +31,7 @@ def api() -> Iterator[httpx.Client]:
     [
         ("GET", "/api/status", 500, "Unexpected error; the log has it."),
         ("GET", "/nothing", 404, "There is no '/nothing'."),
+        ("GET", "/api/status/", 404, "There is no '/api/status/'."),
         ("PUT", "/simulate", 405, "The method of /simulate must be GET or HEAD or POST."),
         ("POST", "/simulate", 400, ""),
     ],
