@@ -39,7 +39,7 @@ def batch(claims: Sequence[Claim], *, due: datetime = NOON) -> BatchClaim:
 
 def test_checks_that_find_nothing_new_write_no_row() -> None:
     rechecks = [recheck(claim(n)) for n in range(50)]
-    written = settle(Settlement(batch([r.claim for r in rechecks]), rechecks))
+    written = settle(Settlement(batch([r.claim for r in rechecks]), rechecks), NOON)
     assert (written.is_checked, written.next_check_at, list(written.records)) == (True, SOON, [])
 
 
@@ -64,7 +64,7 @@ def test_a_session_is_written_where_it_differs_from_its_batch(
     healthy = healthy._replace(claim=healthy.claim._replace(consecutive_failures=0))
     healthy = healthy._replace(claim=healthy.claim._replace(last_status_code=200))
     found = recheck(claim, due, outcome, code)
-    written = settle(Settlement(batch([claim, healthy.claim]), [found, healthy]))
+    written = settle(Settlement(batch([claim, healthy.claim]), [found, healthy]), NOON)
     assert written.next_check_at == SOON
     assert list(written.records) == [CheckRecord(claim, outcome, code, own_due)]
 
@@ -74,7 +74,7 @@ def test_a_batch_is_due_with_the_first_of_its_healthy_sessions() -> None:
     failing = recheck(claim(1), SOON, Outcome.TIMEOUT, None)
     healthy, old = recheck(claim(2), LATER), recheck(claim(3), LATER + timedelta(minutes=5))
     found = [failing, healthy, old]
-    written = settle(Settlement(batch([r.claim for r in found]), found))
+    written = settle(Settlement(batch([r.claim for r in found]), found), NOON)
     assert written.next_check_at == LATER
     assert {r.claim.rowid: r.next_check_at for r in written.records} == {
         1: SOON,
@@ -84,7 +84,7 @@ def test_a_batch_is_due_with_the_first_of_its_healthy_sessions() -> None:
 
 def test_where_all_fail_the_batch_is_due_with_the_first() -> None:
     found = [recheck(claim(n), due, Outcome.TIMEOUT) for n, due in enumerate([LATER, SOON])]
-    written = settle(Settlement(batch([r.claim for r in found]), found))
+    written = settle(Settlement(batch([r.claim for r in found]), found), NOON)
     assert written.next_check_at == SOON
     assert [r.next_check_at for r in written.records] == [LATER, None]
 
@@ -97,30 +97,31 @@ def test_the_fewer_of_asked_and_left_get_a_due_time(
 ) -> None:
     claims = [claim(n) for n in range(asked + left)]
     rechecks = [recheck(one) for one in claims[:asked]]
-    written = settle(Settlement(batch(claims), rechecks, left=claims[asked:]))
+    written = settle(Settlement(batch(claims), rechecks, left=claims[asked:]), NOON)
     assert (written.is_checked, len(written.records)) == (is_checked, rows)
     assert list(written.left) == (claims[asked:] if is_checked else [])
 
 
 def test_sessions_given_back_with_a_due_time_keep_it() -> None:
     claims = [claim(1), claim(2, has_due_time=True)]
-    written = settle(Settlement(batch(claims), [recheck(claims[0])], left=claims[1:]))
+    written = settle(Settlement(batch(claims), [recheck(claims[0])], left=claims[1:]), NOON)
     assert (written.is_checked, list(written.left)) == (True, [])
 
 
 @pytest.mark.parametrize(
-    ("batch_due", "outcome", "own_due"),
+    ("batch_due", "outcome", "now", "own_due"),
     [
-        (SOON, Outcome.ACTIVE, None),
-        (LATER + timedelta(seconds=1), Outcome.ACTIVE, LATER),
-        (SOON, Outcome.TIMEOUT, LATER),
+        (SOON, Outcome.ACTIVE, NOON, None),
+        (SOON, Outcome.ACTIVE, SOON, LATER),  # it is due again by now
+        (LATER + timedelta(seconds=1), Outcome.ACTIVE, NOON, LATER),
+        (SOON, Outcome.TIMEOUT, NOON, LATER),
     ],
 )
 def test_a_recovered_session_joins_its_batch_if_that_is_due_in_time(
-    batch_due: datetime, outcome: Outcome, own_due: datetime | None
+    batch_due: datetime, outcome: Outcome, now: datetime, own_due: datetime | None
 ) -> None:
     """Only this session was due; its batch is due later."""
     one = claim(last=FAILED, has_due_time=True)
-    written = settle(Settlement(batch([one], due=batch_due), [recheck(one, LATER, outcome)]))
+    written = settle(Settlement(batch([one], due=batch_due), [recheck(one, LATER, outcome)]), now)
     assert (written.is_checked, written.next_check_at) == (False, None)
     assert [r.next_check_at for r in written.records] == [own_due]

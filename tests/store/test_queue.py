@@ -74,6 +74,21 @@ def test_a_late_result_does_not_restore_a_dropped_session(
     assert shop.run("SELECT session_id FROM checkout_session_check") == []
 
 
+def test_a_late_result_is_not_kept_for_a_session_that_came_later(store: Store, shop: Shop) -> None:
+    """Its row does not get the number of the one that was dropped."""
+    add_sessions(shop, {"closed": "c"})
+    reconcile(store, NOON)
+    claims = claim_all(store, NOON)
+    shop.run("UPDATE checkout_session SET status = 'success'")
+    reconcile(store, NOON)
+    add_sessions(shop, {"new": "c"})
+    reconcile(store, NOON)
+    record(store, rechecks(claims, NOON, Outcome.TIMEOUT))
+    assert shop.run("SELECT session_id, last_outcome FROM checkout_session_check") == [
+        ("new", None)
+    ]
+
+
 def check_all(store: Store, due_after: Mapping[str, int]) -> None:
     """Check every session; each is due again at NOON plus its number of seconds."""
     for claim in claim_all(store, NOON):

@@ -200,6 +200,41 @@ def model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
         ("manual", "A", None),
     ]
 )
+# A claim lapses, another worker claims one of its sessions, and the first one writes.
+@example(
+    [
+        ("tick", "A", 0),
+        ("are answered", "A", {0}),
+        ("wait", 25),
+        ("manual", "B", {0}),
+        ("are answered", "A", {1, 2}),
+        *[("tick", "C", 0)] * 2,
+    ]
+)
+# An answer comes when the rest of the batch is due again.
+@example(
+    [
+        ("tick", "A", 0),
+        ("are answered", "A", {0, 1}),
+        ("gives back", "A", {2}),
+        *[("wait", 1)] * 4,
+        ("tick", "B", 0),
+        *[("wait", 1)] * 2,
+        ("are answered", "B", {2}),
+        ("tick", "C", 0),
+    ]
+)
+# A manual pass gives back a session that was not due.
+@example(
+    [
+        ("tick", "C", 0),
+        ("are answered", "C", {0, 1, 2}),
+        ("wait", 1),
+        ("manual", "B", {0}),
+        ("stops", "B"),
+        ("tick", "A", 0),
+    ]
+)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS checkout_session_batch (
 CREATE INDEX IF NOT EXISTS checkout_session_batch_due
   ON checkout_session_batch (due_at, checked_at);
 CREATE TABLE IF NOT EXISTS checkout_session_check (
-  rowid INTEGER PRIMARY KEY, -- as every table of SQLite has it, declared or not
+  rowid INTEGER PRIMARY KEY AUTOINCREMENT, -- or a new session could get a closed one's number
   session_id TEXT NOT NULL UNIQUE,
   batch_id INTEGER,
   next_check_at DATETIME,

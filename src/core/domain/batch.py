@@ -44,8 +44,8 @@ class BatchRecord(NamedTuple):
     left: Sequence[Claim] = ()  # those that get a due time of their own
 
 
-def settle(settlement: Settlement) -> BatchRecord:
-    """Decide when the batch is due again, and which sessions differ from it.
+def settle(settlement: Settlement, now: datetime) -> BatchRecord:
+    """Decide when the batch is due again, and which sessions differ from it; `now` is the write's.
 
     The batch is due with the earliest of its healthy sessions. Where some of its sessions were
     asked and some were not, the fewer get a due time of their own.
@@ -56,7 +56,7 @@ def settle(settlement: Settlement) -> BatchRecord:
         due = _earliest(rechecks)
         records = [record for recheck in rechecks if (record := _changed(recheck, due))]
         return BatchRecord(batch, True, due, records, settlement.waiting, left)  # noqa: FBT003
-    records = [_record(recheck, _own_due(recheck, batch)) for recheck in rechecks]
+    records = [_record(recheck, _own_due(recheck, batch, now)) for recheck in rechecks]
     return BatchRecord(batch, False, None, records, settlement.waiting)  # noqa: FBT003
 
 
@@ -84,10 +84,10 @@ def _changed(recheck: Recheck, batch_due: datetime | None) -> CheckRecord | None
     return _record(recheck, own_due)
 
 
-def _own_due(recheck: Recheck, batch: BatchClaim) -> datetime | None:
-    """A healthy session is with its batch again if that is due soon enough."""
+def _own_due(recheck: Recheck, batch: BatchClaim, now: datetime) -> datetime | None:
+    """A healthy session is with its batch again if that is due soon enough, but not already."""
     healthy = not recheck.answer.outcome.is_error
-    soon_enough = not batch.is_due and batch.next_check_at <= recheck.next_check_at
+    soon_enough = not batch.is_due and now < batch.next_check_at <= recheck.next_check_at
     return None if healthy and soon_enough else recheck.next_check_at
 
 

@@ -27,29 +27,33 @@ _COMMON = (
 )
 
 
-def session_columns(database: Database, last_check: str) -> str:
-    """The columns that `read_claims` reads, of a row c; `last_check` is an expression."""
-    text = database.joined(["c.rowid", *_COMMON, f"COALESCE({last_check}, '')"])
-    return f"c.session_id, {_CHECKOUT_ID}, {text}"
+def session_columns(database: Database) -> str:
+    """The columns that `read_claims` reads, of a row c."""
+    return f"c.session_id, {_CHECKOUT_ID}, {database.joined(['c.rowid', *_COMMON])}"
 
 
 def read_claims(
     rows: Iterable[Row],
     claimed_at: datetime,
     claimed_until: datetime,
-    of_batch: Mapping[int, tuple[datetime, datetime | None]] | None = None,
+    of_batch: Mapping[int, tuple[datetime, datetime | None]],
+    *,
+    on_rows: bool = False,
 ) -> Iterator[tuple[int, int, Claim | None]]:
     """For each row: the batch, the row's number, and the claim; None if no session is open.
 
-    `of_batch` are the due time and the last check of the claimed batches; None, if the claims are
-    on the sessions' own rows.
+    `of_batch` are the due time and the last check of the batches. The claims are on these, or
+    `on_rows` of their own.
     """
     read: dict[str, tuple[int, Sequence[object]]] = {}
     for session_id, checkout_id, text in rows:
         number, _, common_text = as_text(text).partition("|")
         rowid = int(number)
         if common_text not in read:
-            read[common_text] = _common(common_text, claimed_at, claimed_until, of_batch)
+            batch_id, claim = _claim(common_text, claimed_at, claimed_until, of_batch)
+            if on_rows:
+                claim = claim._replace(batch_id=None)
+            read[common_text] = batch_id, claim[3:]
         batch_id, common = read[common_text]
         if checkout_id is None:
             yield batch_id, rowid, None
@@ -58,17 +62,16 @@ def read_claims(
             yield batch_id, rowid, Claim._make((*ids, *common))
 
 
-def _common(
+def _claim(
     text: str,
     claimed_at: datetime,
     claimed_until: datetime,
-    of_batch: Mapping[int, tuple[datetime, datetime | None]] | None,
-) -> tuple[int, Sequence[object]]:
-    """The batch, and the fields of a claim after its three ids, which its sessions share."""
-    number, first_seen, failures, outcome, code, next_check, last_check = text.split("|")
+    of_batch: Mapping[int, tuple[datetime, datetime | None]],
+) -> tuple[int, Claim]:
+    """The batch, and a claim with the fields that its sessions share: all but the three ids."""
+    number, first_seen, failures, outcome, code, next_check = text.split("|")
     batch_id = int(number)
-    due_at, checked_at = of_batch[batch_id] if of_batch else (None, None)
-    next_check_at = as_datetime(next_check) if next_check else None
+    due_at, checked_at = of_batch[batch_id]
     claim = Claim(
         rowid=0,
         session_id="",
@@ -77,11 +80,11 @@ def _common(
         consecutive_failures=int(failures),
         claimed_at=claimed_at,
         claimed_until=claimed_until,
-        batch_id=batch_id if of_batch else None,
+        batch_id=batch_id,
         last_outcome=outcome or None,
         last_status_code=int(code) if code else None,
-        has_due_time=next_check_at is not None,
-        last_checked_at=as_datetime(last_check) if last_check else checked_at,
-        due_at=next_check_at or due_at,
+        has_due_time=bool(next_check),
+        last_checked_at=checked_at,
+        due_at=as_datetime(next_check) if next_check else due_at,
     )
-    return batch_id, claim[3:]
+    return batch_id, claim

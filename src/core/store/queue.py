@@ -309,7 +309,7 @@ class Queue:
         full = [batch_id for batch_id, covers in due.items() if covers]
         with_batch = f" OR (c.next_check_at IS NULL AND c.batch_id IN {number_list(full)})"
         sessions = connection.query(
-            f"SELECT {session_columns(self._database, 'NULL')}"
+            f"SELECT {session_columns(self._database)}"
             f" FROM checkout_session_check c {self._database.by_batch}"
             f" WHERE c.batch_id IN {number_list(due)} AND {UNCLAIMED.format('c.')}"
             f" AND ({wanted.sessions}{with_batch if full else ''})",
@@ -348,7 +348,7 @@ class Queue:
 
         def claim(transaction: Transaction) -> tuple[int, list[Claim]]:
             rows = transaction.query(
-                f"SELECT {session_columns(self._database, LAST_CHECK)}"
+                f"SELECT {session_columns(self._database)}, b.id, b.next_check_at, b.checked_at"
                 " FROM checkout_session_check c"
                 " JOIN checkout_session_batch b ON b.id = c.batch_id"
                 f" WHERE c.session_id IN {placeholders(session_ids)} AND {last_check}"
@@ -356,9 +356,19 @@ class Queue:
                 f" LIMIT {limit:d} {self._database.lock_rows}",
                 (*session_ids, *parameters, *(now, now + MAX_LEASE) * 2),
             )
-            found = list(read_claims(rows, now, until))
+            of_batch = {
+                as_int(batch_id): (as_datetime(due_at), as_datetime_or_none(checked_at))
+                for *_, batch_id, due_at, checked_at in rows
+            }
+            found = list(read_claims((r[:3] for r in rows), now, until, of_batch, on_rows=True))
             self.rows.drop(transaction, (rowid for _, rowid, claim in found if claim is None))
             claims = [claim for _, _, claim in found if claim is not None]
+            if of_batch:
+                # Of a claim that has lapsed. Its worker must not write what is another's now.
+                transaction.execute(
+                    "UPDATE checkout_session_batch SET claimed_until = NULL"
+                    f" WHERE claimed_until IS NOT NULL AND id IN {number_list(of_batch)}"
+                )
             self.rows.claim(transaction, claims)
             self.rows.bring_forward(transaction, {claim.rowid: until for claim in claims})
             return len(rows), claims

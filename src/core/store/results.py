@@ -76,7 +76,7 @@ class ResultWriter:
     def _write(self, transaction: Transaction, results: Results, now: datetime) -> None:
         held = self._lock_batches(transaction, [s.batch for s in results.settlements])
         valid = [s for s in results.settlements if s.batch.id in held]
-        batches = [settle(_as_it_is(s, held[s.batch.id])) for s in valid]
+        batches = [settle(_as_it_is(s, held[s.batch.id]), now) for s in valid]
         self._rows.drop(transaction, [rowid for b in batches for rowid in b.batch.closed])
         records = [record for b in batches for record in b.records]
         self._rows.write(transaction, records, now)
@@ -123,8 +123,8 @@ class ResultWriter:
         ]
         self._rows.write_records(transaction, records, now)
         released = [claim for claim in results.released if claim.rowid in valid]
-        # Longest due first: what was given back keeps its place.
-        due = [(claim, min(claim.due_at or now, now)) for claim in released]
+        # What was given back keeps its place, and what was not due yet is not due now.
+        due = [(claim, claim.due_at or now) for claim in released]
         self._rows.give_due_time(transaction, due)
         self._rows.bring_forward(transaction, {claim.rowid: at for claim, at in due})
 
