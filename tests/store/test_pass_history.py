@@ -8,6 +8,7 @@ import pytest
 
 from core.domain.model import Outcome, Reason, Skip
 from core.domain.summary import Summary
+from core.store import old_rows
 from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop
@@ -38,6 +39,18 @@ def test_a_pass_is_one_row_kept_for_a_day(store: Store, shop: Shop, clock: FakeC
     store.history.begin(Summary(Reason.TICK, NOON))  # a pass that was killed
     clock.advance(timedelta(days=1, seconds=1).total_seconds())
     store.history.forget_old()
+    assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
+
+
+def test_old_rows_are_deleted_some_at_a_time(
+    store: Store, shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, no statement takes long, and what is deleted stays deleted."""
+    monkeypatch.setattr(old_rows, "ROWS_AT_ONCE", 2)
+    for _ in range(5):
+        store.history.begin(Summary(Reason.TICK, NOON))
+    clock.advance(timedelta(days=1, seconds=1).total_seconds())
+    assert [store.forget_old() for _ in range(3)] == [True, True, False]
     assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
 
 

@@ -40,6 +40,8 @@ HELP_AFTER_SECONDS = 0.25
 # A pass counts as under way until its end is recorded. One that could end this shortly before a
 # slot stays for it, because that slot's worker might still count it.
 END_SECONDS = 0.05
+# A leader deletes old rows in so many steps, between which claims and records come.
+FORGET_STEPS = 10
 # A manual pass, and a leader under a budget, wait this long for batches that others hold. By then
 # all but those that billing has not answered about have been given back: HOLD_SECONDS, and two
 # writes.
@@ -299,6 +301,10 @@ class RunningPass:
         while more:
             more, progress = await self._database.run(self._reconcile_piece, reconciliation)
         await self._database.run(self._store.finish, reconciliation)
+        if reconciliation.is_complete:
+            for _ in range(FORGET_STEPS):
+                if not await self._database.run(self._store.forget_old):
+                    break
         tally, counts = self._tally, reconciliation.counts
         tally.counted = True
         tally.open = counts.open + progress.closed

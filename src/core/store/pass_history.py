@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from core.database.port import Connection, Database, Row, Value, as_datetime, as_int, placeholders
 from core.domain.model import Outcome, Reason, Skip
 from core.domain.summary import Summary
+from core.store.old_rows import delete_some
 
 KEEP_PASSES = timedelta(days=1)
 
@@ -85,20 +86,12 @@ class PassHistory:
         self._update(pass_id, {"finished_at": summary.finished_at, **_columns(summary)})
         self._without_end.discard(pass_id)
 
-    def forget_old(self) -> None:
-        """Delete the rows that are over a day old."""
-
-        def delete(connection: Connection) -> None:
-            day_ago = connection.now() - KEEP_PASSES
-            connection.execute(
-                "DELETE FROM checkout_session_run WHERE finished_at < %s", (day_ago,)
-            )
-            connection.execute(
-                "DELETE FROM checkout_session_run WHERE finished_at IS NULL AND started_at < %s",
-                (day_ago,),
-            )
-
-        self._database.run(delete)
+    def forget_old(self) -> bool:
+        """Delete rows that are over a day old; returns whether more are left."""
+        day_ago = self._database.run(lambda connection: connection.now()) - KEEP_PASSES
+        table, without_end = "checkout_session_run", "finished_at IS NULL AND started_at < %s"
+        more = delete_some(self._database, table, "finished_at < %s", (day_ago,))
+        return delete_some(self._database, table, without_end, (day_ago,)) or more
 
     def count_under_way(self) -> int:
         """Count the ticks' passes that have begun, not ended, and are alive.

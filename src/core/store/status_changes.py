@@ -12,7 +12,6 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from core.database.port import (
-    Connection,
     Database,
     Row,
     Transaction,
@@ -33,6 +32,7 @@ from core.domain.model import (
 )
 from core.errors import RefusedError, StoreError
 from core.log import logger
+from core.store.old_rows import delete_some
 from core.store.queue_rows import QueueRows
 
 # In one transaction. Few, so that it locks few of the shop's rows (with hundreds of ids MariaDB may
@@ -130,22 +130,17 @@ class StatusChanges:
             refusals=[Refusal(change, message) for change in changes],
         )
 
-    def forget_old(self) -> None:
-        """Delete the log's rows that are over a day old, and are not looked at again."""
+    def forget_old(self) -> bool:
+        """Delete rows that are over a day old, and not looked at again; returns if more are left.
 
-        def delete(connection: Connection) -> None:
-            day_ago = connection.now() - KEEP_CHANGES
-            connection.execute(
-                "DELETE FROM checkout_session_change WHERE late_check_at IS NULL"
-                " AND changed_at < %s AND (paid_late_at IS NULL OR paid_late_at < %s)",
-                (day_ago, day_ago),
-            )
-            connection.execute(
-                "DELETE FROM checkout_session_change WHERE changed_at < %s",
-                (day_ago - (self._late_payments_for or timedelta(0)),),
-            )
-
-        self._database.run(delete)
+        So are those that were looked at for as long as LATE_PAYMENTS_FOR was.
+        """
+        day_ago = self._database.run(lambda connection: connection.now()) - KEEP_CHANGES
+        table, late = "checkout_session_change", self._late_payments_for or timedelta(0)
+        condition = "late_check_at IS NULL AND changed_at < %s"
+        condition += " AND (paid_late_at IS NULL OR paid_late_at < %s)"
+        more = delete_some(self._database, table, condition, (day_ago, day_ago))
+        return delete_some(self._database, table, "changed_at < %s", (day_ago - late,)) or more
 
     def _check_usable(self) -> None:
         """Raise StoreError if nothing can be written at all."""

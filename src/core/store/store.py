@@ -165,11 +165,14 @@ class Store:
         return self._database.run(lambda c: reader.read(c, c.now(), counts.outcomes))
 
     def finish(self, reconciliation: Reconciliation) -> None:
-        """Keep the counts of a complete reconciliation, and delete rows that are over a day old."""
+        """Keep the counts of a complete reconciliation."""
         if reconciliation.is_complete:
             self.state.keep_counts(reconciliation.counts, took=reconciliation.took)
-            self.history.forget_old()
-            self.status_changes.forget_old()
+
+    def forget_old(self) -> bool:
+        """Delete rows that are over a day old; returns whether more are left."""
+        more_passes, more_changes = self.history.forget_old(), self.status_changes.forget_old()
+        return more_passes or more_changes
 
     def record(self, results: Results, changes: Sequence[StatusChange], now: datetime) -> Recorded:
         """Write what was decided: results of checks, and up to CHANGES_AT_ONCE status changes."""
