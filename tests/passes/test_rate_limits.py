@@ -71,6 +71,7 @@ def with_bucket(
     [
         (25, 25, 1000, 1.0, 4),
         (50, 10, 400, None, 1),
+        (50, 10, 380, None, 1),  # a single session falls out of step with its batch
         (4, 8, 15, 1.0, 1),
         (4, 8, 200, None, 1),  # a batch takes longer than it may be held
     ],

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import batched
 from typing import NamedTuple
@@ -21,6 +21,10 @@ from core.database.port import (
 from core.domain.batch import BatchRecord, CheckRecord, Settlement, settle
 from core.domain.model import BatchClaim, Claim, Recheck
 from core.store.queue_rows import CLAIMED, MAX_LEASE, QueueRows, by_token, checked_at
+
+# Batches that are due at the same time come in the order of their last checks. One of which only a
+# part is due comes before them: that part was not checked with the rest, and has waited for longer.
+PART_FIRST = timedelta(milliseconds=1)
 
 
 class Results(NamedTuple):
@@ -229,7 +233,8 @@ def _free_values(
     if record.is_checked:
         checked = checked_at(now, batch.claimed_at)
         next_check_at = record.next_check_at or found.first_due or now
-    due = [found.first_due] if found.first_due else []
-    if found.with_batch:
-        due.append(next_check_at)
+    due = [next_check_at] if found.with_batch else []
+    if found.first_due:
+        is_part = bool(due) and found.first_due < next_check_at
+        due.append(found.first_due - PART_FIRST if is_part else found.first_due)
     return _Free(batch.id, found.sessions, next_check_at, min(due), checked)
