@@ -64,6 +64,19 @@ def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeCl
         store.close()
 
 
+def test_an_expired_session_whose_status_is_in_capitals_is_claimed(
+    server_shop: Shop, clock: FakeClock
+) -> None:
+    """MySQL's usual collations take it as the same word, as all statements do."""
+    store = Store(database_of(server_shop, clock), late_payments_for=WEEK)
+    store.prepare()
+    expired(server_shop, {"s": "c"})
+    server_shop.run("UPDATE checkout_session SET status = 'TIMEOUT'")
+    found = late_payments_of(store).claim_due(9)
+    store.close()
+    assert [session.session_id for session in found] == ["s"]
+
+
 def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSession]:
     """A store that writes late payments' status, and the expired session `s` that it claimed."""
     store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)

@@ -139,6 +139,14 @@ def test_the_sessions_of_an_outcome_come_in_pages(
     assert pages(history, "timeout") == [[]]
 
 
+def test_an_open_session_whose_status_is_in_capitals_is_on_the_page(server_shop: Shop) -> None:
+    """MySQL's usual collations take it as the same word, and so it is checked."""
+    history = History(server_shop)
+    history.session("cart-1", "checkout_1")
+    server_shop.run("UPDATE checkout_session SET status = 'OPEN'")
+    assert pages(history, "active") == [["cart-1"]]
+
+
 @pytest.mark.parametrize("outcome", ["not_found", "timeout"])
 def test_a_page_reads_a_bounded_number_of_rows(
     history: History, monkeypatch: pytest.MonkeyPatch, outcome: str

@@ -91,7 +91,7 @@ class LatePayments:
         rows = transaction.query(
             # Not `WHERE s.status`: no statistics may make it read every closed session.
             "SELECT c.id, s.id, c.billing_checkout_id, s.billing_order_id,"
-            " COALESCE(s.billing_checkout_id, ''), COALESCE(s.status, '')"
+            " COALESCE(s.billing_checkout_id, ''), COALESCE(s.status, '') = 'timeout'"
             f" FROM checkout_session_change c {self._database.join_in_order} checkout_session s"
             f" ON s.id = c.session_id WHERE c.id IN {number_list(expired_at)}"
         )
@@ -103,8 +103,8 @@ class LatePayments:
                 as_text_or_none(order_id),
                 expired_at[as_int(number)],
             )
-            for number, session_id, asked, order_id, checkout_id, status in rows
-            if as_text(asked) == as_text(checkout_id) and as_text(status) == SessionStatus.TIMEOUT
+            for number, session_id, asked, order_id, checkout_id, is_timeout in rows
+            if is_timeout and as_text(asked) == as_text(checkout_id)
         ]
         next_looks = dict.fromkeys(expired_at, None) | {
             session.change_id: next_look(session.expired_at, now, self._looks_for)
