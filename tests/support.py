@@ -27,8 +27,8 @@ from core.passes.running_pass import PassOptions
 from core.settings import Settings
 from core.store.store import Store
 from core.worker import open_database
-from testkit.clock import FakeClock
-from testkit.shops import Shop, SQLiteShop, settings_for
+from testkit.clock import NOON, FakeClock
+from testkit.shops import Shop, SQLiteShop, add_sessions, settings_for
 
 if TYPE_CHECKING:
     from core.passes.scaling import StartWorker
@@ -49,6 +49,17 @@ RULES = Settings.from_env({"DATABASE_URL": "sqlite:///unused"}).check_rules()
 
 def database_of(shop: Shop, clock: FakeClock | None = None) -> Database:
     return open_database(settings_for(shop), clock=clock)
+
+
+def add_expired(shop: Shop, sessions: dict[str, str | None]) -> None:
+    """Sessions that became `timeout` at NOON, and are looked at from then on."""
+    add_sessions(shop, sessions, "timeout")
+    shop.run(
+        "INSERT INTO checkout_session_change (session_id, billing_checkout_id, new_status,"
+        " billing_status, changed_at, late_check_at)"
+        " SELECT id, billing_checkout_id, 'timeout', 'open', %s, %s FROM checkout_session",
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
+    )
 
 
 def reconcile(store: Store, tick: datetime, session_ids: Sequence[str] | None = None) -> OpenCounts:

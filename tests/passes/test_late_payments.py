@@ -1,16 +1,23 @@
 """LATE_PAYMENTS_FOR, LATE_STATUS_UPDATES: a session that became `timeout` is looked at again."""
 
+import asyncio
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
 
+from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Outcome
-from core.store.late_payments import next_look
+from core.errors import StoreError
+from core.passes.late_payments import Ask, in_turn, look_for_late_payments
+from core.store.late_payments import LatePayments, next_look
 from core.store.status_report import read_status
+from core.store.store import Store
+from testkit import virtual_time
 from testkit.clock import NOON
-from testkit.shops import add_sessions, settings_for
+from testkit.shops import Shop, SQLiteShop, add_sessions, numbered, settings_for
 from tests.store.fake_bus import FAILED, OPEN, PAID, Bus, statuses
-from tests.support import FakeBilling, Passes, database_of
+from tests.support import FakeBilling, Passes, add_expired, database_of
 
 SHOP = {"STATUS_UPDATES": "true", "SESSION_EXPIRES_AFTER": "1h"}
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -43,6 +50,38 @@ def notes(passes: Passes) -> list[str]:
     database.close()
     assert isinstance(verdict, dict)
     return [note for note in verdict["notes"] if "Paid" in note]
+
+
+def look(
+    shop: Shop, sessions: dict[str, str | None], ask: Ask, *, age: timedelta = 20 * MINUTE
+) -> float:
+    """Look at expired sessions for ten seconds of virtual time, with two requests a second.
+
+    Returns how long that took.
+    """
+    assert isinstance(shop, SQLiteShop)
+    loop = virtual_time.VirtualLoop()
+    database = virtual_time.MeteredDatabase(
+        shop.path, clock=lambda: NOON + age + timedelta(seconds=loop.now)
+    )
+
+    async def looks() -> float:
+        store = Store(database, late_payments_for=7 * DAY)
+        store.prepare()
+        add_expired(shop, sessions)
+        assert store.late_payments is not None
+        thread = DatabaseThread(virtual_time.DatabaseThread(loop, database.meter))
+        in_its_turn = in_turn(ask, store.state, thread, known_limit=2, until=10)
+        try:
+            await look_for_late_payments(
+                store.late_payments, in_its_turn, thread, at_once=100, until=10
+            )
+            return loop.now
+        finally:
+            await asyncio.sleep(60)  # a look that went on would be made now
+
+    with closing(database), asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(looks())
 
 
 async def test_a_late_payment_is_published_once_and_shown_for_a_day(
@@ -172,6 +211,68 @@ async def test_what_billing_closed_or_nobody_watches_is_not_looked_at(
     await later(passes, MINUTE)
     await later(passes, DAY, LATE_PAYMENTS_FOR="0")
     assert billing.asked == {"checkout_2": 1}
+
+
+def test_looks_that_wait_for_the_budget_end_in_time(sqlite_shop: Shop) -> None:
+    asked: list[float] = []
+
+    async def ask(_checkout_id: str | None) -> Answer:
+        asked.append(asyncio.get_running_loop().time())
+        return OPEN
+
+    assert look(sqlite_shop, numbered(40), ask) < 10.1
+    assert 15 <= len(asked) <= 20
+    assert max(asked) < 10
+
+
+def test_a_session_whose_turn_does_not_come_in_time_is_looked_at_again_soon(
+    sqlite_shop: Shop,
+) -> None:
+    """Also if this look would have been its last."""
+    asked = set[str | None]()
+
+    async def ask(checkout_id: str | None) -> Answer:
+        asked.add(checkout_id)
+        return OPEN
+
+    look(sqlite_shop, numbered(40), ask, age=6.5 * DAY)
+    soon = (NOON + 6.5 * DAY + 21 * MINUTE).replace(tzinfo=None)
+    again = sqlite_shop.run(
+        "SELECT billing_checkout_id FROM checkout_session_change WHERE late_check_at <= %s", (soon,)
+    )
+    assert len(again) >= 20
+    assert {checkout_id for (checkout_id,) in again} == {*numbered(40).values()} - asked
+
+
+def test_a_late_payment_is_recorded_while_other_answers_are_awaited(sqlite_shop: Shop) -> None:
+    recorded = list[tuple[str]]()
+
+    async def ask(checkout_id: str | None) -> Answer:
+        if checkout_id == "c1":
+            await asyncio.sleep(5)
+            recorded.extend(
+                sqlite_shop.run(
+                    "SELECT session_id FROM checkout_session_change WHERE paid_late_at IS NOT NULL"
+                )
+            )
+        return PAID
+
+    look(sqlite_shop, {"s0": "c0", "s1": "c1"}, ask)
+    assert recorded == [("s0",)]
+
+
+def test_no_look_goes_on_when_the_database_cannot_be_used(
+    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    billing = FakeBilling({f"checkout_active_{n}": PAID for n in range(40)})
+
+    def fail(*_: object) -> None:
+        raise StoreError("gone")
+
+    monkeypatch.setattr(LatePayments, "record_paid", fail)
+    with pytest.raises(StoreError):
+        look(sqlite_shop, numbered(40), billing.check)
+    assert billing.asked.total() == 1
 
 
 @pytest.mark.parametrize(

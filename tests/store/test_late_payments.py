@@ -7,10 +7,10 @@ import pytest
 from core.domain.model import Answer, Outcome, SessionStatus
 from core.store.late_payments import ExpiredSession, LatePayments
 from core.store.store import Store
-from testkit.clock import NOON, FakeClock
-from testkit.shops import MySQLShop, Shop, add_sessions, connect
+from testkit.clock import FakeClock
+from testkit.shops import MySQLShop, Shop, connect
 from tests.store.fake_bus import Bus, statuses
-from tests.support import database_of
+from tests.support import add_expired, database_of
 
 PAID = Answer(Outcome.ACTIVE, 200, 0.1, status=SessionStatus.SUCCESS, billing_status="paid")
 WEEK = timedelta(days=7)
@@ -22,23 +22,12 @@ def late_payments_of(store: Store) -> LatePayments:
     return store.late_payments
 
 
-def expired(shop: Shop, sessions: dict[str, str | None]) -> None:
-    add_sessions(shop, sessions)
-    shop.run("UPDATE checkout_session SET status = 'timeout'")
-    shop.run(
-        "INSERT INTO checkout_session_change (session_id, billing_checkout_id, new_status,"
-        " billing_status, changed_at, late_check_at)"
-        " SELECT id, billing_checkout_id, 'timeout', 'open', %s, %s FROM checkout_session",
-        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None)),
-    )
-
-
 def test_each_expired_session_is_claimed_by_one_worker(shop: Shop, clock: FakeClock) -> None:
     bus = Bus()
     stores = [Store(database_of(shop, clock), bus, late_payments_for=WEEK) for _ in range(2)]
     for store in stores:
         store.prepare()
-    expired(shop, {f"s{n}": f"c{n}" for n in range(5)})
+    add_expired(shop, {f"s{n}": f"c{n}" for n in range(5)})
     shop.run("UPDATE checkout_session SET status = 'success' WHERE id = 's4'")
     shop.run("DELETE FROM checkout_session WHERE id = 's3'")
     first = late_payments_of(stores[0]).claim_due(2)
@@ -70,7 +59,7 @@ def test_an_expired_session_whose_status_is_in_capitals_is_claimed(
     """MySQL's usual collations take it as the same word, as all statements do."""
     store = Store(database_of(server_shop, clock), late_payments_for=WEEK)
     store.prepare()
-    expired(server_shop, {"s": "c"})
+    add_expired(server_shop, {"s": "c"})
     server_shop.run("UPDATE checkout_session SET status = 'TIMEOUT'")
     found = late_payments_of(store).claim_due(9)
     store.close()
@@ -81,7 +70,7 @@ def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSessi
     """A store that writes late payments' status, and the expired session `s` that it claimed."""
     store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)
     store.prepare()
-    expired(shop, {"s": "c"})
+    add_expired(shop, {"s": "c"})
     [session] = late_payments_of(store).claim_due(9)
     return store, session
 

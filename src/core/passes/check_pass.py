@@ -128,13 +128,16 @@ async def check_open_checkout_sessions(
         await _log_other_monitors(store, database)
         late_payments = store.late_payments if summary.paused_until is None else None
         if late_payments is not None and billing is not None and may_check:
-            known_limit = settings.billing_max_per_second
-            await look_for_late_payments(
-                late_payments,
-                in_turn(billing.check, store.state, database, known_limit=known_limit),
+            until = began + options.start_seconds
+            ask = in_turn(
+                billing.check,
+                store.state,
                 database,
-                at_once=settings.max_concurrency,
-                until=began + options.start_seconds,
+                known_limit=settings.billing_max_per_second,
+                until=until,
+            )
+            await look_for_late_payments(
+                late_payments, ask, database, at_once=settings.max_concurrency, until=until
             )
     return summary
 

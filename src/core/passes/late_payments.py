@@ -34,9 +34,17 @@ MAX_LOOKS = 600
 
 
 def in_turn(
-    ask: Ask, state: MonitorState, database: DatabaseThread, *, known_limit: int | None
+    ask: Ask,
+    state: MonitorState,
+    database: DatabaseThread,
+    *,
+    known_limit: int | None,
+    until: float,
 ) -> Ask:
-    """Ask billing under the budget, when no pass is there to reserve requests."""
+    """Ask billing under the budget, when no pass is there to reserve requests.
+
+    A session whose turn has not come at `until`, by the event loop's clock, is RATE_LIMITED.
+    """
     pause = SharedPause(state, known_limit=known_limit)
     one_at_a_time = asyncio.Lock()
 
@@ -52,9 +60,12 @@ def in_turn(
             pause.gone(1)
 
     async def ask_in_turn(billing_checkout_id: str | None) -> Answer:
-        async with one_at_a_time:
-            if not await has_turn():
-                return Answer(Outcome.RATE_LIMITED)
+        turn = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until), one_at_a_time:
+                turn = await has_turn()
+        if not turn:
+            return Answer(Outcome.RATE_LIMITED)
         answer = await ask(billing_checkout_id)
         if answer.outcome is Outcome.RATE_LIMITED:
             pause.rate_limited(answer)
@@ -77,7 +88,8 @@ async def look_for_late_payments(
     """Ask billing about the expired sessions that are due, `at_once` in parallel.
 
     No request begins after `until`, by the event loop's clock, nor after billing has limited one.
-    A session about which billing has said nothing is looked at again soon.
+    A payment is kept as soon as it is known: under a budget, the last turn may come much later. A
+    session about which billing has said nothing is looked at again soon.
 
     Raises:
         StoreError: the database cannot be used.
@@ -88,24 +100,29 @@ async def look_for_late_payments(
         if not sessions:
             return
         looks += len(sessions)
-        answers = await asyncio.gather(*(_asked(ask, session) for session in sessions))
-        again = []
-        for session, answer in zip(sessions, answers, strict=True):
-            if answer.status is SessionStatus.SUCCESS:
-                await _record(late_payments, database, session, answer)
-            elif answer.outcome in SAYS_NOTHING:
-                again.append(session)
+        asking = [asyncio.create_task(_asked(ask, session)) for session in sessions]
+        try:
+            for coming in asyncio.as_completed(asking):
+                session, answer = await coming
+                if answer.status is SessionStatus.SUCCESS:
+                    await _record(late_payments, database, session, answer)
+        finally:  # nobody would keep what they still find
+            for task in asking:
+                task.cancel()
+        answers = [task.result() for task in asking]
+        again = [session for session, answer in answers if answer.outcome in SAYS_NOTHING]
         if again:
             await database.run(late_payments.look_again, again)
-        if any(answer.outcome is Outcome.RATE_LIMITED for answer in answers):
+        if any(answer.outcome is Outcome.RATE_LIMITED for _, answer in answers):
             return
 
 
-async def _asked(ask: Ask, session: "ExpiredSession") -> Answer:
+async def _asked(ask: Ask, session: "ExpiredSession") -> "tuple[ExpiredSession, Answer]":
     try:
-        return await ask(session.billing_checkout_id)
+        return session, await ask(session.billing_checkout_id)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is looked at again)
-        return Answer(Outcome.INTERNAL_ERROR, detail=f"{type(error).__name__}: {error}")
+        detail = f"{type(error).__name__}: {error}"
+        return session, Answer(Outcome.INTERNAL_ERROR, detail=detail)
 
 
 async def _record(
