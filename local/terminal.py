@@ -106,9 +106,10 @@ class ChangesOnly(logging.Formatter):
         parts = [
             f"📊 {datetime.fromtimestamp(record.created, UTC):%H:%M:%S} UTC",
             f"{failing:,} failing",
-            f"{waiting:,} waiting",
-            f"{newest.get('open', 0):,} open",
         ]
+        if newest.get("reason") != "manual":  # such a pass does not find out who waits
+            parts.append(f"{waiting:,} waiting")
+        parts.append(f"{newest.get('open', 0):,} open")
         if paused_until := newest.get("paused_until"):
             parts.append(f"paused until {paused_until[11:19]}")
         checked = sum(one.get("checked", 0) for one in workers)

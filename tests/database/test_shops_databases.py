@@ -478,6 +478,18 @@ async def test_an_id_given_twice_changes_nothing_and_stops_no_other(
         assert "several open sessions have the same id" in caplog.text
 
 
+async def test_an_id_that_is_null_stops_no_other(server: str, monitor: MakeMonitor) -> None:
+    with mysql_shop(server, [shop_table(keys="UNIQUE KEY (id), KEY (status)")]) as shop:
+        shop.run("ALTER TABLE checkout_session MODIFY id VARCHAR(64) NULL")
+        add_sessions(shop, {"a": "c-a", "b": "c-b"})
+        for _ in range(2):
+            shop.run("INSERT INTO checkout_session (status) VALUES ('open')")
+        one = monitor(shop, ["c-a"], Bus())
+        summary = await one.tick()
+        assert (summary.checked, summary.errors, summary.status_changes) == (2, 0, 1)
+        assert one.recorded() == {"b": "active"}
+
+
 async def test_of_two_rows_with_one_id_the_open_one_is_asked_about(
     server: str, monitor: MakeMonitor
 ) -> None:

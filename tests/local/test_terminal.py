@@ -106,6 +106,8 @@ def test_last_line_adds_up_the_workers_of_a_tick(log: Log, monkeypatch: pytest.M
     assert "1,000 checked" in log("📊 complete", summary={**SUMMARY, "tick": "u"})
     first = {"tick": "v", "open": 5, "errors": 2}  # before it nothing was counted
     assert "· 2 failing · 0 waiting · 5 open ·" in log("📊 complete", summary=first)
+    manual = {"reason": "manual", "open": 5, "errors": 2}  # does not find out who waits
+    assert "· 2 failing · 5 open ·" in log("📊 complete", summary=manual)
 
 
 @pytest.mark.parametrize("columns", [30, 60, 80, 120])

@@ -71,10 +71,18 @@ def test_what_is_given_back_is_free_at_once(held: HeldClaims) -> None:
 
 
 def test_a_session_with_a_status_change_leaves_its_batch(held: HeldClaims) -> None:
-    held.forget(CLAIMS[:2])
+    held.forget(CLAIMS[:2], at=0.0)
     held.decide([recheck(CLAIMS[2])], at=0.0)
     [settlement] = held.take_ready(NOON, at=0.0).settlements
     assert [r.claim for r in settlement.rechecks] == CLAIMS[2:]
+
+
+def test_a_status_change_is_a_decision_too(held: HeldClaims) -> None:
+    """One that was deferred is due in the next slot, and does not wait for those that hang."""
+    held.forget(CLAIMS[:1], at=5.0)
+    assert not held.take_ready(NOON, at=5.0)
+    [settlement] = held.take_ready(NOON, at=5.0 + HOLD_SECONDS).settlements
+    assert settlement.waiting == CLAIMS[1:]
 
 
 def test_at_the_end_of_a_pass_the_rest_is_given_back(held: HeldClaims) -> None:

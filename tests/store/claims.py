@@ -48,7 +48,7 @@ def record(
     held, now = _held.setdefault(store, HeldClaims()), store.now()
     held.decide(rechecks, at=0.0)
     recorded = store.record(held.take_ready(now, at=0.0), changes, now)
-    held.forget(change.claim for change in changes)
+    held.forget((change.claim for change in changes), at=0.0)
     return recorded
 
 

@@ -25,15 +25,16 @@ class _HeldBatch:
         self.rechecks: list[Recheck] = []
         self.left: list[Claim] = []
         self.first_due: datetime | None = None  # of the rechecks
-        self.first_decided = 0.0  # when, by the event loop's clock
+        self.first_decided: float | None = None  # when, by the event loop's clock
 
     def is_ready(self, now: datetime, at: float) -> bool:
         """Whether it can be given back, or has to be."""
         if not self.undecided or self.left:
             return True
-        if self.first_due is None:
+        if self.first_decided is None:
             return False
-        return at >= self.first_decided + HOLD_SECONDS or now >= self.first_due - SETTLE_BEFORE
+        is_due = self.first_due is not None and now >= self.first_due - SETTLE_BEFORE
+        return is_due or at >= self.first_decided + HOLD_SECONDS
 
 
 class HeldClaims:
@@ -68,26 +69,24 @@ class HeldClaims:
 
     def decide(self, rechecks: Iterable[Recheck], at: float) -> None:
         for recheck in rechecks:
-            held = self._take(recheck.claim)
+            held = self._take(recheck.claim, at)
             if held is None:
                 self._rechecks.append(recheck)
                 continue
             due = recheck.next_check_at
-            if held.first_due is None:
-                held.first_due, held.first_decided = due, at
-            elif due < held.first_due:
+            if held.first_due is None or due < held.first_due:
                 held.first_due = due
             held.rechecks.append(recheck)
 
     def give_back(self, claims: Iterable[Claim]) -> None:
         for claim in claims:
-            held = self._take(claim)
+            held = self._take(claim, None)
             (self._released if held is None else held.left).append(claim)
 
-    def forget(self, claims: Iterable[Claim]) -> None:
+    def forget(self, claims: Iterable[Claim], at: float) -> None:
         """Forget sessions whose rows were written or deleted with their status change."""
         for claim in claims:
-            self._take(claim)
+            self._take(claim, at)
 
     def take_ready(self, now: datetime, at: float) -> Results:
         """What can be written now, and is not held any more."""
@@ -111,11 +110,13 @@ class HeldClaims:
             held.undecided.clear()
         return self.take_ready(_ANY_TIME, 0.0)
 
-    def _take(self, claim: Claim) -> _HeldBatch | None:
+    def _take(self, claim: Claim, decided: float | None) -> _HeldBatch | None:
         """Take a claim out; returns its batch, or None if the session's own row is claimed."""
         held = self._batches.get(claim.batch_id) if claim.batch_id is not None else None
         if held is not None and held.undecided.get(claim.rowid) is claim:
             del held.undecided[claim.rowid]
+            if held.first_decided is None:
+                held.first_decided = decided
             return held
         if self._sessions.get(claim.rowid) is claim:
             del self._sessions[claim.rowid]

@@ -217,7 +217,7 @@ class Writer:
         self._held.give_back(unwanted)
         recorded = self._store.record(self._held.take_ready(now, at), changes, now)
         untried = {change.claim.rowid for change in recorded.untried}
-        self._held.forget(c.claim for c in changes if c.claim.rowid not in untried)
+        self._held.forget((c.claim for c in changes if c.claim.rowid not in untried), at)
         self._count(recorded)
         return recorded
 

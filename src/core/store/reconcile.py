@@ -281,4 +281,6 @@ class Reconciliation:
             return f" AND {column} IN {placeholders(self._only)}", self._only
         bounds = [(f" AND {column} > %s", self._after), (f" AND {column} <= %s", up_to)]
         given = [(text, value) for text, value in bounds if value is not None]
-        return "".join(text for text, _ in given), [value for _, value in given]
+        # Where the shop's key allows it, NULL is an id of which nothing can be kept.
+        texts = (f" AND {column} IS NOT NULL", *(text for text, _ in given))
+        return "".join(texts), [value for _, value in given]
