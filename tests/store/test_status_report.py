@@ -330,7 +330,7 @@ def test_sessions_with_the_same_checkout_are_named(history: History) -> None:
 def test_a_report_reads_a_bounded_number_of_rows(
     history: History,
 ) -> None:
-    """Even if all of 10,000 sessions fail and are late, which is when somebody looks."""
+    """Even if all of 10,000 sessions fail or are late, which is when somebody looks."""
     history.shop.run(
         "INSERT INTO checkout_session (id, billing_checkout_id, status)"
         " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100)"
@@ -351,7 +351,7 @@ def test_a_report_reads_a_bounded_number_of_rows(
         ((NOON - 60 * SECOND).replace(tzinfo=None),) * 3,
     )
     history.passes(720, row=lambda _: {"errors": 10})
-    history.counted({"timeout": 10_000})
+    history.counted({"timeout": 5_000, "active": 5_000})
     for table in ("checkout_session", "checkout_session_check", "checkout_session_run"):
         history.shop.run(f"ANALYZE TABLE {table}")
     settings = history.settings()
@@ -361,10 +361,10 @@ def test_a_report_reads_a_bounded_number_of_rows(
     report: Any = read_status(database, settings)
     read = rows_read(database) - before
     causes = report["waiting"]["causes"]
-    assert causes["timeout"] == 10_000  # as counted
-    assert 4_000 < causes["not_asked"] < 6_000  # half of each batch
+    assert causes["timeout"] == 5_000  # as counted
+    assert 4_000 < causes["not_asked"] <= 5_000  # half of each batch
     database.close()
-    assert read < 9_000  # of the passes of the last hour, and of those that wait
+    assert read < 11_000  # of the passes of the last hour, and of those that wait
 
 
 def rows_read(database: Database) -> int:

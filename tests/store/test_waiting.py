@@ -1,6 +1,7 @@
 """Since when a session waits, on every engine."""
 
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -10,16 +11,16 @@ from core.store.store import Store
 from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.store.claims import claim_all, rechecks, record, release_all
-from tests.support import RULES, reconcile
+from tests.support import RULES, database_of, reconcile
 
 SECOND = timedelta(seconds=1)
 # When the sessions are due, and when billing still has not answered about one of them.
 DUE, SILENT = NOON + 5 * SECOND, NOON + 15 * SECOND
-TIMEOUT = Outcome.TIMEOUT.value
+TIMEOUT, FAILED = Outcome.TIMEOUT.value, Outcome.NETWORK_ERROR.value
 
 
-def waits(store: Store) -> dict[str, Wait]:
-    return dict(store.read_waiting(RULES, OpenCounts()).causes)
+def waits(store: Store, counts: OpenCounts | None = None) -> dict[str, Wait]:
+    return dict(store.read_waiting(RULES, counts or OpenCounts()).causes)
 
 
 @pytest.fixture
@@ -76,3 +77,76 @@ def test_a_failure_of_a_clock_that_was_ahead_counts_as_waiting(
 def test_under_a_limit_a_held_session_waits_for_its_turn(silent: Store) -> None:
     waiting = silent.read_waiting(RULES, OpenCounts(), is_limited=True)
     assert dict(waiting.causes) == {NOT_ASKED: Wait(1, DUE)}
+
+
+@pytest.fixture
+def small_batches(shop: Shop, clock: FakeClock) -> Iterator[Store]:
+    """Batches of five: there are soon more of them than are read."""
+    store = Store(database_of(shop, clock), batch_size=5)
+    store.prepare()
+    yield store
+    store.close()
+
+
+def open_sessions(store: Store, shop: Shop, word: str, count: int) -> None:
+    add_sessions(shop, {f"{word}{n}": "c" for n in range(count)})
+    reconcile(store, store.now())
+
+
+def fail(store: Store, next_check_at: datetime, limit: int = 10_000) -> None:
+    claims = claim_all(store, store.now(), limit)
+    record(store, rechecks(claims, next_check_at, Outcome.NETWORK_ERROR))
+
+
+def test_sessions_that_back_off_do_not_count_as_not_asked(
+    small_batches: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """Their batches are due later than a healthy session may be."""
+    open_sessions(small_batches, shop, "fails", 100)
+    fail(small_batches, NOON + 60 * SECOND)
+    open_sessions(small_batches, shop, "new", 3)
+    clock.advance(10)
+    assert waits(small_batches) == {FAILED: Wait(100, NOON), NOT_ASKED: Wait(3, NOON)}
+
+
+def test_overdue_sessions_that_fail_do_not_count_as_not_asked(
+    small_batches: Store, shop: Shop, clock: FakeClock
+) -> None:
+    """Where most of what is due first was not asked about, and most of the rest fails."""
+    open_sessions(small_batches, shop, "s", 250)
+    fail(small_batches, DUE, limit=125)
+    clock.now = SILENT
+    many = OpenCounts(outcomes={"": 125, FAILED: 125, "active": 800})
+    assert waits(small_batches, many)[NOT_ASKED].sessions == pytest.approx(125, rel=0.05)
+
+
+def test_sessions_that_are_not_asked_are_found_behind_ones_that_fail(
+    small_batches: Store, shop: Shop, clock: FakeClock
+) -> None:
+    open_sessions(small_batches, shop, "fails", 100)
+    fail(small_batches, NOON + SECOND)
+    clock.now = DUE
+    open_sessions(small_batches, shop, "new", 100)
+    clock.now = SILENT
+    not_asked = waits(small_batches)[NOT_ASKED]
+    assert not_asked == Wait(pytest.approx(100, rel=0.05), DUE)  # type: ignore[arg-type]
+
+
+def test_no_more_wait_than_are_open(small_batches: Store, shop: Shop, clock: FakeClock) -> None:
+    """How many were not asked about is an estimate."""
+    open_sessions(small_batches, shop, "s", 250)
+    fail(small_batches, DUE, limit=125)
+    clock.now = SILENT
+    counts = OpenCounts(outcomes={"": 125, FAILED: 125})
+    found = waits(small_batches, counts)
+    assert {cause: wait.sessions for cause, wait in found.items()} == {FAILED: 125, NOT_ASKED: 125}
+
+
+def test_all_sessions_wait_that_a_clock_has_made_due_too_late(
+    small_batches: Store, shop: Shop, clock: FakeClock
+) -> None:
+    open_sessions(small_batches, shop, "s", 250)
+    claims = claim_all(small_batches, NOON)
+    record(small_batches, rechecks(claims, NOON + timedelta(hours=1), Outcome.ACTIVE))
+    clock.now = DUE
+    assert waits(small_batches) == {NOT_ASKED: Wait(250, DUE - 10 * SECOND)}

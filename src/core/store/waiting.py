@@ -34,8 +34,10 @@ from core.domain.waiting import (
 )
 from core.store.queue_rows import DUE
 
-# Batches whose sessions are counted; those of more are taken to be like these.
+# Batches whose sessions are counted. Where more are late, as many of the rest are taken to be like
+# all of it.
 MAX_BATCHES = 10
+_IN_ORDER = "due_at, checked_at, id"  # of the index, so that nothing is sorted
 
 _FAILED = tuple(outcome.value for outcome in Outcome if outcome.is_error)
 
@@ -77,8 +79,9 @@ class WaitingReader:
             causes = self._count_failing(connection, before, end, counted)
             first = self._first_failing(connection, before, end)
         oldest = [time for time in (due[0], failing[0]) if time is not None and time <= now]
+        most = sum(counted.values()) - max(failed, sum(wait.sessions for wait in causes.values()))
         if _is_outside(due, before, now + self._max_ahead) and (
-            late := self._not_asked(connection, now, before)
+            late := self._not_asked(connection, now, before, most if counted else None)
         ):
             wait, sessions = late
             held = [causes[NOT_ASKED]] if NOT_ASKED in causes else []
@@ -151,26 +154,25 @@ class WaitingReader:
         ]
 
     def _not_asked(
-        self, connection: Connection, now: datetime, before: datetime
+        self, connection: Connection, now: datetime, before: datetime, most: int | None
     ) -> tuple[Wait, Sequence[WaitingSession]] | None:
-        """Those of the batches that are due, claimed or not: a claim may end without a check."""
-        late, parameters = "(due_at <= %s OR due_at > %s)", (before, now + self._max_ahead)
-        batches = connection.query(
-            f"SELECT id FROM checkout_session_batch {self._in_due_order} WHERE {late}"
-            f" ORDER BY due_at LIMIT {MAX_BATCHES + 1:d}",
-            parameters,
-        )
-        ids = [as_int(batch_id) for (batch_id,) in batches[:MAX_BATCHES]]
-        rows = self._sessions_of(connection, ids, before, now + self._max_ahead) if ids else []
+        """Those of the batches that are due, claimed or not: a claim may end without a check.
+
+        `most` is how many open sessions do not fail; None: not counted yet.
+        """
+        far = now + self._max_ahead
+        # Each by itself: batches that back off are due later than healthy ones may be, and say
+        # nothing about those that are overdue.
+        stands_for = {
+            **self._batches(connection, "due_at <= %s", before),
+            **self._batches(connection, "due_at > %s", far),
+        }
+        rows = self._sessions_of(connection, stands_for, before, far) if stands_for else []
         if not rows:
             return None
-        sessions = len(rows)
-        if len(batches) > MAX_BATCHES:
-            [(all_late,)] = connection.query(
-                f"SELECT COUNT(*) FROM checkout_session_batch {self._in_due_order} WHERE {late}",
-                parameters,
-            )
-            sessions = round(sessions * as_int(all_late) / MAX_BATCHES)
+        sessions = round(sum(stands_for[as_int(row[3])] for row in rows))
+        if most is not None:
+            sessions = max(len(rows), min(sessions, most))
         waits = sorted(
             ((_since(row, now, before), as_shown_text(row[0])) for row in rows),
             key=lambda wait: wait[0],
@@ -178,13 +180,38 @@ class WaitingReader:
         first = [WaitingSession(i, since, NOT_ASKED, None) for since, i in waits[:MAX_FIRST]]
         return Wait(sessions, waits[0][0]), first
 
+    def _batches(self, connection: Connection, late: str, time: datetime) -> dict[int, float]:
+        """The batches to read: the first ones, and some spread over the rest.
+
+        With each, how many batches it stands for. Those that are due first are often unlike the
+        rest: where sessions fail, they are the ones that nobody has asked about for long.
+        """
+        batches = f"FROM checkout_session_batch {self._in_due_order} WHERE {late}"
+        first = connection.query(
+            f"SELECT id {batches} ORDER BY {_IN_ORDER} LIMIT {MAX_BATCHES + 1:d}", (time,)
+        )
+        stands_for = {as_int(batch_id): 1.0 for (batch_id,) in first[:MAX_BATCHES]}
+        if len(first) > MAX_BATCHES:
+            [(all_late,)] = connection.query(f"SELECT COUNT(*) {batches}", (time,))
+            rest = max(0, as_int(all_late) - MAX_BATCHES)
+            # The middle one of each part of the rest.
+            parts = {(2 * part + 1) * rest // (2 * MAX_BATCHES) for part in range(MAX_BATCHES)}
+            places = number_list(MAX_BATCHES + 1 + part for part in parts)
+            spread = connection.query(
+                f"SELECT id FROM (SELECT id, ROW_NUMBER() OVER (ORDER BY {_IN_ORDER}) AS place"
+                f" {batches}) AS late WHERE place IN {places}",
+                (time,),
+            )
+            stands_for |= {as_int(batch_id): rest / len(parts) for (batch_id,) in spread}
+        return stands_for
+
     def _sessions_of(
         self, connection: Connection, batch_ids: Iterable[int], before: datetime, far: datetime
     ) -> list[Row]:
         """The sessions of some batches that are due and do not fail."""
         return list(
             connection.query(
-                f"SELECT c.session_id, {DUE}, b.checked_at FROM checkout_session_batch b"
+                f"SELECT c.session_id, {DUE}, b.checked_at, b.id FROM checkout_session_batch b"
                 f" JOIN checkout_session_check c {self._by_batch} ON c.batch_id = b.id"
                 f" WHERE b.id IN {number_list(batch_ids)} AND c.failing_since IS NULL"
                 f" AND ({DUE} <= %s OR {DUE} > %s)",
