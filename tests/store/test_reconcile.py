@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from core.domain.model import Answer, OpenCounts, Outcome, Recheck
+from core.passes import writer
 from core.store import reconcile as reconcile_module
 from core.store.reconcile import Reconciliation
 from core.store.store import Store
@@ -12,7 +13,8 @@ from testkit.clock import NOON, FakeClock
 from testkit.shops import Shop, add_sessions, numbered
 from tests.due_sessions import add_due_sessions
 from tests.store.claims import LEASE, claim_all, ids, record
-from tests.support import Passes, database_of, reconcile
+from tests.store.fake_bus import PAID
+from tests.support import RULES, FakeBilling, Passes, database_of, reconcile
 
 
 def test_new_open_sessions_are_adopted_and_due_at_once(store: Store, shop: Shop) -> None:
@@ -78,6 +80,38 @@ def test_reconcile_in_pieces_gives_the_same_result_as_at_once(
     known = shop.run("SELECT session_id FROM checkout_session_check ORDER BY session_id")
     assert known == shop.run("SELECT id FROM checkout_session WHERE status = 'open' ORDER BY id")
     store.close()
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_a_walk_knows_how_many_sessions_are_ahead(
+    shop: Shop, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """By the order that the ids have in the shop, open or not."""
+    monkeypatch.setattr(reconcile_module, "PIECE_SESSIONS", 1)
+    ids = ["a", "B", "é", "zz"]
+    add_sessions(shop, dict.fromkeys(ids, "c"))
+    store = Store(database_of(shop, clock))
+    store.prepare()
+    walk = store.reconciliation(NOON, RULES)
+    for _ in range(pieces):
+        walk.reconcile_next_piece()
+    shop.run("UPDATE checkout_session SET status = 'success'")
+    assert walk.count_ahead([*ids, "\udcff"]) == len(ids) - pieces
+    store.close()
+
+
+async def test_sessions_closed_during_a_walk_count_once(
+    passes: Passes, clock: FakeClock, billing: FakeBilling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile_module, "PIECE_SESSIONS", 1)
+    monkeypatch.setattr(writer, "WRITE_EVERY_SECONDS", 0)  # between the pieces
+    add_sessions(passes.shop, numbered(100))
+    await passes.run()
+    clock.advance(5)
+    billing.answers = dict.fromkeys(map(str, numbered(100).values()), PAID)
+    summary = await passes.run(STATUS_UPDATES="true")
+    assert summary.outcomes == {Outcome.CLOSED: 100}
+    assert (summary.open, summary.skipped) == (100, {})
 
 
 async def test_a_slow_reconcile_is_done_less_often(

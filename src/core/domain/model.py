@@ -178,6 +178,7 @@ class Recorded(NamedTuple):
 
     outcomes: Mapping[Outcome, int] = {}  # of all of them
     changed: Sequence[StatusChange] = ()  # those whose new status was written
+    gone: Sequence[StatusChange] = ()  # those whose session was closed already
     unpublished: int = 0  # of the deferred: their event could not be published
     refusals: Sequence[Refusal] = ()
     untried: Sequence[StatusChange] = ()  # refused together; each is still to be made by itself

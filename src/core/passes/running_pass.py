@@ -297,9 +297,12 @@ class RunningPass:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
         ids = self._options.session_ids
         reconciliation = self._store.reconciliation(self._view.tick, self._rules, ids)
-        more, progress = True, Progress()
+        more, closed, progress = True, 0, Progress()
         while more:
-            more, progress = await self._database.run(self._reconcile_piece, reconciliation)
+            more, closed_ahead, progress = await self._database.run(
+                self._reconcile_piece, reconciliation
+            )
+            closed += closed_ahead
         await self._database.run(self._store.finish, reconciliation)
         if reconciliation.is_complete:
             for _ in range(FORGET_STEPS):
@@ -307,7 +310,7 @@ class RunningPass:
                     break
         tally, counts = self._tally, reconciliation.counts
         tally.counted = True
-        tally.open = counts.open + progress.closed
+        tally.open = counts.open + closed
         tally.not_open = reconciliation.not_open
         tally.elsewhere[Skip.IN_FLIGHT] = max(0, counts.in_flight - progress.held)
         if self._options.reason is Reason.TICK:
@@ -315,9 +318,11 @@ class RunningPass:
         self._log.start(self._view.now, tally.open)
         return reconciliation.made_due > 0
 
-    def _reconcile_piece(self, reconciliation: Reconciliation) -> tuple[bool, Progress]:
-        # One step on the database's thread, so that the counts and the progress fit together.
-        return reconciliation.reconcile_next_piece(), self._writer.progress()
+    def _reconcile_piece(self, reconciliation: Reconciliation) -> tuple[bool, int, Progress]:
+        # One step on the database's thread, so that the counts and the progress fit together. What
+        # was closed behind the walk has been counted as open there.
+        closed_ahead = reconciliation.count_ahead(self._writer.take_closed())
+        return reconciliation.reconcile_next_piece(), closed_ahead, self._writer.progress()
 
     def _take_answer(self, answer: Answer) -> None:
         if self._scaling is not None and self._scaling.record_latency(answer):

@@ -31,10 +31,9 @@ PROGRESS_EVERY_SECONDS = 1.0
 
 
 class Progress(NamedTuple):
-    """How many sessions a pass holds, has closed, and has checked without closing them."""
+    """How many sessions a pass holds, and has checked without closing them."""
 
     held: int = 0
-    closed: int = 0
     rechecks: int = 0
 
 
@@ -68,6 +67,7 @@ class Writer:
         self.outcomes = Counter[Outcome]()  # of all that has been recorded
         self.status_changes = 0
         self.unpublished = 0
+        self._closed: list[str] = []  # ids of sessions, until somebody takes them
 
     @property
     def closing(self) -> bool:
@@ -88,8 +88,13 @@ class Writer:
 
     def progress(self) -> Progress:
         """What this pass holds and has written; call it on the database's thread."""
-        closed = self.outcomes[Outcome.CLOSED]
-        return Progress(len(self._held), closed, self.outcomes.total() - closed)
+        rechecks = self.outcomes.total() - self.outcomes[Outcome.CLOSED]
+        return Progress(len(self._held), rechecks)
+
+    def take_closed(self) -> list[str]:
+        """The sessions closed since the last call; call it on the database's thread."""
+        closed, self._closed = self._closed, []
+        return closed
 
     def write(self, decision: Decision) -> None:
         """Take a decision; rechecks are written within WRITE_EVERY_SECONDS, changes in turn."""
@@ -229,6 +234,7 @@ class Writer:
         self.outcomes += recorded.outcomes
         self.status_changes += len(recorded.changed)
         self.unpublished += recorded.unpublished
+        self._closed += [c.claim.session_id for c in (*recorded.changed, *recorded.gone)]
 
 
 def _first(group: BaseExceptionGroup[StoreError]) -> StoreError:

@@ -12,8 +12,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import batched
 
-from core.database.port import Connection, Database, Transaction, Value, as_int, placeholders
+from core.database.port import (
+    STATEMENT_ROWS,
+    Connection,
+    Database,
+    Transaction,
+    Value,
+    as_int,
+    placeholders,
+)
 from core.domain.decision import CheckRules
 from core.domain.model import AGES, OpenCounts
 from core.store.queue import Queue
@@ -109,6 +118,25 @@ class Reconciliation:
     def not_open(self) -> int:
         """How many of the sessions asked for by id are not open."""
         return self._total.not_open
+
+    def count_ahead(self, session_ids: Iterable[str]) -> int:
+        """How many of these sessions of the shop the walk has yet to come to, open or not."""
+        ids = [i for i in session_ids if self._database.comparable(i)]
+        if self._after is None:  # it has not begun
+            return len(ids)
+
+        def count(connection: Connection) -> int:
+            ahead = 0
+            for some in batched(ids, STATEMENT_ROWS, strict=False):
+                [(found,)] = connection.query(
+                    "SELECT COUNT(*) FROM checkout_session"
+                    f" WHERE id IN {placeholders(some)} AND id > %s",
+                    (*some, self._after),
+                )
+                ahead += as_int(found)
+            return ahead
+
+        return self._database.run(count)
 
     def reconcile_next_piece(self) -> bool:
         """Adopt, drop and count one piece; returns whether there is another one."""

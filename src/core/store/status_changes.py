@@ -180,18 +180,19 @@ class StatusChanges:
         same = [one for one in still_open if one.row.billing_checkout_id == _asked(one.change)]
         # The shop holds these locks because it is writing: neither wait for it nor overrule it.
         locked = self._open(transaction, [rowid for rowid in claimed if rowid not in rows])
-        gone = [rowid for rowid in claimed if rowid not in rows and rowid not in locked]
+        not_open = {*claimed} - {*rows} - locked
+        gone = [change for change in changes if change.claim.rowid in not_open]
         deferred = [
             # A session with a new checkout is checked again at once.
             *(_deferred(one.change, until=now) for one in still_open if one not in same),
             *(_deferred(c, until=c.retry_at) for c in changes if c.claim.rowid in locked),
         ]
-        self._rows.drop(transaction, gone)
+        self._rows.drop(transaction, [change.claim.rowid for change in gone])
         self._rows.write_records(transaction, deferred, now)
         changed = self._write_and_publish(transaction, same, now)
         closed = len(gone) + len(changed)
         outcomes = {Outcome.CLOSED: closed, Outcome.DEFERRED: len(changes) - closed}
-        return Recorded(+Counter(outcomes), changed, len(same) - len(changed))
+        return Recorded(+Counter(outcomes), changed, gone, len(same) - len(changed))
 
     def _lock_open(self, transaction: Transaction, rowids: Sequence[int]) -> dict[int, _ShopRow]:
         """The shop's rows that are open and not locked by it, locked until the commit."""
