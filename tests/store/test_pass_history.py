@@ -1,5 +1,6 @@
 """The log of passes: a row each, kept for a day, and the heartbeat that it gives."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -52,6 +53,17 @@ def test_old_rows_are_deleted_some_at_a_time(
     clock.advance(timedelta(days=1, seconds=1).total_seconds())
     assert [store.forget_old() for _ in range(3)] == [True, True, False]
     assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
+
+
+@pytest.mark.parametrize("character", ["x", "é", "😀", '"', "\x00", "\udcff"])
+def test_unknown_words_fit_into_their_column(store: Store, shop: Shop, character: str) -> None:
+    """Whatever they consist of: JSON has up to twelve characters for one."""
+    words = [f"{number}{character * 200}" for number in range(4)]
+    summary = Summary(Reason.TICK, NOON, NOON, unknown_words=words)
+    store.history.end(store.history.begin(summary), summary)
+    newest = "SELECT unknown_words FROM checkout_session_run ORDER BY id DESC LIMIT 1"
+    kept = json.loads(shop.run(newest)[0][0])
+    assert [word[:50] for word in kept] == [word[:50] for word in words[:3]]
 
 
 def test_a_new_installation_has_a_first_heartbeat(store: Store) -> None:

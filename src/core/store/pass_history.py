@@ -19,8 +19,9 @@ KEEP_PASSES = timedelta(days=1)
 # killed or is frozen: nobody has to wait for it.
 ALIVE_SECONDS = 5.0
 
-# Words of billing that a pass keeps, and characters of each; in JSON they fit into the column.
-MAX_WORDS, MAX_WORD_LENGTH = 3, 100
+# Words of billing that a pass keeps, and characters of each. JSON has up to twelve for one of these
+# (an emoji), and has to fit into the column's 2,000.
+MAX_WORDS, MAX_WORD_LENGTH, MAX_WORD_IN_JSON = 3, 100, 660
 
 # The starts of this many ticks are compared with their ticks, if they are not older than this.
 RECENT_TICKS = 12
@@ -206,8 +207,16 @@ def _columns(summary: Summary) -> dict[str, Value]:
 
 def _words(words: Sequence[str]) -> str | None:
     """As JSON; None: there are none."""
-    shown = [word[:MAX_WORD_LENGTH] for word in words[:MAX_WORDS]]
+    shown = [_cut(word) for word in words[:MAX_WORDS]]
     return json.dumps(shown) if shown else None
+
+
+def _cut(word: str) -> str:
+    """The beginning of a word that may be kept."""
+    word = word[:MAX_WORD_LENGTH]
+    while len(json.dumps(word)) > MAX_WORD_IN_JSON:
+        word = word[:-1]
+    return word
 
 
 def _json(counts: Mapping[Outcome, int] | Mapping[Skip, int]) -> str:
