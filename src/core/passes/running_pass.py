@@ -304,10 +304,6 @@ class RunningPass:
             )
             closed += closed_ahead
         await self._database.run(self._store.finish, reconciliation)
-        if reconciliation.is_complete:
-            for _ in range(FORGET_STEPS):
-                if not await self._database.run(self._store.forget_old):
-                    break
         tally, counts = self._tally, reconciliation.counts
         tally.counted = True
         tally.open = counts.open + closed
@@ -316,6 +312,10 @@ class RunningPass:
         if self._options.reason is Reason.TICK:
             tally.elsewhere[Skip.NOT_DUE] = max(0, counts.not_due - progress.rechecks)
         self._log.start(self._view.now, tally.open)
+        if reconciliation.is_complete:
+            for _ in range(FORGET_STEPS):
+                if not await self._database.run(self._store.forget_old):
+                    break
         return reconciliation.made_due > 0
 
     def _reconcile_piece(self, reconciliation: Reconciliation) -> tuple[bool, int, Progress]:
