@@ -1,6 +1,7 @@
 """Leaders and helpers in any order, killed or slow: no session is lost or checked twice."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -182,12 +183,24 @@ class Model:
         assert hidden == []
 
 
-@pytest.fixture
-def model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
+@contextmanager
+def a_model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
     model = Model(shop, clock)
     yield model
     for worker in model.workers.values():
         worker.store.close()
+
+
+@pytest.fixture
+def model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
+    with a_model(shop, clock) as model:
+        yield model
+
+
+@pytest.fixture
+def sqlite_model(sqlite_shop: Shop, clock: FakeClock) -> Iterator[Model]:
+    with a_model(sqlite_shop, clock) as model:
+        yield model
 
 
 @given(STEPS)
@@ -241,6 +254,22 @@ def model(shop: Shop, clock: FakeClock) -> Iterator[Model]:
 def test_no_order_of_events_loses_a_session_or_checks_one_twice(
     model: Model, steps: list[tuple[Any, ...]]
 ) -> None:
+    run(model, steps)
+
+
+@pytest.mark.slow
+@given(STEPS)
+@settings(
+    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_none_of_many_orders_loses_a_session_or_checks_one_twice(
+    sqlite_model: Model, steps: list[tuple[Any, ...]]
+) -> None:
+    """Rare orders, where they cost the least."""
+    run(sqlite_model, steps)
+
+
+def run(model: Model, steps: list[tuple[Any, ...]]) -> None:
     """At the end every open session is due again within a lease and an interval."""
     model.begin()
     for step in steps:
