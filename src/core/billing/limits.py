@@ -82,11 +82,12 @@ def is_used_up(headers: Mapping[str, str]) -> bool:
 
     Some gateways say 0 of 0 where there is no limit.
     """
-    if any(number == 0 for text in _values(headers, LIMIT_HEADERS) for number in _numbers(text)):
-        return False
-    for text in _values(headers, REMAINING_HEADERS):
-        return 0 in _numbers(text)
-    return any(limit.remaining == 0 for limit in _combined(headers))
+    named = next(_values(headers, REMAINING_HEADERS), None)
+    if named is None:
+        none_left = any(limit.remaining == 0 for limit in _combined(headers))
+    else:
+        none_left = 0 in _numbers(named)
+    return none_left and all(0 not in _numbers(text) for text in _values(headers, LIMIT_HEADERS))
 
 
 def _values(headers: Mapping[str, str], names: tuple[str, ...]) -> Iterator[str]:
