@@ -42,6 +42,9 @@ STEPS = st.lists(
     max_size=25,
 )
 
+# `begin` empties the model for each order of events.
+ONE_MODEL = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
 
 class Worker:
     """One worker: what it is asking billing about, and what it holds."""
@@ -248,9 +251,7 @@ def sqlite_model(sqlite_shop: Shop, clock: FakeClock) -> Iterator[Model]:
         ("tick", "A", 0),
     ]
 )
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(ONE_MODEL, max_examples=40)
 def test_no_order_of_events_loses_a_session_or_checks_one_twice(
     model: Model, steps: list[tuple[Any, ...]]
 ) -> None:
@@ -259,9 +260,7 @@ def test_no_order_of_events_loses_a_session_or_checks_one_twice(
 
 @pytest.mark.slow
 @given(STEPS)
-@settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(ONE_MODEL, max_examples=2000)
 def test_none_of_many_orders_loses_a_session_or_checks_one_twice(
     sqlite_model: Model, steps: list[tuple[Any, ...]]
 ) -> None:
