@@ -41,9 +41,13 @@ class LimitedMonitor(VirtualMonitor):
     """A monitor whose billing answers from a token bucket; 429 after 50 ms."""
 
     def __init__(
-        self, allows: Callable[[str, float], Answer | None], *, latency: float = 0.05, **env: str
+        self,
+        allows: Callable[[str, float], Answer | None],
+        *,
+        latency: Callable[[str, int], float] = lambda _checkout_id, _earlier: 0.05,
+        **env: str,
     ) -> None:
-        super().__init__(lambda _checkout_id, _earlier: latency, **env)
+        super().__init__(latency, **env)
         self.allows = allows
         self.requests: list[tuple[float, bool]] = []  # when, and whether it was answered
 
@@ -99,10 +103,22 @@ def test_as_much_is_checked_as_billing_allows_and_nobody_starves(
 @pytest.mark.slow
 def test_a_limit_is_found_out_although_the_first_answers_are_slow() -> None:
     """The first 429 comes 6 s before the first answer."""
-    monitor = LimitedMonitor(with_bucket(25, 25), latency=6.0)
+    monitor = LimitedMonitor(with_bucket(25, 25), latency=lambda _checkout_id, _earlier: 6.0)
     monitor.open(400)
     monitor.run(ticks=9)
     assert len([at for at, ok in monitor.requests if ok and 20 <= at < 40]) >= 0.8 * 25 * 20
+
+
+def test_answers_that_come_after_a_limit_count_for_the_rate() -> None:
+    """The only 429 comes when one of 20 requests is answered."""
+    monitor = LimitedMonitor(
+        lambda _checkout_id, _at: LIMITED if len(asked) == 19 else None,
+        latency=lambda _checkout_id, _earlier: 0.01 if len(asked) == 1 else 0.3,
+    )
+    asked = monitor.requests
+    monitor.open(40)
+    monitor.run(ticks=4)
+    assert len([ok for at, ok in asked if ok and 5 <= at < 20]) >= 0.9 * 40 * 3
 
 
 def test_under_a_budget_a_tick_is_left_to_its_leader() -> None:

@@ -31,8 +31,8 @@ MIN_SHARE = 0.5
 MIN_RATE = 0.1
 # Billing's answers are counted over about this long, and over this long for people.
 ANSWERED_SECONDS, TYPICAL_SECONDS = 1.0, 30.0
-# Limits of requests that were sent until this long after a fall belong to it: requests that are
-# already reserved still leave at the old rate.
+# Limits and answers of requests that were sent until this long after a fall belong to it: requests
+# that are already reserved still leave at the old rate.
 SETTLE_SECONDS = 0.5
 # A worker reserves for this long ahead, and nothing while others have reserved more than that.
 RESERVE_SECONDS, MAX_RESERVED_SECONDS = 0.4, 0.5
@@ -105,7 +105,7 @@ class Seen(NamedTuple):
     answered: int = 0  # requests that were answered, and not limited
     best: float = 0.0  # the highest rate of those that it has seen in about a second
     limited: bool = False  # billing has limited requests, and not because of their sessions
-    sent_ago: float = 0.0  # seconds since the newest of those was sent
+    sent_ago: float = 0.0  # seconds since the newest of those, or of the answered, was sent
     waited: bool = False  # checks wait for the budget, and would use more of it
     healthy: int = 0  # of these answers
     healthy_seconds: float = 0.0  # their latencies together
@@ -163,10 +163,10 @@ def updated(
         seen_at=now,
         latency=_mean_latency(budget.latency, seen),
     )
+    if not _is_new(budget, seen, now):  # of that fall, not all answers had been counted
+        return budget._replace(peak=max(budget.peak, answered))
     if not seen.limited:
         return budget
-    if not _is_new(budget, seen, now):  # other workers may have counted more answers meanwhile
-        return budget._replace(peak=max(budget.peak, answered))
     if budget.answers == 0:  # says nothing about the rate; see `answers_nothing`
         return budget._replace(limited_at=now)
     peak = max(min(answered, rate), rate * MIN_SHARE / BETA, MIN_RATE)
@@ -259,7 +259,7 @@ def _begun(rate: float, now: float, *, limited: bool = False) -> Budget:
 
 
 def _is_new(budget: Budget, seen: Seen, now: float) -> bool:
-    """Whether the limited requests were sent after the last fall had its effect."""
+    """Whether the requests were sent after the last fall had its effect."""
     sent_at = now - seen.sent_ago
     # A fall in the future is of a clock that was ahead.
     return sent_at > budget.limited_at + SETTLE_SECONDS or budget.limited_at > now

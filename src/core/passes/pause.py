@@ -67,7 +67,7 @@ class SharedPause:
         self._turn_at = 0.0
         # Changed on both threads, in single steps:
         self._limits = deque[tuple[Answer, float]]()  # with the time at which each was sent
-        self._latencies = deque[float]()  # of healthy answers under a budget
+        self._answers = deque[tuple[Answer, float]]()  # the others under a budget, likewise
         self.held = False  # until the next look at the row
         self._lock = threading.Lock()  # of the next one
         self._reserved = deque[float]()  # times by the event loop's clock
@@ -113,7 +113,7 @@ class SharedPause:
         `answer` is what billing said; without it, the limit was one of the session alone.
         """
         if answer is not None:
-            self._limits.append((answer, self._loop.time() - (answer.seconds or 0.0)))
+            self._limits.append(self._with_time(answer))
         self.held = True
 
     def answered(self, answer: Answer) -> None:
@@ -121,10 +121,10 @@ class SharedPause:
         if answer.status_code is None:
             return
         self._answered += 1
-        if self.rate is not None and answer.seconds is not None and not answer.outcome.is_error:
-            self._latencies.append(answer.seconds)
+        if self.rate is not None:
+            self._answers.append(self._with_time(answer))
         if answer.used_up:
-            self._limits.append((answer, self._loop.time() - (answer.seconds or 0.0)))
+            self._limits.append(self._with_time(answer))
 
     def takes_turn(self) -> bool:
         """Whether the next request may leave now, without a limit; otherwise wait for its turn."""
@@ -182,6 +182,10 @@ class SharedPause:
         healthy = any(not answer.outcome.is_error for answer in answers)
         return self._exchange(healthy=healthy)
 
+    def _with_time(self, answer: Answer) -> tuple[Answer, float]:
+        """An answer and when its request was sent, by the event loop's clock."""
+        return answer, self._loop.time() - (answer.seconds or 0.0)
+
     def _take_reserved(self, now: float) -> float:
         """Take the next reserved request if its time has come; returns its time.
 
@@ -203,7 +207,7 @@ class SharedPause:
 
     def _exchange(self, *, healthy: bool) -> datetime:
         limits = [self._limits.popleft() for _ in range(len(self._limits))]
-        latencies = [self._latencies.popleft() for _ in range(len(self._latencies))]
+        answers = [self._answers.popleft() for _ in range(len(self._answers))]
         answered = self._answered
         now = self._loop.time()
         more = answered - self._answered_before
@@ -213,11 +217,13 @@ class SharedPause:
         limited_at = max((sent_at for _, sent_at in limits), default=None)
         if more and limited_at is None:  # the answers of a slow service come after its limits
             limited_at = self._limited_before
+        latencies = [a.seconds for a, _ in answers if a.seconds and not a.outcome.is_error]
+        sent_at = max((sent_at for _, sent_at in answers), default=now)
         seen = Seen(
             answered=more,
             best=self._best,
             limited=limited_at is not None,
-            sent_ago=0.0 if limited_at is None else now - limited_at,
+            sent_ago=now - (sent_at if limited_at is None else limited_at),
             waited=self._delayed,
             healthy=len(latencies),
             healthy_seconds=sum(latencies),
