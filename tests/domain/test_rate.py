@@ -217,6 +217,12 @@ def test_a_limit_without_any_answer_says_nothing_about_the_rate() -> None:
     assert rate.answers_nothing(LIMITED, limited, 1001)
 
 
+def test_a_first_limit_after_few_answers_says_little_about_the_rate() -> None:
+    begun = rate.updated(None, Seen(answered=1, best=1, limited=True), now=1000)
+    assert begun is not None
+    assert begun.rate == pytest.approx(0.7 * 8)
+
+
 def test_answers_of_the_same_pass_do_not_hide_that_there_are_none_any_more() -> None:
     seen = Seen(best=50, limited=True)
     assert not rate.answers_nothing(None, seen, 1000)
@@ -226,11 +232,16 @@ def test_answers_of_the_same_pass_do_not_hide_that_there_are_none_any_more() -> 
     assert rate.answers_nothing(after, seen, 1001)
 
 
-def test_limits_of_requests_sent_before_a_fall_do_not_count_again() -> None:
-    seen = Seen(answered=10, limited=True, sent_ago=0.3)
+@pytest.mark.parametrize("limited", [True, False])
+def test_requests_sent_before_a_fall_do_not_count_as_sent_after_it(limited: bool) -> None:
+    """But their answers show that billing allowed more than had been counted."""
+    seen = Seen(answered=10, limited=limited, sent_ago=0.3)
     after = rate.updated(LIMITED, seen, now=1000.5)
     assert after is not None
     assert after.rate == pytest.approx(70)
+    more = rate.updated(LIMITED, seen._replace(answered=150), now=1000.5)
+    assert more is not None
+    assert more.rate == pytest.approx(0.7 * (100 * math.exp(-0.5) + 150))
 
 
 def test_the_latency_of_a_budget_is_that_of_about_the_last_hundred_answers() -> None:

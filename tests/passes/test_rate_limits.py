@@ -109,16 +109,27 @@ def test_a_limit_is_found_out_although_the_first_answers_are_slow() -> None:
     assert len([at for at, ok in monitor.requests if ok and 20 <= at < 40]) >= 0.8 * 25 * 20
 
 
+@pytest.mark.slow
+def test_a_service_that_allows_no_burst_is_used_within_half_a_minute() -> None:
+    """It limits the second request, so only one answer is counted before the first limit."""
+    monitor = LimitedMonitor(with_bucket(10, 1, retry_after=2.0))
+    monitor.open(200)
+    monitor.run(ticks=13)
+    half_minute = [ok for at, ok in monitor.requests if 30 <= at < 60]
+    assert sum(half_minute) >= 0.5 * 10 * 30
+    assert half_minute.count(False) <= 0.03 * len(half_minute)
+
+
 def test_answers_that_come_after_a_limit_count_for_the_rate() -> None:
-    """The only 429 comes when one of 20 requests is answered."""
+    """The only 429 comes when one of some 40 requests is answered."""
     monitor = LimitedMonitor(
         lambda _checkout_id, _at: LIMITED if len(asked) == 19 else None,
         latency=lambda _checkout_id, _earlier: 0.01 if len(asked) == 1 else 0.3,
     )
     asked = monitor.requests
-    monitor.open(40)
+    monitor.open(120)
     monitor.run(ticks=4)
-    assert len([ok for at, ok in asked if ok and 5 <= at < 20]) >= 0.9 * 40 * 3
+    assert len([ok for at, ok in asked if ok and 5 <= at < 20]) >= 0.9 * 120 * 3
 
 
 def test_under_a_budget_a_tick_is_left_to_its_leader() -> None:

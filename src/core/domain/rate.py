@@ -26,8 +26,9 @@ BETA = 0.7
 RECOVERY_SECONDS, RECOVERY_REQUESTS = 5.0, 60.0
 # The mean of the curve until then, as a share of its end.
 MEAN_SHARE = 1 - (1 - BETA) / 4
-# However few answers were counted, a rate falls to no less than this share at once.
-MIN_SHARE = 0.5
+# However few answers were counted, a rate falls to no less than this share at once, and the first
+# one falls from no less than this: a service may limit the second of two requests that meet.
+MIN_SHARE, MIN_FIRST_PEAK = 0.5, 8.0
 MIN_RATE = 0.1
 # Billing's answers are counted over about this long, and over this long for people.
 ANSWERED_SECONDS, TYPICAL_SECONDS = 1.0, 30.0
@@ -149,7 +150,7 @@ def updated(
         budget = None
     if budget is None:
         if seen.limited and seen.best:
-            return _begun(seen.best, now, limited=True)
+            return _begun(max(seen.best, MIN_FIRST_PEAK), now, limited=True)
         return None if known_limit is None else _begun(known_limit * KNOWN_LIMIT_SHARE, now)
     rate = budget.rate
     since = max(0.0, now - budget.seen_at)
