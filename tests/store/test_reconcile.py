@@ -135,25 +135,6 @@ async def test_a_slow_reconcile_is_done_less_often(
     assert counted == [True, False, False, False, True, False, False, False, True]
 
 
-def test_a_slow_reconcile_is_made_by_one_leader_at_a_time(store: Store, clock: FakeClock) -> None:
-    """If it dies, another one begins after about twice the time that the last one took."""
-
-    def may_reconcile() -> bool:
-        view = store.look(None, interval_seconds=5)
-        if view.may_reconcile:
-            store.state.begin_reconciliation(view.state)
-        return view.may_reconcile
-
-    store.state.read_pause()  # inserts the row
-    store.state.keep_counts(OpenCounts(), took=timedelta(seconds=4))
-    clock.advance(36)
-    began = []
-    for _ in range(4):
-        began.append(may_reconcile())
-        clock.advance(5)
-    assert began == [True, False, True, False]
-
-
 async def test_sessions_without_a_batch_are_queued_however_slow_a_reconcile_is(
     passes: Passes, clock: FakeClock
 ) -> None:

@@ -297,8 +297,6 @@ class RunningPass:
         """Reconcile the queue, a piece at a time; returns whether sessions became due by it."""
         ids = self._options.session_ids
         reconciliation = self._store.reconciliation(self._view.tick, self._rules, ids)
-        if self._at_start.led:
-            await self._database.run(self._store.state.begin_reconciliation, self._view.state)
         more, closed, progress = True, 0, Progress()
         while more:
             more, closed_ahead, progress = await self._database.run(

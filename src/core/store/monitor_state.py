@@ -33,9 +33,6 @@ MAX_PAUSE = timedelta(seconds=330)
 # last reconciliation took.
 REST_FACTOR = 9
 MAX_REST = timedelta(minutes=10)
-# One that took longer than this last time is not begun by another leader meanwhile. If its leader
-# dies, the next one begins after about twice the time that it took.
-LONG_RECONCILIATION = timedelta(seconds=1)
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 _COLUMNS = "paused_until, pauses, last_tick, counts, counted_at, count_again_at, budget"
@@ -137,23 +134,6 @@ class MonitorState:
             )
 
         return self._database.run(take) > 0
-
-    def begin_reconciliation(self, row: StateRow) -> None:
-        """Keep other leaders from reconciling meanwhile, if it is long; `row` was just read."""
-        if row.reconciled_at is None or row.reconcile_after is None:
-            return
-        took = (row.reconcile_after - row.reconciled_at) / REST_FACTOR
-        if took < LONG_RECONCILIATION:
-            return
-
-        def begin(connection: Connection) -> None:
-            connection.execute(
-                "UPDATE checkout_session_pause SET count_again_at = %s"
-                " WHERE id = 1 AND count_again_at = %s",
-                (connection.now() + 2 * took, row.reconcile_after),
-            )
-
-        self._database.run(begin)
 
     def keep_counts(self, counts: OpenCounts, *, took: timedelta) -> None:
         """Keep the counts of a complete reconciliation, and when the next one may begin."""
