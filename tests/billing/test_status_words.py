@@ -1,6 +1,7 @@
 """The status in the body of a billing answer, and the map from billing's words to ours."""
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -81,14 +82,35 @@ def test_a_closing_status_with_another_one_inside_is_a_mismatch(
     [
         {"status": "success", "data": {"status": "Paid", "error": {"status": 402}}},
         {"status": "paid", "status_url": "x", "data": {"state": "pending"}, "list": ["status"]},
-        {"status": "open", "data": {"status": "paid"}},
+        {"status": "open", "data": {"status": "failed"}, "customer": {"status": "verified"}},
     ],
 )
 def test_nested_statuses_that_agree_or_close_nothing_do_not_matter(
     answer: dict[str, object],
 ) -> None:
     reading = StatusReader().read(json.dumps(answer).encode(), "c")
-    assert reading.seen == answer["status"]
+    assert (reading.seen, reading.in_progress) == (answer["status"], False)
+
+
+def test_an_answer_takes_little_memory_whatever_it_contains() -> None:
+    """A path for each of the 16,000 values below would take 512 MB."""
+    body = json.dumps({"status": "paid", "k" * 32_000: [1] * 16_000}).encode()
+    tracemalloc.start()
+    reading = StatusReader().read(body, "c")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reading.status is SessionStatus.SUCCESS
+    assert peak < 20e6
+
+
+@pytest.mark.parametrize("path", ["status", "@.status"])
+@pytest.mark.parametrize("nested", ["paid", "Processing"])
+def test_an_open_session_with_a_payment_below_does_not_expire(path: str, nested: str) -> None:
+    """Unless the setting says that the first status counts."""
+    body = json.dumps({"status": "open", "payments": [{"status": "failed"}, {"status": nested}]})
+    reading = StatusReader(path).read(body.encode(), "c")
+    assert reading.status is SessionStatus.OPEN
+    assert reading.in_progress == (path == "status")
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,15 @@ WORDS_FORM = (
 
 # A nested `status` with such a number is about a request, e.g. in `"error": {"status": 402}`.
 _STATUS_CODES = range(100, 600)
+# With one of these below, an open session may be paid.
+_PAYMENT = (Meaning.IN_PROGRESS, Meaning.SUCCESS)
 _MAX_WORD_LENGTH = 60  # an unknown word is shown up to this length
 
 
 class StatusReading(NamedTuple):
     """A status and billing's word for it; or no status, and what was found instead.
 
+    `in_progress`: a payment is, or may be, so the session must not expire.
     `mismatch`: the answer is about another checkout, or gives two statuses.
     """
 
@@ -84,9 +87,9 @@ class StatusReader:
             if found != billing_checkout_id:
                 seen = "no id" if found is None else f"the id {_shortened(found)!r}"
                 return _mismatch(f"billing's answer has {seen} at {self.id_path!r}")
-        return self._read_status(parsed)
+        return self._read_status(parsed, statuses=body.count(b'"status"'))
 
-    def _read_status(self, parsed: object) -> StatusReading:
+    def _read_status(self, parsed: object, *, statuses: int) -> StatusReading:
         try:
             found = self._compiled[self.path].search(parsed)
             word = found if isinstance(found, str) else json.dumps(found)
@@ -100,7 +103,8 @@ class StatusReader:
         if meaning is None:
             return StatusReading(None, repr(_shortened(word)))
         if meaning is Meaning.OPEN:
-            return StatusReading(SessionStatus.OPEN, word)
+            may_be_paid = statuses > 1 and self.path == PATH and self._has_payment(parsed)
+            return StatusReading(SessionStatus.OPEN, word, in_progress=may_be_paid)
         if meaning is Meaning.IN_PROGRESS:
             return StatusReading(SessionStatus.OPEN, word, in_progress=True)
         return self._read_closing(parsed, word, meaning)
@@ -120,7 +124,7 @@ class StatusReader:
 
     def _contradiction(self, parsed: object, meaning: Meaning) -> str | None:
         """A nested `status` that says otherwise, e.g. in an envelope; None if there is none."""
-        for path, found in _nested_statuses(parsed):
+        for place, found in _nested_statuses(parsed):
             match found:
                 case str():
                     agrees = self.words.get(found.lower()) is meaning
@@ -131,10 +135,15 @@ class StatusReader:
                     agrees, shown = found in _STATUS_CODES, json.dumps(found)
             if not agrees:
                 return (
-                    f"{shown} at {_shortened(path)!r}; set BILLING_STATUS_PATH to the one that "
-                    "counts (@.status is the first)"
+                    f"{shown} at {_shortened(place.path)!r}; set BILLING_STATUS_PATH to the one "
+                    "that counts (@.status is the first)"
                 )
         return None
+
+    def _has_payment(self, parsed: object) -> bool:
+        """Whether a nested `status` is of a payment that is made or under way."""
+        nested = (found for _, found in _nested_statuses(parsed) if isinstance(found, str))
+        return any(self.words.get(found.lower()) in _PAYMENT for found in nested)
 
     def _text_at(self, path: str | None, parsed: object) -> str | None:
         found = self._value_at(path, parsed)
@@ -147,18 +156,34 @@ class StatusReader:
             return None
 
 
-def _nested_statuses(parsed: object) -> Iterator[tuple[str, object]]:
-    """Everything named `status` below the outermost object, with its path."""
-    inside = [("", parsed)]
+class _Place(NamedTuple):
+    """Where a value is within an answer. A path for each value could take gigabytes."""
+
+    parent: "_Place | None"  # None: in the outermost value
+    name: str | int
+
+    @property
+    def path(self) -> str:
+        parts, place = list[str](), self
+        while True:
+            parts.append(f"[{place.name}]" if isinstance(place.name, int) else f".{place.name}")
+            if place.parent is None:
+                return "".join(reversed(parts)).removeprefix(".")
+            place = place.parent
+
+
+def _nested_statuses(parsed: object) -> Iterator[tuple[_Place, object]]:
+    """Everything named `status` below the outermost object, and where it is."""
+    inside: list[tuple[_Place | None, object]] = [(None, parsed)]
     while inside:
-        path, value = inside.pop()
-        if path.endswith(".status"):
-            yield path, value
+        place, value = inside.pop()
+        if place and place.parent and place.name == "status":
+            yield place, value
         match value:
             case dict():
-                inside += [(f"{path}.{name}" if path else name, v) for name, v in value.items()]
+                inside += [(_Place(place, name), v) for name, v in value.items()]
             case list():
-                inside += [(f"{path}[{n}]", v) for n, v in enumerate(value)]
+                inside += [(_Place(place, n), v) for n, v in enumerate(value)]
 
 
 def _is_json(value: object) -> bool:
