@@ -15,6 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from core.billing.client import BillingClient
+from core.billing.headers import BEARER_TOKEN
 from core.billing.transport import CHUNK_BYTES, ReqwestTransport
 from core.domain.model import Answer, Outcome
 from local.billing import SimulatedBilling
@@ -179,6 +181,41 @@ async def test_no_proxy_gets_what_is_for_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://nowhere.invalid")
     assert (await check_once(simulated.url)).outcome is Outcome.ACTIVE
+
+
+@pytest.mark.parametrize("is_token_local", [True, False])
+async def test_a_proxy_is_used_for_each_url_by_its_own_host(
+    monkeypatch: pytest.MonkeyPatch, is_token_local: bool
+) -> None:
+    """The proxy and this machine answer with a token, and with 410 to everything else."""
+    targets: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        targets.append(request.split(b" ")[1])
+        if request.startswith(b"POST"):
+            body = b'{"access_token": "t"}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        else:
+            writer.write(b"HTTP/1.1 410 Gone\r\nContent-Length: 0\r\n\r\n")
+
+    async with serving(answer) as url:
+        here, elsewhere = url.removesuffix("/api"), "http://nowhere.invalid"
+        monkeypatch.setenv("HTTP_PROXY", here)
+        api, token = (elsewhere, here) if is_token_local else (here, elsewhere)
+        client = BillingClient(
+            api_url=f"{api}/api",
+            credentials={"BILLING_CLIENT_ID": "i", "BILLING_CLIENT_SECRET": "s"},
+            timeout_seconds=5,
+            headers=BEARER_TOKEN,
+            token_url=f"{token}/token",
+        )
+        assert (await client.check("c")).status_code == 410
+        await client.aclose()
+    # A proxy is given the whole URL.
+    whole, path = b"http://nowhere.invalid", b""
+    of_token, of_api = (path, whole) if is_token_local else (whole, path)
+    assert targets == [of_token + b"/token", of_api + b"/api/c"]
 
 
 async def test_one_connection_is_kept_for_every_kind_of_answer() -> None:

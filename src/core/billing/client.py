@@ -96,11 +96,20 @@ class BillingClient:
             "accept": "application/json" if status_reader else "*/*",  # the body is read, or not
             "user-agent": USER_AGENT,
         }
+
+        def transport_to(host: str) -> httpx.AsyncBaseTransport:
+            uses_proxy = host not in LOCAL_HOSTS
+            return transport or ReqwestTransport(timeout_seconds, uses_proxy=uses_proxy)
+
+        self._transport = transport_to(url.host)
+        self._transports = {self._transport}
         fetch = None
         if token_url is not None:
             from core.billing.token import fetch_token  # noqa: PLC0415 (only if set)
 
-            fetch = partial(fetch_token, self._send, token_url)
+            token_transport = transport_to(httpx.URL(token_url).host)
+            self._transports.add(token_transport)
+            fetch = partial(fetch_token, partial(_send, token_transport), token_url)
         self._headers = RequestHeaders(
             fixed,
             headers,
@@ -113,14 +122,13 @@ class BillingClient:
         self._says_remaining = False
         self._answers = 0
         self._timeout_seconds = timeout_seconds
-        uses_proxy = url.host not in LOCAL_HOSTS
-        self._transport = transport or ReqwestTransport(timeout_seconds, uses_proxy=uses_proxy)
         self._monotonic = monotonic
         self._now = now or partial(datetime.now, UTC)
 
     async def aclose(self) -> None:
         await self._headers.aclose()
-        await self._transport.aclose()
+        for transport in self._transports:
+            await transport.aclose()
 
     async def check(self, billing_checkout_id: str | None) -> Answer:
         """Ask about one session. Every failure of billing or of the network is an `Answer` too."""
@@ -202,9 +210,12 @@ class BillingClient:
         self._says_remaining = says_remaining(response.headers)
         return self._says_remaining and is_used_up(response.headers)
 
-    async def _send(self, request: httpx.Request) -> tuple[int, bytes | None]:
-        response = await self._transport.handle_async_request(request)
-        return response.status_code, _usable(await _read(response))
+
+async def _send(
+    transport: httpx.AsyncBaseTransport, request: httpx.Request
+) -> tuple[int, bytes | None]:
+    response = await transport.handle_async_request(request)
+    return response.status_code, _usable(await _read(response))
 
 
 def is_html(body: bytes) -> bool:
