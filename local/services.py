@@ -95,8 +95,8 @@ class Service:
         for name in ("BILLING_API_URL", "BILLING_TOKEN_URL"):
             if name in settings:
                 settings[name] = origin + _target(settings[name])
-        names = self._templates().placeholders | {CLIENT_ID, CLIENT_SECRET}
-        return {name: f"simulated-{name.lower()}" for name in names - {TOKEN}} | settings
+        names = {*self._templates().placeholders, CLIENT_ID, CLIENT_SECRET} - {TOKEN}
+        return {name: f"simulated-{name.lower()}" for name in names} | settings
 
     def _templates(self) -> HeaderTemplates:
         if "BILLING_HEADERS" in self.settings:

@@ -336,6 +336,22 @@ def test_unusable_credentials_are_refused_without_showing_one(
     assert "hidden" not in why
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"BILLING_HEADERS": '{"Authorization": "Basic {A:base64}"}', "A": "user:päss word"},
+        {
+            "BILLING_TOKEN_URL": "https://auth/x",
+            "BILLING_CLIENT_ID": "the id",
+            "BILLING_CLIENT_SECRET": "a secret",
+        },
+    ],
+)
+def test_credentials_that_are_sent_in_base64_only_may_be_any_text(env: dict[str, str]) -> None:
+    assert {*(read(**env).credentials or {}).values()} <= {*env.values()}
+    assert read(**env).has_api_key
+
+
 def test_late_payments_are_looked_for_a_week_with_status_updates() -> None:
     week = timedelta(days=7)
     assert read().late_payments_for is None

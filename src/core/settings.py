@@ -132,7 +132,7 @@ class Settings(NamedTuple):
         return self.credentials is not None or self.api_key_secret_arn is not None
 
     @property
-    def credential_names(self) -> frozenset[str]:
+    def credential_names(self) -> Mapping[str, bool]:
         return credential_names(self.billing_headers, self.billing_token_url)
 
     @property

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import boto3
@@ -61,7 +61,7 @@ RDS = {"username": "u", "password": "p@ss", "host": "db", "port": 3307, "dbname"
 
 
 def read_key(arn: str, *, refresh: bool = False) -> str:
-    return secrets_manager.read_credentials(arn, {"APIKEY"}, refresh=refresh)["APIKEY"]
+    return secrets_manager.read_credentials(arn, {"APIKEY": True}, refresh=refresh)["APIKEY"]
 
 
 @pytest.mark.parametrize("text", ["the-key", '{"APIKEY": "the-key"}', " the-key\n"])
@@ -84,14 +84,25 @@ def test_a_secret_without_a_usable_key_is_refused_without_showing_it(
     assert "hidden" not in str(refused.value)
 
 
+def test_a_secret_may_hold_the_key_in_quotes(manager: Manager) -> None:
+    """So Terraform's jsonencode writes it."""
+    assert read_key(manager.put('"the-key"')) == "the-key"
+
+
+def test_a_credential_that_is_sent_in_base64_only_may_be_any_text(manager: Manager) -> None:
+    arn = manager.put('{"APIKEY": "user:päss word"}')
+    read = secrets_manager.read_credentials(arn, {"APIKEY": False})
+    assert read == {"APIKEY": "user:päss word"}
+
+
 def test_a_secret_may_hold_further_credentials(manager: Manager) -> None:
     arn = manager.put('{"APIKEY": "key", "KB_KEY": " bob ", "OTHER": "x"}')
-    assert secrets_manager.read_credentials(arn, {"KB_KEY", "APIKEY"}) == {
+    assert secrets_manager.read_credentials(arn, {"APIKEY": True, "KB_KEY": True}) == {
         "APIKEY": "key",
         "KB_KEY": "bob",
     }
     with pytest.raises(SettingsError) as refused:
-        secrets_manager.read_credentials(arn, {"KB_KEY", "KB_SECRET"})
+        secrets_manager.read_credentials(arn, {"KB_KEY": True, "KB_SECRET": True})
     assert str(refused.value) == (
         f"APIKEY_SECRET_ARN names the secret {arn}, which lacks KB_SECRET; it must be a JSON "
         "object with KB_KEY, KB_SECRET."
@@ -151,6 +162,9 @@ def test_a_secret_that_rds_manages_is_completed_by_settings(manager: Manager) ->
     full = secret._replace(arn=manager.put(json.dumps(RDS | {"port": 3308, "host": "own"})))
     found = secrets_manager.read_database(full)
     assert (found.host, found.port) == ("own", 3308)  # the secret's own values come first
+    empty = secret._replace(arn=manager.put(json.dumps(RDS | {"port": "", "host": ""})))
+    found = secrets_manager.read_database(empty)
+    assert (found.host, found.port) == ("db", 3307)
 
 
 @pytest.mark.parametrize("ca", ["rds", "-----BEGIN CERTIFICATE-----\nx"])
@@ -164,14 +178,17 @@ def test_a_database_secret_can_contain_a_ca(manager: Manager, ca: str) -> None:
     [
         (
             {"ssl_ca": "/nowhere/ca.pem"},
-            "has the ssl_ca '/nowhere/ca.pem', which is not a file here",
+            "has an ssl_ca that is neither a certificate nor a file here; it must be",
         ),
-        ({"ssl_ca": ["a"]}, "has the ssl_ca"),
-        ({"ssl_ca": "x" * 5000}, "has the ssl_ca"),
-        ({"ssl": "perhaps"}, "has 'perhaps' for ssl"),
-        ({"port": 0}, "has the port '0'"),
-        ({"port": 65_536}, "has the port '65536'"),
-        ({"port": "²"}, "has the port '²'"),
+        ({"ssl_ca": ["a"]}, "has an ssl_ca that"),
+        ({"ssl_ca": "p@ss" * 5000}, "has an ssl_ca that"),
+        ({"ssl_ca": "-----BEGIN PRIVATE KEY-----\np@ss"}, "has an ssl_ca that"),
+        ({"ssl": "p@ss"}, "has an ssl that is neither true nor false"),
+        ({"ssl": False, "ssl_ca": "rds"}, "has an ssl_ca, but false for ssl"),
+        ({"port": 0}, "has a port that is not a number from 1 to 65535"),
+        ({"port": 65_536}, "has a port that"),
+        ({"port": "²"}, "has a port that"),
+        ({"port": "p@ss"}, "has a port that"),
     ],
 )
 def test_an_unusable_database_secret_is_refused_with_the_reason(
@@ -227,7 +244,7 @@ def test_a_revoked_api_key_is_read_again_once_per_pass(
         monitor = worker(sqlite_shop, billing.url, arn)
         reads = 0
 
-        def counting(arn: str, names: Collection[str], *, refresh: bool) -> Mapping[str, str]:
+        def counting(arn: str, names: Mapping[str, bool], *, refresh: bool) -> Mapping[str, str]:
             nonlocal reads
             reads += 1
             return read_credentials(arn, names, refresh=refresh)

@@ -15,13 +15,16 @@ class Manager:
         return self._value
 
 
-@pytest.mark.parametrize("value", [b"\xff\xfe", '{"APIKEY": "\\ud800"}', ""])
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize(
+    "value", [b"\xff\xfe", '{"APIKEY": "\\ud800"}', "", "[]", '["a"]', '""', '" "']
+)
 def test_a_secret_without_a_key_is_one_sentence(
-    value: str | bytes, monkeypatch: pytest.MonkeyPatch
+    value: str | bytes, is_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secrets_manager, "_manager", lambda: Manager(value))
     with pytest.raises(SettingsError, match="APIKEY_SECRET_ARN") as refused:
-        secrets_manager.read_credentials("the-arn", {"APIKEY"})
+        secrets_manager.read_credentials("the-arn", {"APIKEY": is_plain})
     assert str(refused.value).isprintable()
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import httpx
@@ -89,7 +89,7 @@ async def test_a_secret_that_cannot_be_read_leaves_the_key_of_now(
     """The worker's client: key-1 was rotated to key-2, then one 401 and no Secrets Manager."""
 
     def read_credentials(
-        arn: str, names: Collection[str], *, refresh: bool = False
+        arn: str, names: Mapping[str, bool], *, refresh: bool = False
     ) -> Mapping[str, str]:
         assert (arn, set(names)) == ("the-arn", {"APIKEY"})
         return secret.read()

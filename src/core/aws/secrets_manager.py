@@ -6,12 +6,12 @@ Powertools' parameters import boto3, which takes a second: they are imported wit
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Never
 
 from core.aws.clients import client_config
 from core.billing.headers import API_KEY
-from core.billing.settings import checked_api_key
+from core.billing.settings import checked_credential
 from core.database.address import PEM, RDS, DatabaseSecret, MySQLAddress, Tls, is_ca
 from core.errors import SettingsError
 from core.log import logger
@@ -32,19 +32,21 @@ DATABASE_KEYS = ("username", "password", "host", "dbname")
 
 
 def read_credentials(
-    arn: str, names: Collection[str], *, refresh: bool = False
+    arn: str, names: Mapping[str, bool], *, refresh: bool = False
 ) -> Mapping[str, str]:
     """The billing credentials of these names: fields of the secret, which is a JSON object.
 
-    A secret of another form is the `APIKEY` itself.
+    A secret of another form is the `APIKEY` itself. `names` are those of `credential_names`.
 
     Raises:
         SettingsError: the secret cannot be read, or lacks one of them, or has an unusable one.
     """
     text = _read("APIKEY_SECRET_ARN", arn, refresh=refresh)
     parsed = _parsed(text)
-    fields = parsed if isinstance(parsed, dict) else {API_KEY: text}
-    found = {name: fields.get(name) for name in sorted(names)}
+    # A JSON text is a key in quotes, as Terraform's jsonencode writes it; a list is no key.
+    key = parsed if isinstance(parsed, str | list) else text
+    fields = parsed if isinstance(parsed, dict) else {API_KEY: key}
+    found = {name: fields.get(name) for name in names}
     credentials = {n: v.strip() for n, v in found.items() if isinstance(v, str) and v.strip()}
     if missing := [name for name in found if name not in credentials]:
         lacks, form = f"lacks {', '.join(missing)}", f"a JSON object with {', '.join(found)}"
@@ -56,11 +58,11 @@ def read_credentials(
         )
     for name, value in credentials.items():
         field = "" if name == API_KEY else f": {name}"
-        checked_api_key(f"APIKEY_SECRET_ARN{field}", value)
+        checked_credential(f"APIKEY_SECRET_ARN{field}", value, is_plain=names[name])
     return credentials
 
 
-def read_credentials_again(arn: str, names: Collection[str]) -> Mapping[str, str] | None:
+def read_credentials_again(arn: str, names: Mapping[str, bool]) -> Mapping[str, str] | None:
     """The secret as it is now; None, with the reason in the log, where it cannot be used."""
     try:
         return read_credentials(arn, names, refresh=True)
@@ -73,13 +75,14 @@ def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddr
     """The address in a secret of the form that RDS makes; `port`, `ssl`, `ssl_ca` are optional.
 
     Raises:
-        SettingsError: the secret cannot be read, or has another form.
+        SettingsError: the secret cannot be read, or has another form. No value is shown: it may be
+            another field's, such as the password.
     """
     parsed = _parsed(_read("DATABASE_SECRET_ARN", secret.arn, refresh=refresh))
     if not isinstance(parsed, dict):
         parsed = {}
     parsed = {"host": secret.host, "port": secret.port, "dbname": secret.name} | {
-        key: value for key, value in parsed.items() if value is not None
+        key: value for key, value in parsed.items() if value not in (None, "")
     }
 
     def refuse(what: str) -> Never:
@@ -95,13 +98,15 @@ def read_database(secret: DatabaseSecret, *, refresh: bool = False) -> MySQLAddr
         refuse(f"lacks {', '.join(missing)}")
     port = str(parsed["port"])
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= MAX_PORT:
-        refuse(f"has the port {port!r}")
+        refuse(f"has a port that is not a number from 1 to {MAX_PORT}")
     ssl_ca = parsed.get("ssl_ca") or None
     if ssl_ca is not None and not (isinstance(ssl_ca, str) and (PEM in ssl_ca or is_ca(ssl_ca))):
-        refuse(f"has the ssl_ca {ssl_ca!r}, which is not a file here")
+        refuse("has an ssl_ca that is neither a certificate nor a file here")
     ssl = str(parsed.get("ssl", ssl_ca is not None)).lower()
-    if ssl not in ("true", "false") or (ssl == "false" and ssl_ca is not None):
-        refuse(f"has {ssl!r} for ssl")
+    if ssl not in ("true", "false"):
+        refuse("has an ssl that is neither true nor false")
+    if ssl == "false" and ssl_ca is not None:
+        refuse("has an ssl_ca, but false for ssl")
     return MySQLAddress(
         host=str(parsed["host"]),
         port=int(port),

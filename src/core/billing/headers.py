@@ -38,10 +38,11 @@ class HeaderTemplates(NamedTuple):
     values: Mapping[str, str]
 
     @property
-    def placeholders(self) -> frozenset[str]:
-        """The names of all placeholders, `TOKEN` included."""
+    def placeholders(self) -> Mapping[str, bool]:
+        """The names of all placeholders, `TOKEN` included; False: each of it is in base64."""
         values = self.values.values()
-        return frozenset(match[1] for value in values for match in _PLACEHOLDER.finditer(value))
+        found = [match for value in values for match in _PLACEHOLDER.finditer(value)]
+        return {name[1]: any(m[1] == name[1] and not m[2] for m in found) for name in found}
 
     def fill(self, credentials: Mapping[str, str]) -> dict[str, str]:
         """The headers with these credentials. Raises KeyError for a placeholder without one."""

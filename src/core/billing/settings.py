@@ -41,10 +41,31 @@ def checked_api_key(source: str, key: str) -> str:
     return key
 
 
-def credential_names(templates: HeaderTemplates, token_url: str | None) -> frozenset[str]:
-    """The credentials that requests to billing and for a token need."""
-    client = () if token_url is None else CREDENTIALS[1:]
-    return frozenset((*(templates.placeholders - {TOKEN}), *client))
+def checked_credential(source: str, credential: str, *, is_plain: bool) -> str:
+    """Return the credential, if a header can carry it: as it is, or only in base64.
+
+    Raises:
+        SettingsError: a header cannot carry it. The message does not show the credential.
+    """
+    if is_plain:
+        return checked_api_key(source, credential)
+    try:
+        credential.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            f"{source} contains half of a character (not shown here); it must be text."
+        ) from None
+    return credential
+
+
+def credential_names(templates: HeaderTemplates, token_url: str | None) -> Mapping[str, bool]:
+    """The credentials that requests to billing and for a token need, in the order of their names.
+
+    False: they are sent in base64 only, so they may have any characters.
+    """
+    in_client = () if token_url is None else CREDENTIALS[1:]
+    names = {**dict.fromkeys(in_client, False), **templates.placeholders}
+    return {name: names[name] for name in sorted(names) if name != TOKEN}
 
 
 def read_headers(given: Mapping[str, str]) -> HeaderTemplates:
@@ -83,11 +104,19 @@ def read_token_url(
     return url
 
 
-def read_credentials(given: Mapping[str, str], names: Collection[str]) -> Mapping[str, str] | None:
-    """The credentials by name; None if they are in the secret, or there is no APIKEY."""
-    missing = sorted(name for name in names if name not in given)
+def read_credentials(
+    given: Mapping[str, str], names: Mapping[str, bool]
+) -> Mapping[str, str] | None:
+    """The credentials by name; None if they are in the secret, or there is no APIKEY.
+
+    `names` are those of `credential_names`.
+    """
+    missing = [name for name in names if name not in given]
     if not missing:
-        return {name: checked_api_key(name, given[name]) for name in sorted(names)}
+        return {
+            name: checked_credential(name, given[name], is_plain=is_plain)
+            for name, is_plain in names.items()
+        }
     if "APIKEY_SECRET_ARN" in given or missing == ["APIKEY"]:
         return None
     needs = "BILLING_TOKEN_URL" if {*missing} & {*CREDENTIALS[1:]} else "BILLING_HEADERS"
