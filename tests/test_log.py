@@ -241,11 +241,24 @@ def test_lines_of_active_sessions_have_their_own_limit(
 def test_a_refused_api_key_is_logged_once_per_pass(
     caplog: pytest.LogCaptureFixture, sent_headers: str, rest: str
 ) -> None:
-    outcomes = Counter({Outcome.UNAUTHORIZED: 3})
-    PassLog(sent_headers=sent_headers).end(Summary(Reason.TICK, NOON, outcomes=outcomes))
+    log = PassLog(sent_headers=sent_headers)
+    for n in range(3):
+        log.check(claim(f"cart-{n}"), Answer(Outcome.UNAUTHORIZED, 401))
+    caplog.clear()
+    log.end(Summary(Reason.TICK, NOON))
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.ERROR, f"⚠️ The billing service refuses the API key (status 401 or 403){rest}")
     ]
+
+
+def test_a_missing_token_is_no_refused_api_key(caplog: pytest.LogCaptureFixture) -> None:
+    """A line of its own has said why there is none."""
+    log = PassLog()
+    no_token = Answer(Outcome.UNAUTHORIZED, 400, detail="BILLING_TOKEN_URL answers with status 400")
+    log.check(claim("cart-1"), no_token)
+    caplog.clear()
+    log.end(Summary(Reason.TICK, NOON))
+    assert not caplog.messages
 
 
 @pytest.fixture

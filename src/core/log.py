@@ -88,6 +88,7 @@ class PassLog:
         self._sent_headers = sent_headers
         self._lines = dict.fromkeys(Outcome, 0)
         self._unknown: Counter[str] = Counter()
+        self._key_refused = False
         self._waiting: list[tuple[Outcome, Callable[[], None]]] | None = [] if waits else None
 
     def start(self, at: datetime, open_sessions: int) -> None:
@@ -101,6 +102,8 @@ class PassLog:
         if outcome is Outcome.UNKNOWN_STATUS:
             self._unknown[answer.detail] += 1
             return
+        if outcome is Outcome.UNAUTHORIZED and not answer.detail:  # not by BILLING_TOKEN_URL
+            self._key_refused = True
         if self._count_line(outcome):
             self._write(outcome, partial(_log_check, claim, answer))
 
@@ -161,7 +164,7 @@ class PassLog:
                 f"⏸️ No checks until {iso(summary.paused_until)}: "
                 "the billing service limits the rate (status 429 or 503)"
             )
-        if summary.outcomes.get(Outcome.UNAUTHORIZED):
+        if self._key_refused:
             sent = f", sent with the headers {self._sent_headers}" if self._sent_headers else ""
             logger.error(f"⚠️ The billing service refuses the API key (status 401 or 403){sent}")
         if summary.open:
