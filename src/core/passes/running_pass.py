@@ -312,11 +312,14 @@ class RunningPass:
         if self._options.reason is Reason.TICK:
             tally.elsewhere[Skip.NOT_DUE] = max(0, counts.not_due - progress.rechecks)
         self._log.start(self._view.now, tally.open)
-        if reconciliation.is_complete:
-            for _ in range(FORGET_STEPS):
-                if not await self._database.run(self._store.forget_old):
-                    break
+        if reconciliation.is_complete:  # sessions that became due do not wait for it
+            self._tasks.create_task(self._forget_old())
         return reconciliation.made_due > 0
+
+    async def _forget_old(self) -> None:
+        for _ in range(FORGET_STEPS):
+            if not await self._database.run(self._store.forget_old):
+                break
 
     def _reconcile_piece(self, reconciliation: Reconciliation) -> tuple[bool, int, Progress]:
         # One step on the database's thread, so that the counts and the progress fit together. What
