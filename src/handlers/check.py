@@ -75,8 +75,10 @@ def handler(event: Mapping[str, Any], context: "LambdaContext") -> JsonObject:
     return summary.as_dict()
 
 
-def parse_tick(event: Mapping[str, Any]) -> datetime | None:
+def parse_tick(event: object) -> datetime | None:
     """The time in `event["tick"]`; None if there is none."""
+    if not isinstance(event, Mapping):
+        raise EventError(f"The event is {event!r}; it must be a JSON object, e.g. {{}}.")
     tick = event.get("tick")
     if tick is None:
         return None

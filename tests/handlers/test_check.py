@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -58,6 +59,16 @@ def test_each_pass_emits_its_metrics_once(
 def test_an_invalid_tick_is_refused_with_the_reason(context: LambdaContext, tick: object) -> None:
     with pytest.raises(check.TickError, match=r"tick is .*; it must be an ISO 8601 time"):
         check.handler({"tick": tick}, context)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("event", [None, "x", [], 5])
+def test_an_event_that_is_no_object_is_refused_with_the_reason(
+    context: LambdaContext,
+    event: Any,  # noqa: ANN401 (what JSON may be)
+) -> None:
+    with pytest.raises(check.EventError, match=r"The event is .*; it must be a JSON object"):
+        check.handler(event, context)
 
 
 @pytest.mark.usefixtures("environment")
