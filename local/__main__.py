@@ -43,8 +43,8 @@ class StartError(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make run", description="Run the monitor here.")
-    parser.add_argument("--api-port", type=int, default=API_PORT, metavar="PORT")
-    parser.add_argument("--billing-port", type=int, default=billing.PORT, metavar="PORT")
+    parser.add_argument("--api-port", type=billing.port, default=API_PORT, metavar="PORT")
+    parser.add_argument("--billing-port", type=billing.port, default=billing.PORT, metavar="PORT")
     parser.add_argument(
         sharing.SHARE, action="store_true", help="start although another monitor uses the database"
     )
@@ -53,6 +53,8 @@ def main() -> int:
         "--service", choices=services, help="simulate that billing service, with its settings"
     )
     arguments = parser.parse_args()
+    if 0 != arguments.api_port == arguments.billing_port:
+        parser.error(f"--api-port and --billing-port are both {arguments.api_port}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack the emoji
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     log.use_plain_text()
@@ -60,8 +62,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     output.stop_without_reader(stopping)
-    dotenv = {name: value or "" for name, value in dotenv_values(".env").items()}
     try:
+        dotenv = read_dotenv()
         with contextlib.ExitStack() as stack:
             service = services.get(arguments.service)
             setup = prepare(dotenv | os.environ, arguments.billing_port, stack, service)
@@ -89,6 +91,14 @@ def main() -> int:
     return 0
 
 
+def read_dotenv() -> Mapping[str, str]:
+    """The variables in `.env`. Raises StartError."""
+    try:
+        return {name: value or "" for name, value in dotenv_values(".env").items()}
+    except UnicodeDecodeError:
+        raise StartError(".env is not text in UTF-8; save it as UTF-8.") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """The settings, the servers started for them, and the lines to print about both."""
@@ -110,7 +120,8 @@ def prepare(
 
     Raises:
         SettingsError: a setting is invalid.
-        StartError: a port is in use, or the SQLite file cannot be used.
+        StartError: a port is in use, the SQLite file cannot be used, or the answers of a simulated
+            billing service would close the sessions of a shop's database.
     """
     given = {name: value for name, value in env.items() if value.strip()}
     given.setdefault("DATABASE_URL", f"sqlite:///{DATABASE}")
@@ -127,6 +138,12 @@ def prepare(
         else:
             given["BILLING_API_URL"] = simulated.url
     settings = Settings.from_env(given)
+    if simulated and settings.status_reader and not isinstance(settings.database, Path):
+        raise StartError(
+            "Billing is simulated, and with STATUS_UPDATES its answers would close sessions in the "
+            "database that DATABASE_URL names; set BILLING_API_URL and leave out --service, or set "
+            "STATUS_UPDATES=false, or leave DATABASE_URL out."
+        )
     log.set_level(debug=settings.debug)
     kind = "Simulated billing service" if simulated else "Billing service"
     lines = [f"{kind}: {settings.billing_api_url}"]
@@ -152,13 +169,14 @@ def refuse_to_share(settings: Settings) -> None:
 def explain_port_errors(port: int, option: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, OverflowError) as error:
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "is in use by another program" if in_use else f"cannot be used: {error}"
-        raise StartError(
-            f"Port {port} {why}. Stop that program, or choose another port with {option}, "
-            f'e.g. make run ARGS="{option} {port + 1}".'
-        ) from None
+    except OSError as error:
+        other = port + 1 if port < billing.MAX_PORT else port - 1
+        choose = f'choose another port with {option}, e.g. make run ARGS="{option} {other}".'
+        if error.errno == errno.EADDRINUSE:
+            why = f"is in use by another program. Stop that program, or {choose}"
+        else:
+            why = f"cannot be used: {str(error).rstrip('.')}; {choose}"
+        raise StartError(f"Port {port} {why}") from None
 
 
 if __name__ == "__main__":

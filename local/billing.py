@@ -55,7 +55,7 @@ from local.other_sites import refusal
 from local.services import Service, read_services
 
 HOST = "127.0.0.1"
-PORT = 4000
+PORT, MAX_PORT = 4000, 65_535
 _SESSIONS = "/billing/api/v1/paysession/"
 _SIMULATE = "/simulate"
 _REDIRECTED = "/billing/api/v1/redirected"
@@ -511,26 +511,33 @@ async def _listen(host: str, port: int, service: Service | None) -> None:
         await asyncio.Event().wait()
 
 
+def port(text: str) -> int:
+    """A port's number in an argument; 0 is any free one."""
+    number = int(text)
+    if not 0 <= number <= MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 0 to {MAX_PORT}")
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser("python -m local.billing", description="Simulated billing.")
-    parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
+    parser = argparse.ArgumentParser("make billing", description="Simulated billing.")
+    parser.add_argument("--port", type=port, default=PORT, help="default: %(default)s")
     parser.add_argument(
         "--host", default=HOST, help="0.0.0.0 for containers (default: %(default)s)"
     )
     services = read_services()
     parser.add_argument("--service", choices=services, help="simulate that service")
     parsed = parser.parse_args(arguments)
-    port: int = parsed.port
     try:
-        asyncio.run(_listen(parsed.host, port, services.get(parsed.service)))
+        asyncio.run(_listen(parsed.host, parsed.port, services.get(parsed.service)))
     except KeyboardInterrupt:
         return 0
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            message = f"Port {port} is in use by another program. Stop it, or use --port."
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"Port {parsed.port} is in use by another program. Stop it, or use --port."
         else:
-            message = f"Cannot listen on port {port}: {error}"
+            message = f"Cannot listen on port {parsed.port}: {error}"
         print(message, file=sys.stderr)
         return 1
     return 0

@@ -151,6 +151,25 @@ def test_wrong_setting_is_reported_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in "".join(monitor.printed)
 
 
+def test_a_dotenv_that_is_not_utf8_is_reported_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("APIKEY=x\n", encoding="utf-16")
+    with running(tmp_path, {}) as monitor:
+        assert monitor.exit_code() == 1
+    assert monitor.printed == ["❌ .env is not text in UTF-8; save it as UTF-8.\n"]
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments"), [({"STATUS_UPDATES": "true"}, ()), ({}, ("--service", "stripe"))]
+)
+def test_simulated_answers_close_no_session_of_a_shop(
+    tmp_path: Path, env: dict[str, str], arguments: tuple[str, ...]
+) -> None:
+    shop = {"DATABASE_URL": "mysql://user:secret@127.0.0.1:1/shop"}
+    with running(tmp_path, shop | env, *arguments) as monitor:
+        assert monitor.exit_code() == 1
+    assert "Billing is simulated, and with STATUS_UPDATES its answers would" in monitor.printed[-1]
+
+
 def test_unreachable_database_is_one_line_per_tick_and_no_crash(tmp_path: Path) -> None:
     env = {"DATABASE_URL": "mysql://shop:hidden-pass@127.0.0.1:1/shop", "APIKEY": "hidden-key"}
     with running(tmp_path, {**env, "DEBUG": "true"}) as monitor:
