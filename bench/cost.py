@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from samtranslator.yaml_helper import yaml_parse  # type: ignore[import-untyped]
 
-from core.domain.cadence import Cadence, parse_duration
+from bench.arguments import amount, cadence, count, duration
+from core.domain.cadence import Cadence
 from local import loop
 from testkit.clock import VirtualClock
 
@@ -398,15 +399,16 @@ def read(path: Path) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make cost", description=__doc__)
     add = parser.add_argument
-    add("--open", type=int, nargs="+", default=OPEN, metavar="N", help="open sessions")
-    add("--cadence", default="", help="CHECK_CADENCE, e.g. '5s until 10m, 30s until 1h, 5m'")
-    add("--sessions-last", default="24h", help="how long one stays open, e.g. 24h")
-    add("--latency", type=float, default=100, metavar="MS", help="billing's latency")
+    cadence_help = "CHECK_CADENCE, e.g. '5s until 10m, 30s until 1h, 5m'"
+    add("--open", type=count, nargs="+", default=OPEN, metavar="N", help="open sessions")
+    add("--cadence", type=cadence, help=cadence_help)
+    add("--sessions-last", type=duration, default="24h", help="how long one stays open, e.g. 24h")
+    add("--latency", type=amount, default=100, metavar="MS", help="billing's latency")
     add("--billing", choices=WHERE, default="internet")
     add("--vpc", choices=VPC, help="add what a VPC costs, and the database's writes")
-    add("--interval", type=int, metavar="S")
-    add("--memory", type=int, metavar="MB", help="WorkerMemory")
-    add("--in-flight", type=int, metavar="N", help="MaxConcurrency")
+    add("--interval", type=count, metavar="S")
+    add("--memory", type=count, metavar="MB", help="WorkerMemory")
+    add("--in-flight", type=count, metavar="N", help="MaxConcurrency")
     add("--architecture", choices=("x86_64", "arm64"))
     add("--two-secrets", action="store_true")
     add("--tracing", action="store_true")
@@ -427,12 +429,12 @@ def computed(arguments: argparse.Namespace) -> str:
         "Tracing": "ENABLED" if arguments.tracing else None,
     }
     stack = Stack.of(template(), {name: v for name, v in given.items() if v is not None})
-    cadence = Cadence.parse(arguments.cadence or f"{stack.interval}s")
+    asked = Cadence.parse(arguments.cadence or f"{stack.interval}s")
     loads = [
         Load(
             open_,
-            cadence,
-            parse_duration(arguments.sessions_last),
+            asked,
+            arguments.sessions_last,
             arguments.latency / 1000,
             arguments.billing,
         )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 from unittest import mock
 
+from bench.arguments import amount, cadence, count
 from core.domain.batch import MAX_BATCH
 from core.domain.model import Answer, Outcome, Reason, Recorded, StatusChange
 from core.passes.check_pass import check_open_checkout_sessions
@@ -315,14 +316,15 @@ def simulated(*arguments: Any, **keywords: Any) -> Iterator[Simulation]:  # noqa
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make simulate", description=__doc__)
-    parser.add_argument("--open", type=int, default=OPEN, help="open sessions")
-    parser.add_argument("--minutes", type=int, default=MINUTES)
-    parser.add_argument("--memory", type=int, default=MEMORY_MB, help="WorkerMemory, MB")
-    parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="MaxConcurrency")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="MaxWorkers")
-    parser.add_argument("--latency", type=float, default=LATENCY_SECONDS, help="billing's, seconds")
-    parser.add_argument("--cadence", default=CADENCE, help="CHECK_CADENCE")
-    parser.add_argument("--limit", type=float, help="requests a second that billing allows")
+    add = parser.add_argument
+    add("--open", type=count, default=OPEN, help="open sessions")
+    add("--minutes", type=count, default=MINUTES)
+    add("--memory", type=count, default=MEMORY_MB, help="WorkerMemory, MB")
+    add("--in-flight", type=count, default=IN_FLIGHT, help="MaxConcurrency")
+    add("--workers", type=count, default=WORKERS, help="MaxWorkers")
+    add("--latency", type=amount, default=LATENCY_SECONDS, help="billing's, seconds")
+    add("--cadence", type=cadence, default=CADENCE, help="CHECK_CADENCE")
+    add("--limit", type=amount, help="requests a second that billing allows")
     given = parser.parse_args()
     seconds = given.minutes * 60
     tell(f"Making {given.open:,} open sessions …")
