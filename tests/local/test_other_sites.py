@@ -199,6 +199,7 @@ def test_read_with_a_foreign_origin_is_answered(api: Server) -> None:
 
 @pytest.mark.parametrize("host", ["host.docker.internal:PORT", "172.17.0.1:PORT", "billing", "x"])
 def test_containers_may_ask_about_sessions_by_any_name(open_service: Server, host: str) -> None:
+    open_service.billing.simulate(BY_ID)
     assert open_service.ask("GET", SESSION, host=host) == (
         200,
         {"id": "checkout_active_1", "status": "open"},
