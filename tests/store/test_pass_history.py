@@ -55,6 +55,13 @@ def test_old_rows_are_deleted_some_at_a_time(
     assert shop.run("SELECT COUNT(*) FROM checkout_session_run") == [(0,)]
 
 
+def test_a_manual_pass_is_no_sign_that_ticks_are_made(store: Store, clock: FakeClock) -> None:
+    store.history.begin(Summary(Reason.TICK, NOON))
+    clock.advance(60)
+    store.history.begin(Summary(Reason.MANUAL, clock.now))
+    assert store.history.last_start() == NOON
+
+
 @pytest.mark.parametrize("character", ["x", "é", "😀", '"', "\x00", "\udcff"])
 def test_unknown_words_fit_into_their_column(store: Store, shop: Shop, character: str) -> None:
     """Whatever they consist of: JSON has up to twelve characters for one."""

@@ -42,7 +42,7 @@ class PassHistory:
 
     def prepare(self) -> None:
         """Record when the monitor was installed, so that a new one does not count as late."""
-        if self.last_start() is None:
+        if self._newest_start("TRUE") is None:
             now = self._database.run(lambda connection: connection.now())
             summary = Summary(Reason.START, now)
             self.end(self.begin(summary), summary)
@@ -118,12 +118,14 @@ class PassHistory:
         return self._database.run(count)
 
     def last_start(self) -> datetime | None:
-        """When the newest pass began, or the monitor was installed; None before both."""
+        """When the newest tick's pass began, or the monitor was installed; None before both."""
+        return self._newest_start(f"reason <> '{Reason.MANUAL}'")
 
+    def _newest_start(self, condition: str) -> datetime | None:
         def newest(connection: Connection) -> Sequence[Row]:
             # Ids are made from the time. A later one is of a clock that was ahead.
             return connection.query(
-                "SELECT started_at FROM checkout_session_run WHERE id < %s"
+                f"SELECT started_at FROM checkout_session_run WHERE {condition} AND id < %s"
                 " ORDER BY id DESC LIMIT 1",
                 (id_at(connection.now() + timedelta(seconds=ALIVE_SECONDS)),),
             )
