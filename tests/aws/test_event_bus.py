@@ -191,6 +191,8 @@ def test_a_late_payment_has_an_event_of_its_own_as_documented() -> None:
     assert set(schema["properties"]) == set(found)
     assert EventBus("shop")._entry(paid)["DetailType"] == schema["title"]
     assert event_id(paid) != event_id(CHANGES[0])
+    expired_again = paid._replace(expired_at=NOON, first_seen_at=NOON)
+    assert event_id(paid) == event_id(expired_again)
 
 
 def test_boto3_is_not_imported_before_the_first_event() -> None:

@@ -140,14 +140,48 @@ async def test_a_session_about_which_billing_says_nothing_is_looked_at_again_soo
     assert [event.session_id for event in bus.published] == ["s"]
 
 
-async def test_a_session_is_not_looked_at_again_when_late_payments_for_is_over(
+async def test_a_last_look_that_fails_is_made_again_for_a_day(
     passes: Passes, billing: FakeBilling
 ) -> None:
     await expire(passes, billing)
     billing.answers = {CHECKOUT: Answer(Outcome.TIMEOUT)}
     await later(passes, 7 * DAY - MINUTE)
+    await later(passes, 20 * MINUTE)
+    assert billing.asked == {CHECKOUT: 2}
     await later(passes, DAY)
-    assert billing.asked == {CHECKOUT: 1}
+    assert billing.asked == {CHECKOUT: 2}
+
+
+async def test_answers_that_cannot_be_used_are_logged_once(
+    passes: Passes, billing: FakeBilling, caplog: pytest.LogCaptureFixture
+) -> None:
+    await expire(passes, billing)
+    billing.answers = {CHECKOUT: Answer(Outcome.UNKNOWN_STATUS, 200, 0.1, detail="'settled'")}
+    await later(passes, 20 * MINUTE)
+    lines = [line for line in caplog.messages if "sessions that are timeout" in line]
+    assert lines == ["⚠️ Answers about sessions that are timeout cannot be used: 'settled' (1)"]
+
+
+async def test_sessions_are_looked_at_after_a_time_without_status_updates(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    bus = await expire(passes, billing)
+    passes.clock.advance((2 * DAY).total_seconds())
+    await passes.run()
+    billing.answers = {CHECKOUT: PAID}
+    await later(passes, MINUTE)
+    assert bus.session_ids == ["s"]
+
+
+async def test_a_late_payment_that_the_shop_has_handled_is_shown_no_more(
+    passes: Passes, billing: FakeBilling
+) -> None:
+    await expire(passes, billing)
+    billing.answers = {CHECKOUT: PAID}
+    await later(passes, 20 * MINUTE)
+    assert notes(passes)
+    passes.shop.run("UPDATE checkout_session SET status = 'success'")
+    assert notes(passes) == []
 
 
 @pytest.mark.parametrize(
@@ -284,7 +318,9 @@ def test_no_look_goes_on_when_the_database_cannot_be_used(
         (7 * HOUR, 8 * HOUR),
         (2 * DAY, DAY),
         (6 * DAY, DAY),
-        (6 * DAY + MINUTE, None),
+        (6 * DAY + HOUR, 23 * HOUR),
+        (7 * DAY - MINUTE, MINUTE),
+        (7 * DAY, None),
         (9 * DAY, None),
     ],
 )

@@ -66,21 +66,47 @@ def test_an_expired_session_whose_status_is_in_capitals_is_claimed(
     assert [session.session_id for session in found] == ["s"]
 
 
-def claimed(shop: Shop, clock: FakeClock, bus: Bus) -> tuple[Store, ExpiredSession]:
-    """A store that writes late payments' status, and the expired session `s` that it claimed."""
-    store = Store(database_of(shop, clock), bus, late_payments_for=WEEK, late_status_updates=True)
+def test_a_worker_that_dies_costs_no_look(shop: Shop, clock: FakeClock) -> None:
+    """Not even the last one."""
+    store = Store(database_of(shop, clock), late_payments_for=WEEK)
+    store.prepare()
+    add_expired(shop, {"s": "c"})
+    clock.advance((WEEK - timedelta(minutes=1)).total_seconds())
+    first = late_payments_of(store).claim_due(9)
+    assert late_payments_of(store).claim_due(9) == []
+    clock.advance(20 * 60)
+    again = late_payments_of(store).claim_due(9)
+    late_payments_of(store).looked_at(again)
+    clock.advance(20 * 60)
+    assert late_payments_of(store).claim_due(9) == []
+    store.close()
+    assert [session.session_id for session in first] == ["s"] == [s.session_id for s in again]
+
+
+def claimed(
+    shop: Shop, clock: FakeClock, bus: Bus, *, late_status_updates: bool = True
+) -> tuple[Store, ExpiredSession]:
+    """A store, and the expired session `s` that it claimed."""
+    store = Store(
+        database_of(shop, clock),
+        bus,
+        late_payments_for=WEEK,
+        late_status_updates=late_status_updates,
+    )
     store.prepare()
     add_expired(shop, {"s": "c"})
     [session] = late_payments_of(store).claim_due(9)
     return store, session
 
 
+@pytest.mark.parametrize("updates", [True, False])
 @pytest.mark.parametrize("change", ["status = 'failure'", "billing_checkout_id = 'another'"])
 def test_a_late_payment_changes_no_session_that_the_shop_has_changed(
-    shop: Shop, clock: FakeClock, change: str
+    shop: Shop, clock: FakeClock, change: str, updates: bool
 ) -> None:
+    """Nor is one published."""
     bus = Bus()
-    store, session = claimed(shop, clock, bus)
+    store, session = claimed(shop, clock, bus, late_status_updates=updates)
     shop.run(f"UPDATE checkout_session SET {change}")
     before = statuses(shop)
     assert late_payments_of(store).record_paid(session, PAID) is None

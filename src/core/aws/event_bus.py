@@ -234,9 +234,13 @@ def event_id(event: StatusChangedEvent) -> str:
     """The same id for the same change of a session, however often it is published.
 
     A session that the shop reopened was first seen at another time, so its next change has another.
+    A late payment is that of its checkout, however often the session has expired with it.
     """
-    what = PAID_LATE if event.expired_at else event.new_status.value
-    same = (event.session_id, iso(event.first_seen_at), what)
+    same = (
+        (event.session_id, event.billing_checkout_id, PAID_LATE)
+        if event.expired_at
+        else (event.session_id, iso(event.first_seen_at), event.new_status.value)
+    )
     return str(uuid.uuid5(_EVENT_IDS, json.dumps(same)))
 
 

@@ -127,7 +127,7 @@ async def check_open_checkout_sessions(
     if leads and view.tick.second < settings.interval_seconds:  # one slot of each minute
         await _log_other_monitors(store, database)
         late_payments = store.late_payments if summary.paused_until is None else None
-        if late_payments is not None and billing is not None and may_check:
+        if late_payments is not None and billing is not None:
             until = began + options.start_seconds
             ask = in_turn(
                 billing.check,

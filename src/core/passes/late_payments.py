@@ -1,6 +1,7 @@
 """A leader's look at expired sessions, once a minute: was one of them paid after all?"""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Outcome, SessionStatus
 from core.domain.rate import MAX_RESERVED_SECONDS
 from core.errors import StoreError
-from core.log import log_paid_late, logger
+from core.log import MAX_WORDS, log_paid_late, logger, shown
 from core.passes.pause import SharedPause
 from core.store.monitor_state import MonitorState
 
@@ -29,6 +30,8 @@ SAYS_NOTHING = frozenset(
         Outcome.INTERNAL_ERROR,
     )
 )
+# With these it has said what the monitor cannot use, so a payment may be overlooked.
+UNUSABLE = (Outcome.UNKNOWN_STATUS, Outcome.MISMATCH)
 # In one minute. 50,000 sessions that expire in a day are looked at 400 times a minute.
 MAX_LOOKS = 600
 
@@ -89,7 +92,8 @@ async def look_for_late_payments(
 
     No request begins after `until`, by the event loop's clock, nor after billing has limited one.
     A payment is kept as soon as it is known: under a budget, the last turn may come much later. A
-    session about which billing has said nothing is looked at again soon.
+    session about which billing has said nothing is looked at again soon. What cannot be used is
+    logged.
 
     Raises:
         StoreError: the database cannot be used.
@@ -110,11 +114,25 @@ async def look_for_late_payments(
             for task in asking:
                 task.cancel()
         answers = [task.result() for task in asking]
-        again = [session for session, answer in answers if answer.outcome in SAYS_NOTHING]
-        if again:
-            await database.run(late_payments.look_again, again)
+        looked_at = [
+            session
+            for session, answer in answers
+            if answer.outcome not in SAYS_NOTHING and answer.status is not SessionStatus.SUCCESS
+        ]
+        if looked_at:
+            await database.run(late_payments.looked_at, looked_at)
+        _log_unusable([answer for _, answer in answers if answer.outcome in UNUSABLE])
         if any(answer.outcome is Outcome.RATE_LIMITED for _, answer in answers):
             return
+
+
+def _log_unusable(answers: list[Answer]) -> None:
+    if answers:
+        details = Counter(shown(answer.detail) for answer in answers).most_common(MAX_WORDS)
+        logger.warning(
+            "⚠️ Answers about sessions that are timeout cannot be used: "
+            f"{', '.join(f'{detail} ({n})' for detail, n in details)}"
+        )
 
 
 async def _asked(ask: Ask, session: "ExpiredSession") -> "tuple[ExpiredSession, Answer]":

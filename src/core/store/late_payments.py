@@ -4,7 +4,7 @@
 found. The shop's status stays `timeout`, unless LATE_STATUS_UPDATES asks for `success`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -71,10 +71,11 @@ class LatePayments:
         self._updates_status = updates_status
 
     def claim_due(self, limit: int) -> list[ExpiredSession]:
-        """Up to `limit` sessions that are due; each is then due again at a greater distance.
+        """Up to `limit` sessions that are due; each is due again in LATE_CHECK_FIRST.
 
-        So no two workers look at one, and one that dies costs a look. A session that the shop has
-        changed meanwhile is not looked at any more.
+        So no two workers look at one, and one that dies, or about which billing says nothing, is
+        looked at again then; `looked_at` is for the others. A session that the shop has changed
+        meanwhile is not looked at any more.
         """
         return self._database.transaction(lambda t: self._claim(t, limit))
 
@@ -106,30 +107,21 @@ class LatePayments:
             for number, session_id, asked, order_id, checkout_id, is_timeout in rows
             if is_timeout and as_text(asked) == as_text(checkout_id)
         ]
-        next_looks = dict.fromkeys(expired_at, None) | {
-            session.change_id: next_look(session.expired_at, now, self._looks_for)
-            for session in sessions
+        due_again = dict.fromkeys(expired_at, None) | {
+            session.change_id: now + LATE_CHECK_FIRST for session in sessions
         }
-        for at, numbers in numbers_by_value(next_looks).items():
-            transaction.execute(
-                "UPDATE checkout_session_change SET late_check_at = %s"
-                f" WHERE id IN {number_list(numbers)}",
-                (at,),
-            )
+        _make_due(transaction, due_again)
         return sessions
 
-    def look_again(self, sessions: Sequence[ExpiredSession]) -> None:
-        """Make sessions due again in LATE_CHECK_FIRST, if they are still looked for then."""
+    def looked_at(self, sessions: Sequence[ExpiredSession]) -> None:
+        """Make sessions that are not paid due again at a greater distance, or not at all."""
 
         def update(transaction: Transaction) -> None:
-            at = transaction.now() + LATE_CHECK_FIRST
-            ids = [s.change_id for s in sessions if at <= s.expired_at + self._looks_for]
-            if ids:
-                transaction.execute(
-                    "UPDATE checkout_session_change SET late_check_at = %s"
-                    f" WHERE id IN {number_list(ids)}",
-                    (at,),
-                )
+            now = transaction.now()
+            _make_due(
+                transaction,
+                {s.change_id: next_look(s.expired_at, now, self._looks_for) for s in sessions},
+            )
 
         self._database.transaction(update)
 
@@ -168,9 +160,11 @@ class LatePayments:
         # The row is locked before the event is published. The page lists those that stay timeout.
         self._keep(transaction, session, None, None if succeeds else now)
         transaction.savepoint()
-        if succeeds and not self._is_timeout(transaction, session, self._database.lock_rows):
-            if self._is_timeout(transaction, session):  # the shop holds the row: do not overrule it
-                self._keep(transaction, session, now + RECORD_AGAIN, None)
+        lock = self._database.lock_rows if succeeds else ""
+        if not self._is_timeout(transaction, session, lock):
+            # If the shop only holds the row, do not overrule it.
+            is_locked = succeeds and self._is_timeout(transaction, session)
+            self._keep(transaction, session, now + RECORD_AGAIN if is_locked else None, None)
             return None
         if succeeds:
             self._write_success(transaction, session, answer, now)
@@ -227,12 +221,22 @@ class LatePayments:
         )
 
 
+def _make_due(transaction: Transaction, times: Mapping[int, datetime | None]) -> None:
+    """Set when changes are looked at again, by their ids."""
+    for at, numbers in numbers_by_value(times).items():
+        transaction.execute(
+            "UPDATE checkout_session_change SET late_check_at = %s"
+            f" WHERE id IN {number_list(numbers)}",
+            (at,),
+        )
+
+
 def next_look(expired_at: datetime, now: datetime, looks_for: timedelta) -> datetime | None:
-    """When an expired session is looked at again; None: no more."""
-    age = now - expired_at
+    """When an expired session is looked at again; None: no more. The last look is at the end."""
+    age, end = now - expired_at, expired_at + looks_for
     # A database's clock that was ahead makes an age negative.
     distance = next((d for since, d in DISTANCES if age >= since), LATE_CHECK_FIRST)
-    return now + distance if age + distance <= looks_for else None
+    return min(now + distance, end) if now < end else None
 
 
 def _event(

@@ -43,7 +43,7 @@ CHANGES_AT_ONCE = 50
 # status instead of the few by their keys.
 STILL_OPEN = "COALESCE(status, '') = 'open'"
 
-KEEP_CHANGES = timedelta(days=1)
+KEEP_CHANGES, KEEP_EXPIRED = timedelta(days=1), timedelta(days=30)
 # A session that became `timeout` is looked at again for the first time after this time.
 LATE_CHECK_FIRST = timedelta(minutes=20)
 MAX_LOGGED = 16_000  # characters of a checkout id; MySQL's TEXT holds 65,535 bytes
@@ -133,10 +133,11 @@ class StatusChanges:
     def forget_old(self) -> bool:
         """Delete rows that are over a day old, and not looked at again; returns if more are left.
 
-        So are those that were looked at for as long as LATE_PAYMENTS_FOR was.
+        So are those that were looked at for as long as LATE_PAYMENTS_FOR was. Without it, they are
+        kept for KEEP_EXPIRED: it may be set again.
         """
         day_ago = self._database.run(lambda connection: connection.now()) - KEEP_CHANGES
-        table, late = "checkout_session_change", self._late_payments_for or timedelta(0)
+        table, late = "checkout_session_change", self._late_payments_for or KEEP_EXPIRED
         condition = "late_check_at IS NULL AND changed_at < %s"
         condition += " AND (paid_late_at IS NULL OR paid_late_at < %s)"
         more = delete_some(self._database, table, condition, (day_ago, day_ago))

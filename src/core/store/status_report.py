@@ -344,13 +344,15 @@ class _StatusReport:
         return {checkout: ids for checkout, ids in sessions.items() if len(ids) > 1}
 
     def _paid_late(self, now: datetime) -> list[str]:
-        """The sessions whose late payment was found within a day, the newest first."""
+        """The sessions whose late payment was found within a day, and that are still `timeout`."""
         rows = self._connection.query(
-            "SELECT session_id FROM checkout_session_change WHERE paid_late_at > %s"
-            f" ORDER BY paid_late_at DESC LIMIT {CHANGES:d}",
+            "SELECT c.session_id, COALESCE(s.status, '') = 'timeout'"
+            " FROM (SELECT session_id, paid_late_at FROM checkout_session_change"
+            f" WHERE paid_late_at > %s ORDER BY paid_late_at DESC LIMIT {CHANGES:d}) c"
+            " LEFT JOIN checkout_session s ON s.id = c.session_id ORDER BY c.paid_late_at DESC",
             (now - KEEP_CHANGES,),
         )
-        return [as_shown_text(session_id) for (session_id,) in rows]
+        return [as_shown_text(session_id) for session_id, is_timeout in rows if is_timeout]
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
