@@ -101,6 +101,19 @@ def test_as_much_is_checked_as_billing_allows_and_nobody_starves(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("latency", [0.3, 1.0, 3.0])
+def test_slow_answers_cause_no_more_limits(latency: float) -> None:
+    """They come after a fall of the rate, but belong to the rate before it."""
+    bucket = with_bucket(10, 10)
+    monitor = LimitedMonitor(bucket, latency=lambda _checkout_id, _earlier: latency)
+    monitor.open(300)
+    monitor.run(ticks=37)
+    later = [ok for at, ok in monitor.requests if 40 <= at < 180]
+    assert later.count(False) <= 0.02 * len(later)
+    assert sum(later) >= 0.9 * 10 * 140
+
+
+@pytest.mark.slow
 def test_a_limit_is_found_out_although_the_first_answers_are_slow() -> None:
     """The first 429 comes 6 s before the first answer."""
     monitor = LimitedMonitor(with_bucket(25, 25), latency=lambda _checkout_id, _earlier: 6.0)

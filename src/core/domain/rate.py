@@ -32,8 +32,8 @@ MIN_SHARE, MIN_FIRST_PEAK = 0.5, 8.0
 MIN_RATE = 0.1
 # Billing's answers are counted over about this long, and over this long for people.
 ANSWERED_SECONDS, TYPICAL_SECONDS = 1.0, 30.0
-# Limits and answers of requests that were sent until this long after a fall belong to it: requests
-# that are already reserved still leave at the old rate.
+# Limits of requests that were sent until this long after a fall belong to it, and so do the answers
+# that come after the first limit: requests that are already reserved still leave at the old rate.
 SETTLE_SECONDS = 0.5
 # A worker reserves for this long ahead, and nothing while others have reserved more than that.
 RESERVE_SECONDS, MAX_RESERVED_SECONDS = 0.4, 0.5
@@ -78,6 +78,7 @@ class Budget(NamedTuple):
     typical: float  # the same over about half a minute
     seen_at: float  # when these were brought up to date
     latency: float = 0.0  # mean seconds of the last healthy answers; 0: none yet
+    falls: int = 0  # since it began
 
     @classmethod
     def from_json(cls, text: str) -> "Budget | None":
@@ -164,14 +165,17 @@ def updated(
         seen_at=now,
         latency=_mean_latency(budget.latency, seen),
     )
-    if not _is_new(budget, seen, now):  # of that fall, not all answers had been counted
+    counts_for_fall = seen.limited or not budget.falls
+    if counts_for_fall and not _is_new(budget, seen, now):  # not all answers had been counted then
         return budget._replace(peak=max(budget.peak, answered))
     if not seen.limited:
         return budget
     if budget.answers == 0:  # says nothing about the rate; see `answers_nothing`
         return budget._replace(limited_at=now)
     peak = max(min(answered, rate), rate * MIN_SHARE / BETA, MIN_RATE)
-    return budget._replace(peak=peak, grown=0.0, limited_at=now, answers=0.0)
+    return budget._replace(
+        peak=peak, grown=0.0, limited_at=now, answers=0.0, falls=budget.falls + 1
+    )
 
 
 def answers_nothing(budget: Budget | None, seen: Seen, now: float) -> bool:
