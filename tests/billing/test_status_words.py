@@ -114,6 +114,22 @@ def test_an_open_session_with_a_payment_below_does_not_expire(path: str, nested:
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        b'{"status": 1, "payment": {"status": 3}}',
+        b'{"status": 1, "payment": {"status": "3"}}',
+        b'{"status": 1, "payment": {"st\\u0061tus": 2}}',
+        '{"status": 1, "payment": {"status": 3}}'.encode("utf-16"),
+    ],
+)
+def test_statuses_below_may_be_numbers_and_written_in_any_way(body: bytes) -> None:
+    words = {"1": Meaning.OPEN, "2": Meaning.IN_PROGRESS, "3": Meaning.SUCCESS}
+    assert StatusReader(words=words).read(body, "c").in_progress
+    closing = b'{"status": 3, "payment": {"status": 3}, "error": {"status": 402}}'
+    assert StatusReader(words=words).read(closing, "c").status is SessionStatus.SUCCESS
+
+
+@pytest.mark.parametrize(
     ("body", "seen"),
     [
         ({"status": "paid", "id": "other"}, "the id 'other'"),
