@@ -53,8 +53,6 @@ def main() -> int:
         "--service", choices=services, help="simulate that billing service, with its settings"
     )
     arguments = parser.parse_args()
-    if 0 != arguments.api_port == arguments.billing_port:
-        parser.error(f"--api-port and --billing-port are both {arguments.api_port}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack the emoji
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     log.use_plain_text()
@@ -67,6 +65,8 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             service = services.get(arguments.service)
             setup = prepare(dotenv | os.environ, arguments.billing_port, stack, service)
+            if setup.simulated:
+                refuse_one_port(arguments.api_port, arguments.billing_port)
             if not arguments.share_database:
                 refuse_to_share(setup.settings)
             terminal.show_changes_only(debug=setup.settings.debug)
@@ -163,6 +163,11 @@ def prepare(
 def refuse_to_share(settings: Settings) -> None:
     if why := sharing.refusal(settings):
         raise StartError(why)
+
+
+def refuse_one_port(api_port: int, billing_port: int) -> None:
+    if 0 != api_port == billing_port:
+        raise StartError(f"--api-port and --billing-port are both {api_port}; choose two ports.")
 
 
 @contextlib.contextmanager
