@@ -21,9 +21,10 @@ def amount(text: str) -> float:
 
 
 def cadence(text: str) -> str:
-    """A CHECK_CADENCE."""
+    """A CHECK_CADENCE; empty for every session at every tick."""
     try:
-        Cadence.parse(text)
+        if text:
+            Cadence.parse(text)
     except ValueError as error:
         raise ArgumentTypeError(f"in {text!r}, {error}") from None
     return text
@@ -34,4 +35,4 @@ def duration(text: str) -> int:
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
+        raise ArgumentTypeError(f"{error}; e.g. 24h") from None
