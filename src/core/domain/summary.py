@@ -31,7 +31,7 @@ class Summary(NamedTuple):
     waiting: Waiting | None = None  # when a pass that has led began its checks
     unknown_words: Sequence[str] = ()  # of `unknown_status`, the most frequent first
     status_changes: int = 0
-    unpublished: int = 0  # status changes not made, because their event could not be published
+    unpublished: int = 0  # events refused by the bus: the changes were not made
     workers_started: int = 0
     paused_until: datetime | None = None
     allowed: float | None = None  # checks a second that billing allows; None: no limit

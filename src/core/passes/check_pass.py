@@ -139,6 +139,8 @@ async def check_open_checkout_sessions(
             await look_for_late_payments(
                 late_payments, ask, database, at_once=settings.max_concurrency, until=until
             )
+            unpublished = summary.unpublished + late_payments.take_unpublished()
+            summary = summary._replace(unpublished=unpublished)
     return summary
 
 

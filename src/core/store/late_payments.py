@@ -69,6 +69,7 @@ class LatePayments:
         self._publisher = publisher
         self._looks_for = looks_for
         self._updates_status = updates_status
+        self._unpublished = 0
 
     def claim_due(self, limit: int) -> list[ExpiredSession]:
         """Up to `limit` sessions that are due; each is due again in LATE_CHECK_FIRST.
@@ -148,6 +149,11 @@ class LatePayments:
             lambda t: self._record(t, session, answer, SessionStatus.TIMEOUT)
         )
 
+    def take_unpublished(self) -> int:
+        """How many events the bus has refused since the last call."""
+        unpublished, self._unpublished = self._unpublished, 0
+        return unpublished
+
     def _record(
         self,
         transaction: Transaction,
@@ -171,6 +177,7 @@ class LatePayments:
         event = _event(session, answer, status, now)
         if self._publisher is None or self._publisher.publish([event]):
             return status
+        self._unpublished += 1
         transaction.roll_back_to_savepoint()
         self._keep(transaction, session, now + RECORD_AGAIN, None)
         return None
