@@ -147,9 +147,10 @@ async def test_a_last_look_that_fails_is_made_again_for_a_day(
     billing.answers = {CHECKOUT: Answer(Outcome.TIMEOUT)}
     await later(passes, 7 * DAY - MINUTE)
     await later(passes, 20 * MINUTE)
-    assert billing.asked == {CHECKOUT: 2}
-    await later(passes, DAY)
-    assert billing.asked == {CHECKOUT: 2}
+    await later(passes, 23 * HOUR)
+    assert billing.asked == {CHECKOUT: 3}
+    await later(passes, HOUR)
+    assert billing.asked == {CHECKOUT: 3}
 
 
 async def test_answers_that_cannot_be_used_are_logged_once(
@@ -159,7 +160,9 @@ async def test_answers_that_cannot_be_used_are_logged_once(
     billing.answers = {CHECKOUT: Answer(Outcome.UNKNOWN_STATUS, 200, 0.1, detail="'settled'")}
     await later(passes, 20 * MINUTE)
     lines = [line for line in caplog.messages if "sessions that are timeout" in line]
-    assert lines == ["⚠️ Answers about sessions that are timeout cannot be used: 'settled' (1)"]
+    assert lines == [
+        "⚠️ Answers about sessions that are timeout cannot be used, e.g. that about s: 'settled' (1)"
+    ]
 
 
 async def test_sessions_are_looked_at_after_a_time_without_status_updates(
@@ -177,9 +180,13 @@ async def test_a_late_payment_that_the_shop_has_handled_is_shown_no_more(
     passes: Passes, billing: FakeBilling
 ) -> None:
     await expire(passes, billing)
-    billing.answers = {CHECKOUT: PAID}
+    add_expired(passes.shop, numbered(11))
+    billing.answers = {CHECKOUT: PAID, **{f"checkout_active_{n}": PAID for n in range(11)}}
     await later(passes, 20 * MINUTE)
     assert notes(passes)
+    passes.shop.run("UPDATE checkout_session SET status = 'success' WHERE id <> 's'")
+    [note] = notes(passes)
+    assert note.endswith("and still timeout: s.")
     passes.shop.run("UPDATE checkout_session SET status = 'success'")
     assert notes(passes) == []
 

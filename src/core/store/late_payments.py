@@ -37,8 +37,9 @@ DISTANCES = (
     (timedelta(hours=1), timedelta(hours=2)),
     (timedelta(0), LATE_CHECK_FIRST),
 )
-# What could not be published, or written because the shop holds the row, is tried again after this.
-RECORD_AGAIN = timedelta(minutes=1)
+# What could not be published, or written because the shop holds the row, is tried again after this:
+# at the next minute's looks, also if they come sooner after the tick.
+RECORD_AGAIN = timedelta(seconds=45)
 
 # Used beside an id, as STILL_OPEN is.
 _STILL_TIMEOUT = "COALESCE(status, '') = 'timeout'"

@@ -346,13 +346,12 @@ class _StatusReport:
     def _paid_late(self, now: datetime) -> list[str]:
         """The sessions whose late payment was found within a day, and that are still `timeout`."""
         rows = self._connection.query(
-            "SELECT c.session_id, COALESCE(s.status, '') = 'timeout'"
-            " FROM (SELECT session_id, paid_late_at FROM checkout_session_change"
-            f" WHERE paid_late_at > %s ORDER BY paid_late_at DESC LIMIT {CHANGES:d}) c"
-            " LEFT JOIN checkout_session s ON s.id = c.session_id ORDER BY c.paid_late_at DESC",
+            "SELECT c.session_id FROM checkout_session_change c LEFT JOIN checkout_session s"
+            " ON s.id = c.session_id WHERE c.paid_late_at > %s AND COALESCE(s.status, '') ="
+            f" 'timeout' GROUP BY 1 ORDER BY MAX(c.paid_late_at) DESC LIMIT {CHANGES:d}",
             (now - KEEP_CHANGES,),
         )
-        return [as_shown_text(session_id) for session_id, is_timeout in rows if is_timeout]
+        return [as_shown_text(session_id) for (session_id,) in rows]
 
     def _changes(self) -> list[JsonObject]:
         rows = self._connection.query(
