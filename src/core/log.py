@@ -67,6 +67,16 @@ def log_paid_late(
     )
 
 
+def log_unusable(answers: Sequence[tuple[str, Answer]]) -> None:
+    """Log answers about sessions that are `timeout`, by session id, if there are any."""
+    if answers:
+        details = Counter(shown(answer.detail) for _, answer in answers)
+        logger.warning(
+            "⚠️ Answers about sessions that are timeout cannot be used, e.g. that about "
+            f"{shown(answers[0][0])}: {_most_common(details)}"
+        )
+
+
 class PassLog:
     """The lines of one pass, at most LINES_PER_OUTCOME of each outcome.
 
@@ -154,10 +164,9 @@ class PassLog:
                 more = count - int(self._max_lines[outcome])
                 logger.info(f"… and {more} more: {outcome.value}")
         if self._unknown:
-            seen = ", ".join(f"{what} ({n})" for what, n in self._unknown.most_common(MAX_WORDS))
             logger.warning(
                 f"⚠️ {self._unknown.total()} answers had a status that is not in "
-                f"BILLING_STATUS_MAP; their sessions stay open: {seen}"
+                f"BILLING_STATUS_MAP; their sessions stay open: {_most_common(self._unknown)}"
             )
         if summary.paused_until is not None:
             logger.warning(
@@ -177,6 +186,10 @@ class PassLog:
                     if value and name not in IN_MESSAGE
                 },
             )
+
+
+def _most_common(details: Counter[str]) -> str:
+    return ", ".join(f"{what} ({n})" for what, n in details.most_common(MAX_WORDS))
 
 
 def check_line(claim: Claim, answer: Answer) -> str:

@@ -39,10 +39,10 @@ class HeaderTemplates(NamedTuple):
 
     @property
     def placeholders(self) -> Mapping[str, bool]:
-        """The names of all placeholders, `TOKEN` included; False: each of it is in base64."""
+        """The names of all placeholders, `TOKEN` included; False: it is sent in base64 only."""
         values = self.values.values()
-        found = [match for value in values for match in _PLACEHOLDER.finditer(value)]
-        return {name[1]: any(m[1] == name[1] and not m[2] for m in found) for name in found}
+        found = [match.groups() for value in values for match in _PLACEHOLDER.finditer(value)]
+        return {name: (name, None) in found for name, _ in found}
 
     def fill(self, credentials: Mapping[str, str]) -> dict[str, str]:
         """The headers with these credentials. Raises KeyError for a placeholder without one."""

@@ -127,27 +127,28 @@ class StatusReader:
     def _contradiction(self, parsed: object, meaning: Meaning) -> str | None:
         """A nested `status` that says otherwise, e.g. in an envelope; None if there is none."""
         for place, found in _nested_statuses(parsed):
+            if self._meaning_of(found) is meaning or found in _STATUS_CODES:
+                continue
             match found:
                 case str():
-                    agrees = self.words.get(found.lower()) is meaning
                     shown = repr(_shortened(found))
                 case dict() | list():
-                    agrees, shown = False, "no text"
+                    shown = "no text"
                 case _:
                     shown = _word(found)
-                    agrees = found in _STATUS_CODES or self.words.get(shown) is meaning
-            if not agrees:
-                return (
-                    f"{shown} at {_shortened(place.path)!r}; set BILLING_STATUS_PATH to the one "
-                    "that counts (@.status is the first)"
-                )
+            return (
+                f"{shown} at {_shortened(place.path)!r}; set BILLING_STATUS_PATH to the one "
+                "that counts (@.status is the first)"
+            )
         return None
 
     def _has_payment(self, parsed: object) -> bool:
         """Whether a nested `status` is of a payment that is made or under way."""
-        nested = (found for _, found in _nested_statuses(parsed))
-        words = (_word(found).lower() for found in nested if not isinstance(found, dict | list))
-        return any(self.words.get(word) in _PAYMENT for word in words)
+        return any(self._meaning_of(found) in _PAYMENT for _, found in _nested_statuses(parsed))
+
+    def _meaning_of(self, found: object) -> Meaning | None:
+        """What a nested `status` means; None for an unknown word, and for what is no word."""
+        return None if isinstance(found, dict | list) else self.words.get(_word(found).lower())
 
     def _text_at(self, path: str | None, parsed: object) -> str | None:
         found = self._value_at(path, parsed)

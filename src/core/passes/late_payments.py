@@ -1,7 +1,6 @@
 """A leader's look at expired sessions, once a minute: was one of them paid after all?"""
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from core.database.thread import DatabaseThread
 from core.domain.model import Answer, Outcome, SessionStatus
 from core.domain.rate import MAX_RESERVED_SECONDS
 from core.errors import StoreError
-from core.log import MAX_WORDS, log_paid_late, logger, shown
+from core.log import log_paid_late, log_unusable, logger
 from core.passes.pause import SharedPause
 from core.store.monitor_state import MonitorState
 
@@ -121,19 +120,9 @@ async def look_for_late_payments(
         ]
         if looked_at:
             await database.run(late_payments.looked_at, looked_at)
-        _log_unusable([(s, answer) for s, answer in answers if answer.outcome in UNUSABLE])
+        log_unusable([(s.session_id, a) for s, a in answers if a.outcome in UNUSABLE])
         if any(answer.outcome is Outcome.RATE_LIMITED for _, answer in answers):
             return
-
-
-def _log_unusable(answers: "list[tuple[ExpiredSession, Answer]]") -> None:
-    if answers:
-        details = Counter(shown(answer.detail) for _, answer in answers).most_common(MAX_WORDS)
-        logger.warning(
-            "⚠️ Answers about sessions that are timeout cannot be used, e.g. that about "
-            f"{shown(answers[0][0].session_id)}: "
-            f"{', '.join(f'{detail} ({n})' for detail, n in details)}"
-        )
 
 
 async def _asked(ask: Ask, session: "ExpiredSession") -> "tuple[ExpiredSession, Answer]":
